@@ -1,0 +1,117 @@
+"""Checkpoints of the training state: asynchronous, whole or absent, never fewer than there were.
+
+Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process killed in the middle of a
+save leaves the earlier ones as they were. Its v1 API lives under `experimental` in the releases supported here.
+"""
+
+import jax
+from absl import logging
+from etils import epath
+from orbax.checkpoint.experimental import v1 as ocp
+
+from flowlm.sharding import path_of
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_of(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `directory`/<step>.
+
+    Args:
+      directory: created if missing (unless read_only).
+      every: steps between saves. keep_latest: how many of the newest stay. keep_every: multiples of this many steps stay for
+        ever (0: none).
+      read_only: for sampling and evaluating: nothing on disk is touched.
+    """
+
+    def __init__(
+        self, directory, *, every: int = 1, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False
+    ):
+        self.directory = epath.Path(directory)
+        self._read_only = read_only
+        if read_only and not self.directory.is_dir():
+            raise FileNotFoundError(
+                f"no checkpoints under {self.directory}: is this the directory of a run that was trained?"
+            )
+        policies = ocp.training.save_decision_policies
+        keep = ocp.training.preservation_policies
+        kept = [keep.LatestN(keep_latest)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=policies.AnySavePolicy(
+                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+            ),
+            preservation_policy=keep.PreserveAll() if read_only else keep.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=not read_only,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def should_save(self, step: int) -> bool:
+        """Whether the policies ask for a checkpoint of this step, which is not there yet."""
+        return step not in self.steps and self._checkpointer.should_save(step)
+
+    def save(self, step: int, state) -> None:
+        """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone."""
+        if step not in self.steps:
+            self._checkpointer.save_async(step, state, force=True)
+
+    def _check_architecture(self, step: int, abstract_state) -> None:
+        saved = _shapes(self._checkpointer.metadata(step).metadata)
+        asked = _shapes(abstract_state)
+        if saved != asked:
+            wrong = sorted(k for k in saved.keys() | asked.keys() if saved.get(k) != asked.get(k))
+            shown = ", ".join(f"{k}: saved {saved.get(k)}, wanted {asked.get(k)}" for k in wrong[:4])
+            raise ValueError(
+                f"the checkpoint at step {step} in {self.directory} is of another architecture ({len(wrong)} arrays differ: "
+                f"{shown}): use the settings it was trained with, or another workdir"
+            )
+
+    def restore(self, abstract_state):
+        """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
+
+        A truncated or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
+
+        Raises:
+          ValueError: the checkpoint is of another architecture.
+          RuntimeError: checkpoints are there, but none can be read.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                self._check_architecture(step, abstract_state)
+                return self._checkpointer.load(step, abstract_state)
+            except Exception as error:  # noqa: BLE001 (orbax, tensorstore and json each raise their own)
+                if isinstance(error, ValueError) and "another architecture" in str(error):
+                    raise
+                logging.warning(
+                    "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
+                    step, self.directory, str(error).split("\n")[0][:200],
+                )  # fmt: skip
+                self._set_aside(step)
+        if steps:
+            raise RuntimeError(
+                f"none of the checkpoints {steps} in {self.directory} can be read: restore them from a copy"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if self._read_only:
+            return
+        broken = self.directory.parent / "unreadable_checkpoints"
+        broken.mkdir(parents=True, exist_ok=True)
+        name = str(step)
+        while (broken / name).exists():
+            name += "_"
+        (self.directory / str(step)).rename(broken / name)
+        self._checkpointer.reload()
+
+    def close(self) -> None:
+        """Waits for the save in progress."""
+        self._checkpointer.close()

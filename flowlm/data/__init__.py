@@ -1,0 +1,5 @@
+"""Data: corpora, packing to rows, grammars, and `open_dataset`, which is all that the floors above need."""
+
+from flowlm.data.reader import Dataset, Split, open_dataset
+
+__all__ = ["Dataset", "Split", "open_dataset"]

@@ -1,0 +1,102 @@
+"""tfds builders of the two kinds of data, packed text and rows of a grammar; neither needs TensorFlow.
+
+Both store rows in order as `ids`, int32 [length], in array_record shards of at most `SHARD_ROWS` rows, since reading
+one row at random costs time in proportion to its shard. They are `ShardBasedBuilder`s: a `GeneratorBasedBuilder`
+takes no size of shard and needs TensorFlow for more than 1 GB.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flowlm.data import corpora, packing
+from flowlm.data.grammar import Grammar
+from flowlm.tokenizers import Tokenizer
+
+SHARD_ROWS = 8192
+GRAMMAR_ROWS = {"train": 131_072, "validation": 4_096, "test": 4_096}
+
+
+@dataclasses.dataclass(eq=False)
+class RowsConfig(tfds.core.BuilderConfig):
+    """What a prepared set depends on. The name holds the tokenizer's digest: another vocabulary is another set.
+
+    Attributes:
+      source: name of a corpus or of a grammar.
+      tokenizer: its tokenizer.
+      length: ids in a row, the start token included.
+      data_dir: where the files of the corpora lie; unused by grammars.
+    """
+
+    source: str = ""
+    tokenizer: Tokenizer | None = None
+    length: int = 0
+    data_dir: str = ""
+
+    @classmethod
+    def of(cls, source: str, tokenizer: Tokenizer, length: int, data_dir: str | pathlib.Path) -> "RowsConfig":
+        name = f"{source}-{tokenizer.sha256[:12]}-{length}"
+        return cls(name=name, source=source, tokenizer=tokenizer, length=length, data_dir=str(data_dir))
+
+
+class _Rows(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Rows of ids, by split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    builder_config: RowsConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        ids = tfds.features.Tensor(shape=(self.builder_config.length,), dtype=np.int32)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"ids": ids}),
+            disable_shuffling=True,
+        )
+
+    def _shards(self, split: str, rows: np.ndarray) -> list:
+        """One generator of framed examples for each shard of the rows [num, length - 1]."""
+        if len(rows) == 0:
+            config = self.builder_config
+            raise ValueError(f"{split} split of {config.source!r} is shorter than one row of {config.length} ids")
+        bounds = np.linspace(0, len(rows), -(-len(rows) // SHARD_ROWS) + 1).astype(int)
+        return [functools.partial(self._examples, rows, *part) for part in itertools.pairwise(bounds)]
+
+    def _examples(self, rows: np.ndarray, begin: int, end: int) -> Iterator[tuple[int, dict]]:
+        for key, ids in enumerate(packing.framed(rows[begin:end], self.builder_config.tokenizer.start), begin):
+            yield key, {"ids": ids}
+
+
+class PackedText(_Rows, skip_registration=True):
+    """Documents of a corpus, tokenised, laid end to end and cut to rows of one length."""
+
+    def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
+        del dl_manager
+        config = self.builder_config
+        separated = corpora.CORPORA[config.source].separated
+        shards = {}
+        for split in corpora.SPLITS:
+            texts = (text for _, text in corpora.documents(config.source, split, config.data_dir))
+            # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
+            stream = packing.token_stream(texts, config.tokenizer, separated)
+            with tempfile.TemporaryFile(dir=self.data_dir) as scratch:
+                shards[split] = self._shards(split, packing.write_stream(stream, scratch, config.length - 1))
+        return shards
+
+
+class GrammarRows(_Rows, skip_registration=True):
+    """Rows drawn from a grammar, one seed for each split."""
+
+    def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
+        del dl_manager
+        grammar = Grammar.load(self.builder_config.source)
+        return {
+            split: self._shards(split, grammar.sample(np.random.default_rng(seed), num))
+            for seed, (split, num) in enumerate(GRAMMAR_ROWS.items())
+        }

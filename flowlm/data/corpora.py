@@ -1,0 +1,195 @@
+"""Documents of each corpus: a registry from name to where its files lie and how they are read.
+
+A corpus is a stream of (id, text), never whole in memory; nothing is downloaded. Files a corpus needs lie under
+`<data_dir>/sources`, and a missing one is an error that says what to put where, raised before any work.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from absl import logging
+
+SPLITS = ("train", "validation", "test")
+
+Document = tuple[str, str]
+Path = pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """How to read one corpus.
+
+    Attributes:
+      check: (sources directory) raises FileNotFoundError where files are missing.
+      read: (split, sources directory) to the documents of the split, lazily.
+      separated: whether documents are independent texts, so that a start token belongs between them.
+    """
+
+    check: Callable[[Path], None]
+    read: Callable[[str, Path], Iterator[Document]]
+    separated: bool
+
+
+def _require(found: bool, path: Path, mend: str) -> None:
+    if not found:
+        raise FileNotFoundError(f"corpus source {path} is missing: {mend}")
+
+
+# --- sotu: the speeches that come with the package ---------------------------------------------------------------
+
+SOTU = Path(__file__).parent / "sotu" / "speeches.jsonl.xz"
+SOTU_SHA256 = "bc5452d617d186d3062bedcf97bbf738d1c19a63b8326060472a1f7a09e531fd"
+
+
+def sotu_split(year: int) -> str:
+    """Every twentieth year is held out, so each split spans all eras; speeches of one year stay together."""
+    return {12: "validation", 19: "test"}.get(year % 20, "train")
+
+
+def _check_sotu(sources: Path) -> None:
+    del sources
+    _require(SOTU.is_file(), SOTU, "install flowlm again")
+
+
+def _read_sotu(split: str, sources: Path) -> Iterator[Document]:
+    del sources
+    packed = SOTU.read_bytes()
+    digest = hashlib.sha256(packed).hexdigest()
+    if digest != SOTU_SHA256:
+        raise ValueError(f"{SOTU} is damaged (sha256 {digest}, expected {SOTU_SHA256}): install flowlm again")
+    for line in io.StringIO(lzma.decompress(packed).decode("ascii")):
+        document = json.loads(line)
+        if sotu_split(int(document["id"][:4])) == split:
+            yield document["id"], document["text"]
+
+
+# --- text8: one text of 100M characters, cut 90M / 5M / 5M -------------------------------------------------------
+
+_TEXT8_SIZE = 100_000_000
+_TEXT8_BLOCK = 1_000_000
+
+
+def _check_text8(sources: Path) -> None:
+    found = (sources / "text8").is_file() or (sources / "text8.zip").is_file()
+    _require(found, sources / "text8", "put text8 or text8.zip of http://mattmahoney.net/dc/text8.zip there")
+
+
+def _open_text8(sources: Path) -> tuple[BinaryIO, int]:
+    if (sources / "text8").is_file():
+        return (sources / "text8").open("rb"), (sources / "text8").stat().st_size
+    archive = zipfile.ZipFile(sources / "text8.zip")
+    return archive.open("text8"), archive.getinfo("text8").file_size
+
+
+def _read_text8(split: str, sources: Path) -> Iterator[Document]:
+    file, size = _open_text8(sources)
+    if size != _TEXT8_SIZE:
+        logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", file.name, size, _TEXT8_SIZE)
+    bounds = dict(zip(SPLITS, ((0, size * 90 // 100), (size * 90 // 100, size * 95 // 100), (size * 95 // 100, size))))
+    begin, end = bounds[split]
+    with file:
+        file.seek(begin)
+        kept = b""
+        while begin < end or kept:
+            block = file.read(min(_TEXT8_BLOCK, end - begin))
+            begin += len(block)
+            kept += block
+            # Blocks end before a space, where no tokenizer joins.
+            cut = kept.rfind(b" ") if begin < end else len(kept)
+            if cut > 0:
+                yield f"{split}-{begin}", kept[:cut].decode("ascii")
+                kept = kept[cut:]
+
+
+# --- lm1b: the archive's two directories, a sentence a line ------------------------------------------------------
+
+_LM1B_TRAIN = "training-monolingual.tokenized.shuffled"
+_LM1B_HELD_OUT = "heldout-monolingual.tokenized.shuffled"
+
+
+def _lm1b_files(split: str, sources: Path) -> list[Path]:
+    """The first held-out file is the customary test set; the others validate."""
+    if split == "train":
+        return sorted((sources / "lm1b" / _LM1B_TRAIN).glob("news.en*"))
+    held_out = sorted((sources / "lm1b" / _LM1B_HELD_OUT).glob("news.en*"))
+    return held_out[:1] if split == "test" else held_out[1:]
+
+
+def _check_lm1b(sources: Path) -> None:
+    archive = "1-billion-word-language-modeling-benchmark-r13output"
+    for split, directory in (("train", _LM1B_TRAIN), ("validation", _LM1B_HELD_OUT)):
+        found = bool(_lm1b_files(split, sources))
+        mend = f"put the directory of that name of the archive {archive} there, with its news.en* files"
+        _require(found, sources / "lm1b" / directory, mend)
+
+
+def _read_lm1b(split: str, sources: Path) -> Iterator[Document]:
+    for path in _lm1b_files(split, sources):
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if sentence := line.strip():
+                    yield f"{path.name}-{number}", sentence
+
+
+# --- openwebtext: JSON lines, a document a line ------------------------------------------------------------------
+
+_OPENWEBTEXT_HELD_OUT = 100_000
+
+
+def _check_openwebtext(sources: Path) -> None:
+    directory = sources / "openwebtext"
+    mend = 'put *.jsonl files there, a document a line: {"text": "..."}'
+    _require(any(directory.glob("*.jsonl")), directory, mend)
+
+
+def _lines(directory: Path) -> Iterator[bytes]:
+    for path in sorted(directory.glob("*.jsonl")):
+        with path.open("rb") as lines:
+            yield from lines
+
+
+def _read_openwebtext(split: str, sources: Path) -> Iterator[Document]:
+    """The last 100,000 documents (of a small set, a tenth) are held out: half validates, half tests."""
+    directory = sources / "openwebtext"
+    total = sum(1 for _ in _lines(directory))
+    held_out = max(2, min(_OPENWEBTEXT_HELD_OUT, total // 10))
+    if total <= held_out:
+        raise ValueError(f"{directory} has {total} documents; at least 3 are needed, one for each split")
+    first, middle = total - held_out, total - held_out // 2
+    begin, end = {"train": (0, first), "validation": (first, middle), "test": (middle, total)}[split]
+    for number, line in enumerate(itertools.islice(_lines(directory), begin, end), begin):
+        yield str(number), json.loads(line)["text"]
+
+
+# --- the registry ------------------------------------------------------------------------------------------------
+
+CORPORA = {
+    "sotu": Corpus(_check_sotu, _read_sotu, separated=True),
+    "text8": Corpus(_check_text8, _read_text8, separated=False),
+    "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
+    "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),
+}
+
+
+def check(name: str, data_dir: str | Path) -> None:
+    """Raises FileNotFoundError, with the mend, where files of the corpus are missing."""
+    CORPORA[name].check(Path(data_dir).expanduser() / "sources")
+
+
+def documents(name: str, split: str, data_dir: str | Path) -> Iterator[Document]:
+    """Streams the (id, text) of a split ("train", "validation" or "test") of a corpus.
+
+    Raises:
+      FileNotFoundError: files of the corpus are missing; raised at the call, before the first document.
+      ValueError: the files are there and damaged.
+    """
+    check(name, data_dir)
+    return CORPORA[name].read(split, Path(data_dir).expanduser() / "sources")

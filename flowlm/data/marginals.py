@@ -1,0 +1,38 @@
+"""The context-free reference: the law of a token given its position in the row and nothing else.
+
+Position l has counts n_lv over N rows. With u the law of tokens at all positions behind the start token, smoothed by
+half a token of each kind,
+    p_l(v) = (n_lv + s u(v)) / (N + s),
+where the strength s of the shrinkage is the one of `STRENGTHS` that maximises the leave-one-out likelihood: the sum
+over tokens of log p_l(v), each with itself taken out of n_lv, of N and of u. The positions behind the start token
+share one strength; the start token's own position, which u knows nothing of, has another.
+"""
+
+import numpy as np
+
+STRENGTHS = (*(10.0**k for k in range(7)), np.inf)
+
+_PRIOR_COUNT = 0.5
+
+
+def log_marginals(counts: np.ndarray) -> np.ndarray:
+    """Logs float32 [length, V] of the marginals, in nats, never -inf, from counts int [length, V] of 2 or more rows."""
+    unigrams = counts[1:].sum(0) + _PRIOR_COUNT
+    law = unigrams / unigrams.sum()
+    num_rows = counts[0].sum()
+    strengths = [_best_strength(counts[:1], unigrams, num_rows, 0)]
+    strengths += [_best_strength(counts[1:], unigrams, num_rows, 1)] * (len(counts) - 1)
+    logs = [np.log(_shrunk(count, num_rows, law, strength)) for count, strength in zip(counts, strengths)]
+    return np.stack(logs).astype(np.float32)
+
+
+def _shrunk(count: np.ndarray, total: int, law: np.ndarray, strength: float) -> np.ndarray:
+    return law if np.isinf(strength) else (count + strength * law) / (total + strength)
+
+
+def _best_strength(counts: np.ndarray, unigrams: np.ndarray, num_rows: int, share: int) -> float:
+    """The strength that best foretells each token from the others; `share` is a token's own count in `unigrams`."""
+    positions, tokens = np.nonzero(counts)
+    seen = counts[positions, tokens]
+    law = (unigrams[tokens] - share) / (unigrams.sum() - share)
+    return max(STRENGTHS, key=lambda strength: seen @ np.log(_shrunk(seen - 1, num_rows - 1, law, strength)))

@@ -1,0 +1,160 @@
+"""Datasets as the rest of the code sees them: rows of ids, read by number.
+
+A row of the training stream is a function of (seed, index) alone, so neither processes nor meshes change the order,
+and the state of a run's data is its step.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from flowlm import tokenizers
+from flowlm.data import builders, corpora, grammar, marginals
+from flowlm.data.grammar import Grammar
+from flowlm.tokenizers import Tokenizer
+
+# Rows read at once where a whole split is scanned, and rows that are plenty to count tokens by position.
+_BLOCK = 4096
+_MARGINAL_ROWS = 262_144
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one split: `source` is random access to records {"ids": int32 [length]}."""
+
+    source: Sequence
+    tokenizer: Tokenizer
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, numbers: list[int]) -> np.ndarray:
+        if not numbers:
+            return np.empty((0, self.length), np.int32)
+        return np.stack([record["ids"] for record in self.source.__getitems__(numbers)])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop in stored order, int32 [stop - start, length].
+
+        Raises:
+          IndexError: there are no such rows.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start}..{stop} of a split of {len(self)} rows")
+        return self._read(list(range(start, stop)))
+
+    def shuffled(self, seed: int) -> Callable[[int, int], np.ndarray]:
+        """An endless stream, as a function (start, stop) to its rows start..stop, int32 [stop - start, length].
+
+        Each epoch of len(self) rows is another permutation of the split.
+        """
+        # Numbers are shuffled and rows are read in one batch: twice as fast as shuffling the rows themselves.
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        return lambda start, stop: self._read([int(order[index]) for index in range(start, stop)])
+
+    def log_marginals(self, vocab_size: int) -> np.ndarray:
+        """Logs float32 [length, vocab_size] of the law of tokens by position, in nats (see marginals.py).
+
+        A split of more than 262,144 rows is counted by that many or fewer, evenly spaced.
+
+        Raises:
+          ValueError: the vocabulary is smaller than the tokenizer's.
+        """
+        if vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size}")
+        counts = np.zeros((self.length, vocab_size), np.int64)
+        positions = np.arange(self.length)
+        numbers = range(0, len(self), -(-len(self) // _MARGINAL_ROWS))
+        for begin in range(0, len(numbers), _BLOCK):
+            np.add.at(counts, (positions, self._read(list(numbers[begin : begin + _BLOCK]))), 1)
+        return marginals.log_marginals(counts)
+
+    def text(self, num_chars: int | None = None) -> str:
+        """The split's first characters (all if None), as its tokenizer decodes them, a space between documents.
+
+        Holds what it returns, and the tokens, in memory.
+        """
+        num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
+        stream = self.rows(0, num_rows)[:, 1:].reshape(-1)
+        documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
+        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset; `grammar` is the exact law of its rows (without their start token) where there is one."""
+
+    tokenizer: Tokenizer
+    length: int
+    grammar: Grammar | None
+    train: Split
+    validation: Split
+    test: Split
+
+
+def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
+    """Opens a corpus or a grammar under a tokenizer, in rows of `length` ids; prepares it on first use.
+
+    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. They appear whole or not at all,
+    so an interrupted preparation leaves nothing that is taken for a set, and of several at once the first counts.
+
+    Args:
+      name: of a corpus (`corpora.CORPORA`) or a shipped grammar.
+      tokenizer: name or path, see `tokenizers.shipped`.
+      length: ids in a row, the start token in front included.
+      data_dir: where data is kept; `~` is expanded.
+
+    Raises:
+      FileNotFoundError: files of the corpus or the tokenizer are missing.
+      ValueError: name, tokenizer or length do not exist or do not fit together.
+    """
+    data_dir = pathlib.Path(data_dir).expanduser()
+    known = [*corpora.CORPORA, *grammar.shipped_names()]
+    if name not in known:
+        raise ValueError(f"unknown dataset {name!r}; known are {', '.join(known)}")
+    if length < 2:
+        raise ValueError(f"length {length}: a row is a start token and at least one more")
+    vocabulary = tokenizers.shipped(tokenizer, data_dir)
+    law = None if name in corpora.CORPORA else Grammar.load(name)
+    if law is not None:
+        _check_grammar(name, law, vocabulary, length)
+    builder_class = builders.PackedText if law is None else builders.GrammarRows
+    make = functools.partial(
+        builder_class,
+        data_dir=data_dir / "tfds",
+        config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
+        file_format="array_record",
+    )
+    builder = make()
+    if not builder.data_path.exists():
+        if law is None:
+            corpora.check(name, data_dir)
+        _prepare(builder)
+        builder = make()
+    splits = {split: Split(builder.as_data_source(split), vocabulary, length) for split in corpora.SPLITS}
+    return Dataset(vocabulary, length, law, **splits)
+
+
+def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) -> None:
+    if vocabulary.pieces[: len(law.words)] != law.words:
+        raise ValueError(f"dataset {name!r} has its own words for tokens; its tokenizer is {name!r}")
+    if length != law.length + 1:
+        raise ValueError(f"length {length}: rows of {name!r} have {law.length + 1} ids, one start token included")
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    logging.info("Preparing %s (on first use only).", builder.data_path)
+    try:
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except OSError:
+        # tfds fails at its final rename where another process came first; that one's set is the same.
+        if not builder.data_path.exists():
+            raise
+    logging.info("Prepared %s.", builder.data_path)

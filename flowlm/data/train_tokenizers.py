@@ -1,0 +1,72 @@
+"""Makes the shipped tokenizers: `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every file.
+
+Byte-level BPE is trained on the train split of the embedded speeches only, so that held-out text stays unseen.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from flowlm.data import corpora
+from flowlm.data.grammar import Grammar
+
+START = "<|start|>"
+BPE_SIZES = (512, 1024, 4096)
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def byte_level_bpe(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of `size` ids: the start token (id 0), the 256 bytes and the most frequent merges."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[START],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def characters() -> tokenizers.Tokenizer:
+    """The 27 symbols of text8, a-z and space, and the start token (id 27).
+
+    Text is made so by the rule of text8: lower case, digits spelled out, all else a space, spaces collapsed.
+    """
+    # BPE without merges is a character model; it is three times as fast as a vocabulary of one-letter words.
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ")}, []))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase()]
+        + [normalizers.Replace(str(digit), f" {word} ") for digit, word in enumerate(_DIGITS)]
+        + [normalizers.Replace(tokenizers.Regex("[^a-z]+"), " "), normalizers.Strip()]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([START])
+    return tokenizer
+
+
+def words(grammar: Grammar) -> tokenizers.Tokenizer:
+    """The words of a grammar under the grammar's own ids, and the start token behind them; pads are not text."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(grammar.words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([grammar.words[grammar.pad], START])
+    return tokenizer
+
+
+def main(directory: pathlib.Path) -> None:
+    made = {"chars": characters(), "grammar98": words(Grammar.load("grammar98"))}
+    speeches = [text for _, text in corpora.documents("sotu", "train", "")]
+    for size in BPE_SIZES:
+        made[f"sotu_bpe_{size}"] = byte_level_bpe(speeches, size)
+    for name, tokenizer in made.items():
+        tokenizer.save(str(directory / f"{name}.json"))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]) if sys.argv[1:] else pathlib.Path(__file__).parent / "tokenizers")

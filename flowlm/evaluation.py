@@ -1,0 +1,221 @@
+"""What a model is worth: held-out cross-entropy and likelihood, and samples before judges. All on the averaged parameters.
+
+Metrics are one flat dict:
+    held_out/cross_entropy@TAU, held_out/context_free@TAU   nats per token at a fixed grid of warped time, and their means
+    held_out/bound_nats_per_token, held_out/bound_bits_per_token   the likelihood bound, over the tokens after the start token
+    samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
+    samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from flowlm.data import Dataset
+from flowlm.experiment import Experiment
+from flowlm.judges import Judge, score_all
+from flowlm.judges.grammar import GrammarJudge
+from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.statistics import Statistics, words
+from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
+
+ROWS = 256  # rows in one call of a jitted function
+SHOWN = 16  # samples of each kind in samples.txt
+MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
+
+
+def make_judges(dataset: Dataset) -> list[Judge]:
+    """The judges that fit the data: statistics always; the grammar's exact law, or a 5-gram character model and a word list."""
+    start = dataset.tokenizer.start
+    if dataset.grammar is not None:
+        return [Statistics(None, start), GrammarJudge(dataset.grammar, start)]
+    text = dataset.train.text(MAX_CHARS)
+    return [Statistics(frozenset(words(text)), start), KneserNey.fit(text)]
+
+
+def samplers(family) -> dict[str, object]:
+    """The family's samplers by name: Euler and ancestral, where the family has both."""
+    if not hasattr(family, "eta"):
+        return {"sample": family}
+    out = {"euler": replace(family, eta=0.0)}
+    if family.eta > 0:
+        out["ancestral" if family.eta == 1 else f"eta {family.eta}"] = family
+    return out
+
+
+class Sampler:
+    """Draws samples of one (family, number of steps), ROWS at a time, sharded over the mesh."""
+
+    def __init__(self, net, family, steps: int, mesh: Mesh):
+        rows = -(-ROWS // mesh.size) * mesh.size
+        self._rows = rows
+        self._sample = jax.jit(
+            lambda params, key: family.sample(net, params, key, rows, steps),
+            out_shardings=NamedSharding(mesh, P("data")),
+        )
+
+    def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
+        """ids int32 [num, L]; the first rows do not depend on num."""
+        calls = -(-num // self._rows)
+        parts = [np.asarray(self._sample(params, jax.random.fold_in(key, i))) for i in range(calls)]
+        return np.concatenate(parts)[:num]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics as above; texts: {sampler@steps: samples as text}."""
+
+    step: int
+    metrics: dict[str, float]
+    texts: dict[str, list[str]]
+
+    def save(self, directory) -> None:
+        """Writes evaluation.json and samples.txt."""
+        directory = epath.Path(directory)
+        finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
+        (directory / "evaluation.json").write_text(json.dumps({"step": self.step, "metrics": finite}, indent=2) + "\n")
+        blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
+        (directory / "samples.txt").write_text("\n".join(blocks))
+
+    def show(self) -> None:
+        """Prints three tables: time grid, likelihood, samples; and two samples of each kind."""
+        console = Console(width=200 if not Console().is_terminal else None)
+        for table in self._tables():
+            console.print(table)
+        for name, texts in self.texts.items():
+            console.print(f"[bold]{name}[/bold]", *(f"  {t}" for t in texts[:2]), sep="\n", highlight=False)
+
+    def _tables(self) -> list[Table]:
+        held = {k.removeprefix("held_out/"): v for k, v in self.metrics.items() if k.startswith("held_out/")}
+        grid = Table(title=f"Held-out nats per token at step {self.step}")
+        taus = sorted({k.split("@")[1] for k in held if "@" in k}, key=float)
+        for column in ("tau", *taus, "mean"):
+            grid.add_column(column, justify="right")
+        for row in ("cross_entropy", "context_free"):
+            if row in held:
+                grid.add_row(row.replace("_", " "), *(f"{held[f'{row}@{t}']:.3f}" for t in taus), f"{held[row]:.3f}")
+        tables = [grid]
+        if "bound_nats_per_token" in held:
+            bound = Table(title="Likelihood bound")
+            bound.add_column("nats per token", justify="right")
+            bound.add_column("bits per token", justify="right")
+            nats, bits = ("bound_nats_per_token", "bound_bits_per_token")
+            bound.add_row(*(f"{held[k]:.3f} ± {held[f'{k}_stderr']:.3f}" for k in (nats, bits)))
+            tables.append(bound)
+        scores: dict[str, dict[str, float]] = {}
+        for key, value in self.metrics.items():
+            if key.startswith("samples/"):
+                _, name, metric = key.split("/")
+                scores.setdefault(name, {})[metric] = value
+        columns = [m for m in next(iter(scores.values()), {}) if not m.endswith("_stderr")]
+        judged = Table(title="Samples before the judges")
+        judged.add_column("sampler @ steps")
+        for column in columns:
+            judged.add_column(column.replace("_", " "), justify="right")
+        for name, row in scores.items():
+            judged.add_row(name.replace("_", " "), *(f"{row[c]:.3f}" for c in columns))
+        return [*tables, judged]
+
+
+class Evaluator:
+    """evaluator(params, step, num_samples) -> Evaluation; everything slow is compiled or fitted once, on the first call.
+
+    Args:
+      settings: the experiments' `evaluation` section.
+      only_steps: numbers of sampling steps instead of `settings.steps`.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        mesh: Mesh,
+        seed: int,
+        settings: ConfigDict,
+        only_steps: Sequence[int] | None = None,
+    ):
+        net, family = experiment.net, experiment.family
+        self._net, self._family, self._dataset, self._mesh, self._seed = net, family, dataset, mesh, seed
+        self._settings = settings
+        steps = settings.steps if only_steps is None else only_steps
+        self._samplers = {
+            f"{name}@{n}": Sampler(net, variant, n, mesh) for n in steps for name, variant in samplers(family).items()
+        }
+        self._held_out = self._reference = self._judges = None
+        self._bound = jax.jit(partial(getattr(family, "bound", None), net)) if self._has_bound() else None
+        self._denoising = jax.jit(partial(family.denoising, net)) if hasattr(family, "denoising") else None
+        self._context_free = jax.jit(partial(family.context_free, net)) if self._has_bound() else None
+
+    def _has_bound(self) -> bool:
+        prior = getattr(self._family, "prior", None)
+        return hasattr(self._family, "bound") and (prior is None or prior.name == "gaussian")
+
+    def __call__(self, params, step: int, num_samples: int) -> Evaluation:
+        if self._held_out is None:
+            self._prepare()
+        metrics = self._likelihood(params)
+        texts = {}
+        for name, sampler in self._samplers.items():
+            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
+            texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
+            metrics |= {f"samples/{name}/{k}": v for k, v in score_all(self._judges, ids, texts[name]).items()}
+        # As many held-out rows as samples, where there are: distinct-n depends on the number.
+        rows = self._reference_rows(num_samples)
+        real = [self._dataset.tokenizer.decode(row) for row in rows]
+        metrics |= {f"samples/held_out/{k}": v for k, v in score_all(self._judges, rows, real).items()}
+        texts["held_out"] = real
+        return Evaluation(step, metrics, texts)
+
+    def _prepare(self) -> None:
+        split = self._dataset.validation
+        self._held_out = split.rows(0, min(self._settings.held_out, len(split)))
+        if self._context_free is not None:
+            self._log_marginals = jnp.asarray(self._dataset.train.log_marginals(self._dataset.tokenizer.vocab_size))
+        self._judges = make_judges(self._dataset)
+
+    def _reference_rows(self, num: int) -> np.ndarray:
+        split = self._dataset.test
+        if len(split) < num:
+            logging.warning(
+                "%d samples are judged beside only %d held-out rows: distinct-n compares unfairly", num, len(split)
+            )
+        return split.shuffled(self._seed)(0, min(num, len(split)))
+
+    def _likelihood(self, params) -> dict[str, float]:
+        """Cross-entropies on the grid of tau and the bound, over the held-out rows. The same noise at every call."""
+        metrics: dict[str, float] = {}
+        key = purpose_key(self._seed, 0, EVALUATION)
+        count = len(self._held_out)
+        parts = [{"ids": jnp.asarray(self._held_out[i : i + ROWS])} for i in range(0, count, ROWS)]
+
+        def mean(fn, *args) -> np.ndarray:
+            values = [fn(params, part, jax.random.fold_in(key, i), *args) for i, part in enumerate(parts)]
+            return np.concatenate([np.asarray(v) for v in values])
+
+        for name, fn, extra in (
+            ("cross_entropy", self._denoising, ()),
+            ("context_free", self._context_free, (getattr(self, "_log_marginals", None),)),
+        ):
+            if fn is not None:
+                at = {tau: float(mean(fn, tau, *extra).mean()) for tau in self._settings.taus}
+                metrics |= {f"held_out/{name}@{tau}": value for tau, value in at.items()}
+                metrics[f"held_out/{name}"] = float(np.mean(list(at.values())))
+        if self._bound is not None:
+            # The start token is the same in every row and carries nothing.
+            nats = mean(self._bound) / (self._net.length - 1)
+            for unit, scale in (("nats", 1.0), ("bits", 1 / np.log(2))):
+                metrics[f"held_out/bound_{unit}_per_token"] = float(nats.mean() * scale)
+                metrics[f"held_out/bound_{unit}_per_token_stderr"] = float(nats.std(ddof=1) / count**0.5 * scale)
+        return metrics

@@ -1,0 +1,80 @@
+"""From settings to things: the network, the family and the optimizer of a run, and a trained run from its directory."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from flowlm import run_directory, sharding, train_state
+from flowlm.checkpoint import Checkpoints
+from flowlm.models import Network, make_network
+from flowlm.objectives import make_family
+from flowlm.optimizers import make_optimizer, make_schedule
+from flowlm.time_warp import TimeWarp
+from flowlm.tokenizers import Tokenizer
+
+
+class Experiment(NamedTuple):
+    """net, family (objectives/), optimizer and its learning-rate schedule."""
+
+    net: Network
+    family: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+def build(config: ConfigDict, vocab_size: int) -> Experiment:
+    """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
+
+    Raises:
+      ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's `vocab_size`.
+    """
+    model = config.model.to_dict()
+    if model["vocab_size"] != vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {model['vocab_size']}, but the tokenizer {config.data.tokenizer!r} has {vocab_size} tokens: "
+            f"set --config.model.vocab_size={vocab_size} or choose another tokenizer"
+        )
+    warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
+    net = make_network(length=config.data.length, warp=warp, **model)
+    family = make_family(warp=warp, **config.objective.to_dict())
+    settings = config.optimizer.to_dict()
+    schedule = make_schedule(
+        settings.pop("learning_rate"), settings.pop("schedule"), settings.pop("warmup_steps"), config.steps
+    )
+    return Experiment(net, family, make_optimizer(schedule, **settings), schedule)
+
+
+class Trained(NamedTuple):
+    """A run from its directory: settings, tokenizer, things, averaged parameters and the step they are of."""
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    experiment: Experiment
+    params: Any
+    step: int
+
+
+def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):
+    """Shapes and shardings of the training state, without making it."""
+    shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.optimizer, 0))
+    places = sharding.state_shardings(shapes, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+
+
+def load_trained(directory, mesh: jax.sharding.Mesh) -> Trained:
+    """The newest checkpoint of a run, read only.
+
+    Raises:
+      FileNotFoundError: not a run directory, or nothing was saved yet.
+    """
+    config, tokenizer = run_directory.load(directory)
+    experiment = build(config, tokenizer.vocab_size)
+    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
+    state = checkpoints.restore(abstract_state(experiment, mesh))
+    checkpoints.close()
+    if state is None:
+        raise FileNotFoundError(f"{directory} has no complete checkpoint yet: let the run reach its first save")
+    return Trained(config, tokenizer, experiment, state.ema, int(state.step))

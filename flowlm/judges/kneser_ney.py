@@ -1,0 +1,133 @@
+"""Interpolated Kneser-Ney over characters (Kneser & Ney 1995, in the form of Chen & Goodman 1999), as a judge.
+
+With c the k - 1 characters before w, and c' the same without its first,
+
+    P_k(w | c) = max(N_k(c w) - D_k, 0) / N_k(c .) + D_k T_k(c) / N_k(c .) P_{k-1}(w | c'),      P_0 = 1 / (A + 1)
+
+N_k counts occurrences at the highest order; below it, it counts the distinct characters seen before the k-gram (in
+the distinct n-grams of the highest order, so a text's first few characters, with less before them, do not count).
+N_k(c .) and T_k(c) are the total and the number of the w seen after c; a context never seen leaves P_{k-1}. One discount
+an order, D_k = n_1 / (n_1 + 2 n_2), n_r being the number of k-grams with count r. The alphabet is the A characters of
+the training text and one symbol for all others, so P sums to one over A + 1 symbols in any context.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flowlm.judges import mean_with_stderr
+
+
+def code_points(text: str) -> np.ndarray:
+    """The Unicode code points of a text, uint32 [len]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def lookup(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index, found) of each key in a sorted table; index is 0 where it was not found."""
+    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    found = table[index] == keys
+    return np.where(found, index, 0), found
+
+
+class Order(NamedTuple):
+    """One line of the recursion. A k-gram is the integer whose digits in base A + 1 are its characters."""
+
+    grams: np.ndarray  # [G] int64, sorted
+    share: np.ndarray  # [G] max(N_k(c w) - D_k, 0) / N_k(c .)
+    contexts: np.ndarray  # [C] int64, sorted
+    backoff: np.ndarray  # [C] D_k T_k(c) / N_k(c .)
+
+    @classmethod
+    def from_counts(cls, grams: np.ndarray, counts: np.ndarray, base: int) -> "Order":
+        once, twice = (counts == 1).sum(), (counts == 2).sum()
+        # Where nothing was seen once the formula gives 0, and unseen characters would have no probability at all.
+        discount = once / (once + 2 * twice) if once else 0.5
+        contexts, first, types = np.unique(grams // base, return_index=True, return_counts=True)
+        totals = np.add.reduceat(counts, first)
+        share = np.maximum(counts - discount, 0) / np.repeat(totals, types)
+        return cls(grams, share, contexts, discount * types / totals)
+
+
+class KneserNey:
+    """A fitted model: the alphabet and the counts of the highest order, from which all others follow.
+
+    Metric: `nats_per_char`, total nats / total characters over all texts, with the delta method's standard error over
+    texts. Every text is scored from its own beginning. A perfect copy of the corpus scores very low: read it beside
+    `Statistics`.
+    """
+
+    def __init__(self, order: int, alphabet: np.ndarray, grams: np.ndarray, counts: np.ndarray):
+        """`alphabet` [A] sorted code points; `grams` [G] sorted codes of the `order`-grams with their `counts` [G]."""
+        self.order, self.alphabet, self.grams, self.counts = order, alphabet, grams, counts
+
+    @property
+    def base(self) -> int:
+        """Number of symbols, A + 1."""
+        return len(self.alphabet) + 1
+
+    @classmethod
+    def fit(cls, text: str, order: int = 5) -> "KneserNey":
+        """Counts the `order`-grams of a text.
+
+        Raises:
+          ValueError: the text is shorter than `order`, or its alphabet too large for `order` digits in 63 bits.
+        """
+        if not 1 <= order <= len(text):
+            raise ValueError(f"order must lie between 1 and the text's {len(text)} characters; got {order}.")
+        points = code_points(text)
+        alphabet = np.unique(points)
+        codes = np.searchsorted(alphabet, points)
+        base = len(alphabet) + 1
+        if base**order >= 2**63:
+            raise ValueError(f"order {order} over {base} symbols does not fit in 63 bits: lower order.")
+        keys = np.zeros(len(codes) - order + 1, np.int64)
+        for offset in range(order):
+            keys *= base
+            keys += codes[offset : offset + len(keys)]
+        return cls(order, alphabet, *np.unique(keys, return_counts=True))
+
+    @functools.cached_property
+    def orders(self) -> list[Order]:
+        """The tables of orders 1 to `order`."""
+        orders, grams, counts = [], self.grams, self.counts
+        for k in range(self.order, 0, -1):
+            orders.insert(0, Order.from_counts(grams, counts, self.base))
+            grams, counts = np.unique(grams % self.base ** (k - 1), return_counts=True)
+        return orders
+
+    def log_prob(self, text: str) -> np.ndarray:
+        """ln P(character | up to order - 1 characters before it), nats, float64 [len(text)]."""
+        codes, known = lookup(self.alphabet, code_points(text))
+        codes = np.where(known, codes, len(self.alphabet))
+        keys = np.zeros(len(codes), np.int64)
+        prob = np.full(len(codes), 1 / self.base)
+        for k, table in enumerate(self.orders, 1):
+            # keys are the k-grams that end at each character; the first k - 1 characters keep their lower order.
+            keys = keys[1 if k > 1 else 0 :]
+            keys = keys + codes[: len(keys)] * self.base ** (k - 1)
+            context, seen = lookup(table.contexts, keys // self.base)
+            gram, hit = lookup(table.grams, keys)
+            lower = prob[k - 1 :]  # a view: P_{k-1} becomes P_k in place
+            lower *= np.where(seen, table.backoff[context], 1)
+            lower += np.where(hit, table.share[gram], 0)
+        return np.log(prob)
+
+    def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        """The ids are not read. NaN where all texts are empty."""
+        nats = [-self.log_prob(text).sum() for text in texts]
+        return mean_with_stderr("nats_per_char", nats, [len(text) for text in texts])
+
+    def save(self, path: str) -> None:
+        """Writes an npz of plain arrays. `load` reads it back."""
+        arrays = {"alphabet": self.alphabet, "grams": self.grams, "counts": self.counts}
+        with open(path, "wb") as file:
+            np.savez_compressed(file, order=self.order, **arrays)
+
+    @classmethod
+    def load(cls, path: str) -> "KneserNey":
+        """Reads what `save` wrote, without pickle. Raises FileNotFoundError if there is no such file."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(int(file["order"]), file["alphabet"], file["grams"], file["counts"])

@@ -1,0 +1,110 @@
+"""What can be said of samples by counting: entropy, diversity, repetition, words.
+
+None of these measures quality alone. They guard the metrics that do: a low perplexity with a falling entropy or a
+long repeat is collapse.
+"""
+
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+from flowlm.judges import mean_with_stderr
+
+PUNCTUATION = string.punctuation + "“”‘’«»–—…"
+# Rows compared at a time in `longest_repeats`: the working set then stays in the processor's cache.
+BLOCK = 16
+
+
+def words(text: str) -> list[str]:
+    """Whitespace-separated words, lower-cased, without punctuation at their ends; empty ones dropped."""
+    stripped = (word.strip(PUNCTUATION) for word in text.lower().split())
+    return [word for word in stripped if word]
+
+
+def entropies(ids: np.ndarray) -> np.ndarray:
+    """Unigram entropy in nats of each row of ids [N, L]; negative ids are not counted. An empty row has 0."""
+    result = np.zeros(len(ids))
+    for row, tokens in enumerate(ids):
+        counts = np.unique(tokens[tokens >= 0], return_counts=True)[1]
+        shares = counts / max(counts.sum(), 1)
+        result[row] = -(shares * np.log(shares)).sum()
+    return result
+
+
+def distinct_share(ids: np.ndarray, n: int) -> float:
+    """Distinct n-grams over all rows of ids [N, L] / all n-grams; those with a negative id are not counted."""
+    if ids.shape[1] < n:
+        return float("nan")
+    windows = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1).reshape(-1, n)
+    windows = windows[(windows >= 0).all(1)]
+    if not len(windows):
+        return float("nan")
+    base = int(ids.max()) + 1
+    codes, bound = windows[:, 0].astype(np.int64), base
+    for column in range(1, n):
+        if bound * base >= 2**63:  # number the distinct prefixes anew, so that the code fits
+            codes = np.unique(codes, return_inverse=True)[1]
+            bound = len(codes)
+        codes, bound = codes * base + windows[:, column], bound * base
+    return len(np.unique(codes)) / len(codes)
+
+
+def longest_repeats(ids: np.ndarray) -> np.ndarray:
+    """Tokens in the longest run that occurs at two places of a row, for each row of ids [N, L].
+
+    The two places may overlap, so L equal tokens score L - 1; a row without any token twice scores 0. O(L^2) a row:
+    shared[j] is the length of the run that starts at both i and j, found from that of i + 1 and j + 1.
+    """
+    count, length = ids.shape
+    result = np.zeros(count, np.int64)
+    for start in range(0, count, BLOCK):
+        # [L, rows]: all later positions are one block of memory.
+        rows = ids[start : start + BLOCK].T.copy()
+        longest = np.zeros_like(rows)
+        shared = np.zeros((length + 1, rows.shape[1]), rows.dtype)
+        for i in range(length - 2, -1, -1):
+            equal = rows[i + 1 :] == rows[i]
+            np.multiply(shared[i + 2 :] + 1, equal, out=shared[i + 1 : length])
+            np.maximum(longest[i + 1 :], shared[i + 1 : length], out=longest[i + 1 :])
+        result[start : start + BLOCK] = longest.max(0)
+    return result
+
+
+class Statistics:
+    """Counts over samples.
+
+    Metrics, in this order:
+      entropy: unigram entropy of the token ids inside a sample, nats, mean over samples.
+      distinct_1, distinct_2, distinct_4: distinct n-grams of token ids over all samples / all n-grams, n-grams lying
+        inside samples. It falls as samples are added: compare only at equal counts and lengths.
+      longest_repeat: length in tokens of the longest run that occurs twice inside a sample (the two may overlap),
+        mean over samples.
+      distinct_rows: distinct samples / samples.
+      words_in_corpus: share of the samples' words that occur in the corpus, over all words of all samples. The first
+        and the last word of a text are left out, since rows are cut inside words. Not reported without a vocabulary.
+
+    A start token in position 0 is the frame, not text: it is left out of all but `distinct_rows`. A row that begins
+    with any other token counts whole.
+    """
+
+    def __init__(self, vocabulary_words: frozenset[str] | None, start: int):
+        """`vocabulary_words`: frozenset(words(train split)) or None. `start`: id of the start token."""
+        self.vocabulary_words = vocabulary_words
+        self.start = start
+
+    def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        """ids int [N, L] with N texts of those rows, without special tokens. See the class for the metrics."""
+        tokens = np.array(ids, np.int32)
+        # -1 is counted nowhere, and as it occurs once a row it belongs to no repeat.
+        tokens[tokens[:, 0] == self.start, 0] = -1
+        scores = mean_with_stderr("entropy", entropies(tokens))
+        for n in (1, 2, 4):
+            scores[f"distinct_{n}"] = distinct_share(tokens, n)
+        scores |= mean_with_stderr("longest_repeat", longest_repeats(tokens))
+        scores["distinct_rows"] = len(np.unique(ids, axis=0)) / len(ids)
+        if self.vocabulary_words is not None:
+            inner = [words(" ".join(text.split()[1:-1])) for text in texts]
+            known = [sum(word in self.vocabulary_words for word in sample) for sample in inner]
+            scores |= mean_with_stderr("words_in_corpus", known, [len(sample) for sample in inner])
+        return scores

@@ -1,0 +1,132 @@
+"""The one command.
+
+flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
+flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=euler|ancestral] [--seed=N]
+flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
+"""
+
+import difflib
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment, and --config.key=value to change it")
+_WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "sample, evaluate: the directory of a trained run")
+_STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
+_NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
+_SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
+_SEED = flags.DEFINE_integer("seed", 0, "sample: the seed")
+
+
+def _train() -> None:
+    from flowlm.train import train
+
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise ValueError("flowlm train needs --config=experiments/NAME.py and --workdir=DIR")
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+def _step_counts(default: list[str]) -> list[int]:
+    counts = _STEPS.value or default
+    if not all(c.isdigit() and int(c) > 0 for c in counts):
+        raise ValueError(f"--steps takes positive whole numbers, got {','.join(counts)!r}")
+    return [int(c) for c in counts]
+
+
+def _sample() -> None:
+    from flowlm.evaluation import Sampler, samplers
+    from flowlm.experiment import load_trained
+    from flowlm.sharding import make_mesh
+
+    if _CHECKPOINT.value is None:
+        raise ValueError("flowlm sample needs --checkpoint=DIR, the directory of a trained run")
+    counts, num = _step_counts(["64"]), _NUM.value or 8
+    mesh = make_mesh(-1)
+    run = load_trained(_CHECKPOINT.value, mesh)
+    choices = samplers(run.experiment.family)
+    name = _SAMPLER.value or list(choices)[-1]
+    if name not in choices:
+        raise ValueError(f"unknown --sampler {name!r}: choose one of {list(choices)}")
+    for steps in counts:
+        draw = Sampler(run.experiment.net, choices[name], steps, mesh)
+        print(f"== {name}@{steps}")
+        for row in draw(run.params, jax.random.key(_SEED.value), num):
+            print(run.tokenizer.decode(row))
+
+
+def _evaluate() -> None:
+    from flowlm.data import open_dataset
+    from flowlm.evaluation import Evaluator
+    from flowlm.experiment import load_trained
+    from flowlm.sharding import make_mesh
+
+    if _CHECKPOINT.value is None:
+        raise ValueError("flowlm evaluate needs --checkpoint=DIR, the directory of a trained run")
+    mesh = make_mesh(-1)
+    run = load_trained(_CHECKPOINT.value, mesh)
+    data, settings = run.config.data, run.config.evaluation
+    counts = _step_counts([str(n) for n in settings.steps])
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
+    if dataset.tokenizer.sha256 != run.tokenizer.sha256:
+        raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
+    evaluator = Evaluator(run.experiment, dataset, mesh, run.config.seed, settings, counts)
+    result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
+    result.save(_CHECKPOINT.value)
+    result.show()
+
+
+COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate}
+
+
+def _check_experiment(argv: list[str]) -> None:
+    """Names the experiments there are when the one asked for is not there; absl would show a stack of frames."""
+    for argument in argv:
+        if found := re.fullmatch(r"--?config=([^:]+)(:.*)?", argument):
+            path = Path(found[1])
+            if not path.is_file():
+                known = sorted(str(p) for p in Path("experiments").glob("*.py"))
+                close = difflib.get_close_matches(str(path), known, 1)
+                hint = (
+                    f"did you mean {close[0]}?"
+                    if close
+                    else f"there are {', '.join(known) or 'none here: run from a checkout'}"
+                )
+                raise ValueError(f"no experiment {path}: {hint}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        _check_experiment(argv)
+        return FLAGS(argv)
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
+        sys.exit(f"flowlm: {str(error).strip(chr(34))}")
+
+
+def _main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {' '.join(argv[1:]) or 'nothing'}\n{__doc__}")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells a long story at INFO
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
+    try:
+        COMMANDS[argv[1]]()
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError, RuntimeError) as error:
+        logging.debug("%s", traceback.format_exc())  # --verbosity=1 shows it
+        sys.exit(f"flowlm: {error}")
+
+
+def run() -> None:
+    """Entry point of the `flowlm` console script."""
+    app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,156 @@
+"""The diffusion transformer of the reference (2602.16813): rotary attention, adaLN-zero, both logits soft-capped.
+
+    block   x <- x + g1 * Attention( LN(x) (1 + s1) + b1 );   x <- x + g2 * MLP( LN(x) (1 + s2) + b2 )
+    head    logits = 30 tanh( (LN(x) (1 + s) + b) W / 30 ),   attention scores 50 tanh( q.k / sqrt(d) / 50 )
+
+with (b, s, g) = Linear(cond), cond = SiLU( temb_s(tau_s) + temb_t(tau_t) ). Parameters and normalisation are float32, products
+run in `dtype`. The embedding and the output matrix live here too, but are applied by `models/__init__.py` and `vocab.py`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ATTENTION_CAP = 50.0
+LOGIT_CAP = 30.0
+SINUSOIDS = 256
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(x / cap): nearly the identity for small x, never beyond cap."""
+    return cap * jnp.tanh(x / cap)
+
+
+def rotary(x: jax.Array, base: float = 1e4) -> jax.Array:
+    """Rotates the halves of each head of x [B, L, H, d] by angles proportional to position (2104.09864)."""
+    length, half = x.shape[1], x.shape[-1] // 2
+    angle = jnp.arange(length)[:, None] / base ** (jnp.arange(half) / half)[None, :]
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    left, right = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """Soft-capped softmax attention over [B, L, H, d]; scores and softmax in float32."""
+    scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    scores = soft_cap(scores, ATTENTION_CAP)
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+class TokenDense(nn.Dense):
+    """`nn.Dense` on [B, L, D] as one [B L, D] product: weight gradients then contract one axis, twice as fast on CPU."""
+
+    def __call__(self, x):
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
+class TimeEmbedding(nn.Module):
+    """tau [B] -> [B, cond]: 256 sinusoids of `scale` * tau and a small MLP."""
+
+    cond: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, tau):
+        half = SINUSOIDS // 2
+        angle = self.scale * tau[:, None] * jnp.exp(-jnp.log(1e4) * jnp.arange(half) / half)
+        x = nn.Dense(self.cond, name="in")(jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1))
+        return nn.Dense(self.cond, name="out")(nn.silu(x))
+
+
+class Modulation(nn.Module):
+    """cond [B, C] -> `parts` vectors [B, 1, width] each, all zero at initialisation (adaLN-zero)."""
+
+    parts: int
+    width: int
+
+    @nn.compact
+    def __call__(self, cond):
+        out = nn.Dense(self.parts * self.width, kernel_init=nn.initializers.zeros, name="linear")(cond)
+        return jnp.split(out[:, None, :], self.parts, -1)
+
+
+class Block(nn.Module):
+    """One transformer block on x [B, L, width] (written for `nn.scan`: returns (x, None))."""
+
+    width: int
+    heads: int
+    dropout: float
+    gate_init: float
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, cond, deterministic):
+        batch, length, _ = x.shape
+        dense = functools.partial(TokenDense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, use_bias=False, epsilon=1e-5)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.width, name="modulation")(cond)
+
+        h = (norm(name="norm1")(x) * (1 + scale1) + shift1).astype(self.dtype)
+        qkv = dense(3 * self.width, use_bias=False, name="qkv")(h)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, -1), 2, 0)
+        out = attention(rotary(q), rotary(k), v, self.causal).reshape(batch, length, self.width)
+        x = x + (self.gate_init + gate1) * drop(dense(self.width, use_bias=False, name="out")(out))
+
+        h = (norm(name="norm2")(x) * (1 + scale2) + shift2).astype(self.dtype)
+        h = dense(self.width, name="mlp_out")(nn.gelu(dense(4 * self.width, name="mlp_in")(h)))
+        return x + (self.gate_init + gate2) * drop(h), None
+
+
+class DiT(nn.Module):
+    """Everything with parameters. `__call__` maps an input [B, L, width] and warped times [B] to hidden [B, L, width]."""
+
+    vocab: int
+    length: int
+    width: int
+    blocks: int
+    heads: int
+    cond: int
+    dropout: float
+    time_embeddings: int  # 1: conditioned on tau_s; 2: on (tau_s, tau_t)
+    time_scale: float
+    gate_init: float
+    learned_positions: bool
+    mixes_raw: bool  # a second width x width matrix for the raw part of the input `both`
+    causal: bool
+    remat: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, z, raw, tau_s, tau_t, deterministic):
+        uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
+        self.param("embedding", uniform, (self.vocab, self.width))
+        self.param("unembed_kernel", nn.initializers.zeros, (self.width, self.vocab))
+        self.param("unembed_bias", nn.initializers.zeros, (self.vocab,))
+
+        x = z.astype(jnp.float32)
+        if self.mixes_raw:
+            x = x + TokenDense(self.width, use_bias=False, name="mix_raw")(raw)
+        if self.learned_positions:
+            x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
+        cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)
+        if self.time_embeddings == 2:
+            cond = cond + TimeEmbedding(self.cond, self.time_scale, name="time_t")(tau_t)
+        cond = nn.silu(cond)
+
+        block = nn.remat(Block, static_argnums=(3,), prevent_cse=False) if self.remat else Block
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.blocks,
+            unroll=1,
+        )
+        x, _ = stack(self.width, self.heads, self.dropout, self.gate_init, self.causal, self.dtype, name="blocks")(
+            x, cond, deterministic
+        )
+
+        shift, scale = Modulation(2, self.width, name="modulation")(cond)
+        return nn.LayerNorm(use_bias=False, epsilon=1e-5, name="norm")(x) * (1 + scale) + shift

@@ -1,0 +1,49 @@
+"""Learning-rate schedules, AdamW with clipping, and the moving average of the parameters."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowlm.sharding import path_of
+
+SCHEDULES = ("constant", "cosine")
+
+
+def make_schedule(learning_rate: float, schedule: str, warmup_steps: int, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine to zero at `steps`."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown optimizer.schedule {schedule!r}: choose one of {list(SCHEDULES)}")
+    if schedule == "cosine":
+        if steps <= warmup_steps:
+            raise ValueError(f"a cosine schedule needs steps {steps} > optimizer.warmup_steps {warmup_steps}")
+        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps)), optax.constant_schedule(learning_rate)],
+        [warmup_steps],
+    )
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, decay_pattern: str, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; parameters whose path matches `decay_pattern` decay."""
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(decay_pattern, path_of(path))), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
+    )
+
+
+def update_ema(ema, params, step: jax.Array, decay: float):
+    """ema <- d ema + (1 - d) params with d = min(decay, (1 + n) / (10 + n)) at the n-th update, n = step.
+
+    Without the warm-up the average keeps decay^n of the random initialisation, which ruins samples for thousands of steps
+    while the loss of the live parameters looks fine.
+    """
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)

@@ -1,0 +1,107 @@
+"""The noise at t = 0, drawn straight in embedding space (2602.16813; 2602.12233 for the simplex prior).
+
+A prior is a law of x0 in R^V for every token. The network sees x0 only through z0 = x0 @ E, so that is all we draw:
+
+    gaussian     x0 ~ N(0, I_V)   =>   z0 ~ N(0, G),  G = E^T E
+    dirichlet    x0 ~ Dir(1)      =>   z0 = sum_v e_v E_v / sum_v e_v,  e_v ~ Exp(1), summed chunk by chunk over V
+
+Both are exact, in law and in the expected gradient with respect to E; nothing of shape (batch, length, V) is kept.
+Noise of one example depends on that example's key alone, so it is the same on every mesh and in every microbatch.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.scipy.linalg import cho_solve, solve_triangular
+
+# TPUs round float32 products to bf16 and GPUs to TF32: at a condition number of 1e5 the weakest direction of the
+# noise would be wrong a hundredfold.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Geometry(NamedTuple):
+    """The linear map x -> z = x @ E in coordinates where the Gaussian noise is white; R = min(V, D).
+
+    Attributes:
+      color: [R, D]. xi @ color ~ N(0, G) for xi ~ N(0, I_R).
+      whiten: [D, R]. Noise z0 @ whiten is N(0, I_R), and whiten @ whiten^T is the (pseudo-)inverse of G.
+      codes: [V, R]. The tokens there, E @ whiten; the identity where V < D.
+    """
+
+    color: jax.Array
+    whiten: jax.Array
+    codes: jax.Array
+
+
+def _cholesky(gram: jax.Array) -> jax.Array:
+    size = gram.shape[0]
+    jitter = 1e-6 * jnp.trace(gram) / size
+    return jnp.linalg.cholesky(gram + jitter * jnp.eye(size, dtype=gram.dtype))
+
+
+def geometry(embedding: jax.Array) -> Geometry:
+    """Whitening of the embedding [V, D], in float32 and without a gradient (never differentiate a Cholesky factor)."""
+    embedding = stop_gradient(embedding).astype(jnp.float32)
+    vocab, width = embedding.shape
+    if vocab < width:  # G is singular, but x itself can be recovered: x = z E^T (E E^T)^-1
+        factor = _cholesky(jnp.matmul(embedding, embedding.T, precision=HIGHEST))
+        whiten = cho_solve((factor, True), embedding).T
+        return Geometry(embedding, whiten, jnp.eye(vocab, dtype=jnp.float32))
+    factor = _cholesky(jnp.matmul(embedding.T, embedding, precision=HIGHEST))
+    whiten = solve_triangular(factor, jnp.eye(width, dtype=jnp.float32), lower=True).T
+    return Geometry(factor.T, whiten, jnp.matmul(embedding, whiten, precision=HIGHEST))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """x0 ~ N(0, I_V): the paper's prior."""
+
+    name = "gaussian"
+
+    def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
+        """Draws z0 [B, L, D] ~ N(0, G), one row for each of the B keys.
+
+        The value is xi @ color. Its gradient is that of E[x0 | xi] @ E, the mean of the dense draw's gradient given
+        the noise that the network sees: unbiased, and less noisy than the dense draw's (Rao-Blackwell).
+        """
+        geo = geometry(embedding)
+        xi = jax.vmap(lambda key: jax.random.normal(key, (length, geo.color.shape[0])))(keys)
+        value = jnp.matmul(xi, geo.color, precision=HIGHEST)
+        carrier = xi @ jnp.matmul(geo.codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
+        return stop_gradient(value) + carrier - stop_gradient(carrier)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dirichlet:
+    """x0 uniform on the simplex, Dir(1): the interpolant then never leaves it."""
+
+    name = "dirichlet"
+    chunk: int = 1024  # vocabulary entries at a time
+
+    def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
+        """Draws z0 [B, L, D] = x0 @ E, x0 ~ Dir(1), one row for each of the B keys."""
+        vocab, width = embedding.shape
+        chunk = min(self.chunk, vocab)
+        chunks = -(-vocab // chunk)
+        padded = jnp.pad(embedding.astype(jnp.float32), ((0, chunks * chunk - vocab), (0, 0)))
+        real = (jnp.arange(chunks * chunk) < vocab).astype(jnp.float32).reshape(chunks, chunk)
+
+        @jax.checkpoint
+        def add(carry, part):
+            weighted, total = carry
+            index, rows, mask = part
+            draw = jax.vmap(lambda key: jax.random.exponential(jax.random.fold_in(key, index), (length, chunk)))
+            draws = draw(keys) * mask
+            return (weighted + draws @ rows, total + draws.sum(-1, keepdims=True)), None
+
+        batch = keys.shape[0]
+        zero = (jnp.zeros((batch, length, width)), jnp.zeros((batch, length, 1)))
+        parts = (jnp.arange(chunks), padded.reshape(chunks, chunk, width), real)
+        (weighted, total), _ = jax.lax.scan(add, zero, parts)
+        return weighted / total
+
+
+PRIORS = {"gaussian": Gaussian, "dirichlet": Dirichlet}

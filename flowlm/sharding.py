@@ -1,0 +1,66 @@
+"""Where arrays live: the mesh, the batch and the state.
+
+Decided outside the model. The mesh has one axis, `data`; one device is the mesh of size one. RULES is the one table of
+(regular expression on the parameter path -> axes); the same function places parameters, EMA and optimizer moments.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
+
+
+def make_mesh(data: int) -> Mesh:
+    """A mesh over `data` devices, all of them for -1. Raises ValueError if there are not that many."""
+    devices = jax.devices()
+    data = len(devices) if data == -1 else data
+    if not 1 <= data <= len(devices):
+        raise ValueError(
+            f"mesh.data = {data}, but {len(devices)} devices are here: set mesh.data to -1 or at most that"
+        )
+    # Linen's contractions fail on the Explicit axes that make_mesh gives by default.
+    return jax.make_mesh((data,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:data])
+
+
+def path_of(path) -> str:
+    """A tree path as `a/b/c`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def state_shardings(abstract_state, mesh: Mesh):
+    """The sharding of every array of a state tree, by RULES: the first pattern found in its path."""
+
+    def place(path, _):
+        name = path_of(path)
+        return NamedSharding(mesh, next(spec for pattern, spec in RULES if re.search(pattern, name)))
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the global batch divides over microbatches and devices."""
+    parts = accumulation * mesh.size
+    if accumulation < 1 or batch_size < 1 or batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {mesh.size} devices: "
+            f"use {max(1, batch_size // parts) * parts} or {(batch_size // parts + 1) * parts}"
+        )
+
+
+def global_rows(rows, start: int, batch_size: int, mesh: Mesh) -> jax.Array:
+    """Rows start .. start + batch_size of an endless stream as one global array [batch_size, L], sharded over `data`.
+
+    Args:
+      rows: (start, stop) -> int32 [stop - start, L]; each host asks only for what its devices hold.
+    """
+    length = rows(start, start + 1).shape[1]
+
+    def part(index):
+        first, last, _ = index[0].indices(batch_size)
+        return np.asarray(rows(start + first, start + last), np.int32)
+
+    return jax.make_array_from_callback((batch_size, length), NamedSharding(mesh, P("data")), part)

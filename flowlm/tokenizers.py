@@ -1,0 +1,141 @@
+"""Text to token ids and back, over JSON files of the `tokenizers` library.
+
+One class serves every kind: byte-level BPE, WordPiece, single characters and whitespace-separated words differ
+only in the file. Every tokenizer has a *start token*, which stands in front of each row and between documents;
+it is the first of `START_TOKENS` found in the vocabulary.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+
+START_TOKENS = ("<|start|>", "[CLS]", "<|endoftext|>")
+
+_SHIPPED = pathlib.Path(__file__).parent / "data" / "tokenizers"
+_FETCHED = {"bert-base-uncased": "bert-base-uncased", "gpt2": "openai-community/gpt2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and nothing else: `json` is the text of its file, so equal files are equal tokenizers."""
+
+    json: str = dataclasses.field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
+        """Reads a tokenizer file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is not a tokenizer, or has none of the start tokens.
+        """
+        path = pathlib.Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer file {path}; name a file written by Tokenizer.save")
+        tokenizer = cls(path.read_text("utf-8"))
+        try:
+            has_start = tokenizer._start_token is not None
+        except Exception as error:  # The library raises bare Exception for every malformed file.
+            raise ValueError(f"{path} is not a file of the `tokenizers` library: {error}") from error
+        if not has_start:
+            raise ValueError(f"{path} has no start token; its vocabulary must hold one of {START_TOKENS}")
+        return tokenizer
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes the file that `load` reads back to an equal tokenizer."""
+        pathlib.Path(path).expanduser().write_text(self.json, "utf-8")
+
+    @functools.cached_property
+    def _model(self) -> tokenizers.Tokenizer:
+        model = tokenizers.Tokenizer.from_str(self.json)
+        model.encode_special_tokens = True  # "<|start|>" written in a document is text, not a start token.
+        model.no_padding()
+        model.no_truncation()
+        return model
+
+    @functools.cached_property
+    def _start_token(self) -> str | None:
+        return next((token for token in START_TOKENS if self._model.token_to_id(token) is not None), None)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of ids, the start token's included."""
+        return self._model.get_vocab_size(with_added_tokens=True)
+
+    @functools.cached_property
+    def start(self) -> int:
+        """Id of the start token."""
+        return self._model.token_to_id(self._start_token)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The token of each id, as the file spells it."""
+        return tuple(self._model.id_to_token(i) for i in range(self.vocab_size))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of the file, to tell tokenizers apart."""
+        return hashlib.sha256(self.json.encode("utf-8")).hexdigest()
+
+    def normalise(self, text: str) -> str:
+        """The text as the tokenizer sees it; under a shipped tokenizer decode(encode(text)) gives just this."""
+        normalizer = self._model.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids int32 [number of tokens] of a text, without a start token.
+
+        Raises:
+          ValueError: the vocabulary cannot spell the text (whole-word vocabularies only).
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, in parallel over the cores."""
+        try:
+            encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # The library raises bare Exception for a word outside the vocabulary.
+            raise ValueError(f"{str(texts)[:80]} has words outside the vocabulary of the tokenizer") from error
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of a sequence of ids, without start, end and pad tokens."""
+        return self.decode_batch(np.asarray(ids)[None])[0]
+
+    def decode_batch(self, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+        """`decode` of many sequences of ids [num, length], or of sequences of several lengths."""
+        return self._model.decode_batch([np.asarray(row).tolist() for row in ids], skip_special_tokens=True)
+
+
+def shipped_names() -> list[str]:
+    """Names of the tokenizers that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+
+
+def shipped(name: str, data_dir: str | pathlib.Path | None = None) -> Tokenizer:
+    """Finds a tokenizer by name: a shipped one, a fetched one in `<data_dir>/tokenizers`, or a path to a file.
+
+    Raises:
+      FileNotFoundError: the tokenizer must be fetched first (the message holds the line that does it).
+      ValueError: no tokenizer is called so.
+    """
+    if name in shipped_names():
+        return Tokenizer.load(_SHIPPED / f"{name}.json")
+    if name in _FETCHED:
+        if data_dir is None:
+            raise ValueError(f"tokenizer {name!r} is kept in <data_dir>/tokenizers: give data_dir")
+        path = pathlib.Path(data_dir).expanduser() / "tokenizers" / f"{name}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            line = f"import tokenizers; tokenizers.Tokenizer.from_pretrained({_FETCHED[name]!r}).save({str(path)!r})"
+            raise FileNotFoundError(f"tokenizer {name!r} is not in {path.parent}; fetch it once in Python with\n{line}")
+        return Tokenizer.load(path)
+    if name.endswith(".json"):
+        return Tokenizer.load(name)
+    known = ", ".join([*shipped_names(), *_FETCHED])
+    raise ValueError(f"unknown tokenizer {name!r}; known are {known}, and any path that ends in .json")

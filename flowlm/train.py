@@ -1,0 +1,118 @@
+"""The training loop, from top to bottom. There is no other."""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from flowlm import evaluation, run_directory, sharding, train_state
+from flowlm.checkpoint import Checkpoints
+from flowlm.curves import draw_curves
+from flowlm.data import open_dataset
+from flowlm.experiment import abstract_state, build
+from flowlm.metrics import MetricWriter
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains the experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
+
+    Raises:
+      ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
+      FloatingPointError: the loss or a gradient is not finite; nothing already saved is lost.
+    """
+    # ---- Everything that can be wrong is found here, before anything is written or compiled.
+    data = config.data
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
+    experiment = build(config, dataset.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(config.mesh.data)
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    run_directory.prepare(workdir, config, dataset.tokenizer)
+
+    # ---- The state is born sharded: shapes, then places, then values.
+    abstract = abstract_state(experiment, mesh)
+    places = jax.tree.map(lambda a: a.sharding, abstract)
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", **config.checkpoint.to_dict())
+    state = checkpoints.restore(abstract)
+    if state is None:
+        init = partial(train_state.init_state, experiment.net, experiment.optimizer, config.seed)
+        state = jax.jit(init, out_shardings=places)()
+    first = int(state.step)
+    parameters = sum(a.size for a in jax.tree.leaves(state.params))
+    print(f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}", file=sys.stderr)
+
+    step_fn = train_state.make_step(
+        experiment.net,
+        experiment.family,
+        experiment.optimizer,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulation=config.accumulation,
+        dropout=config.model.dropout > 0,
+    )
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
+    rows = dataset.train.shuffled(config.seed)
+    evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation)
+    writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard)
+    progress = tqdm(total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    # ---- save, take batch, step, log the previous step's metrics, evaluate.
+    metrics, logged, clock = None, first, time.perf_counter()
+    try:
+        for step in range(first, config.steps):
+            if step > first and checkpoints.should_save(step):
+                _check_finite(metrics, step, checkpoints)
+                checkpoints.save(step, state)
+
+            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, mesh)
+            previous = metrics
+            state, metrics = step_fn(state, batch)
+            progress.update()
+
+            # Reading the previous step's numbers leaves the device busy with this one.
+            if step > first and step % config.log_every == 0:
+                values = _check_finite(previous, step, checkpoints)
+                now = time.perf_counter()
+                speed = (step - logged) * config.batch_size * data.length / (now - clock)
+                logged, clock = step, now
+                values |= {"learning_rate": experiment.schedule(step - 1), "tokens_per_second": speed}
+                writer.write(step, values)
+                progress.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{speed:.0f}")
+
+            done = step + 1
+            if done < config.steps and done % config.evaluation.every == 0:
+                _check_finite(metrics, done, checkpoints)
+                writer.write(done, evaluator(state.ema, done, config.evaluation.samples).metrics)
+                logged, clock = done, time.perf_counter()
+
+        # ---- The end: the last state is saved before it is judged.
+        if metrics is not None:
+            writer.write(config.steps, _check_finite(metrics, config.steps, checkpoints))
+            checkpoints.save(config.steps, state)
+        progress.close()
+        result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
+        writer.write(config.steps, result.metrics)
+        result.save(workdir)
+        draw_curves(workdir)
+        result.show()
+    finally:
+        progress.close()
+        writer.close()
+        checkpoints.close()
+
+
+def _check_finite(metrics, step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """The numbers of one step on the host; stops the run if its loss or gradient is not finite."""
+    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+        saved = checkpoints.steps
+        good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint was saved before it"
+        raise FloatingPointError(
+            f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step}: {good}; lower "
+            "optimizer.learning_rate or optimizer.clip_norm and run again with the same or a new workdir"
+        )
+    return values

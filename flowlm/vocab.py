@@ -1,0 +1,88 @@
+"""Every operation over the vocabulary axis, one chunk of tokens at a time.
+
+Logits have shape (batch, length, V): at V = 50,000 they dwarf everything else in a training step. Here they exist for one
+chunk of positions at a time; the backward pass recomputes them, so nothing of that shape outlives its chunk. Every function
+takes a `head`, a pytree (`jax.tree_util.Partial`) that maps hidden states [..., F] to float32 logits [..., V], and
+hidden states [B, L, F]. Chunks are taken along the length, so a batch sharded over devices stays sharded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Head = Callable[[jax.Array], jax.Array]
+
+# Tokens whose logits are held at once. At V = 50,258 this is 400 MB of float32 over all devices together.
+CHUNK = 2048
+
+
+def _by_chunk(fn: Callable, arrays: tuple, chunk: int) -> Any:
+    """fn(index, *arrays) over chunks of the length axis (axis 1) of every array; results are joined again.
+
+    A batch that fits in one chunk is computed directly. Otherwise each chunk is recomputed in the backward pass.
+    """
+    batch, length = arrays[0].shape[:2]
+    span = max(1, chunk // batch)
+    if span >= length:
+        return fn(0, *arrays)
+    count = -(-length // span)
+
+    def split(a):
+        a = jnp.pad(a, ((0, 0), (0, count * span - length)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(batch, count, span, *a.shape[2:]), 1, 0)
+
+    def join(a):
+        return jnp.moveaxis(a, 0, 1).reshape(batch, count * span, *a.shape[3:])[:, :length]
+
+    body = jax.checkpoint(lambda _, part: (None, fn(part[0], *part[1])), prevent_cse=False)
+    _, out = jax.lax.scan(body, None, (jnp.arange(count), tuple(split(a) for a in arrays)))
+    return jax.tree.map(join, out)
+
+
+def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """-log softmax(logits)[ids]: nats [B, L] for ids [B, L]."""
+
+    def nats(_, h, y):
+        logits = head(h)
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
+
+    return _by_chunk(nats, (hidden, ids), chunk)
+
+
+def squared_error(head: Head, hidden: jax.Array, ids: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """|softmax(logits) - one_hot(ids)|^2 = 1 - 2 p[ids] + |p|^2: [B, L]."""
+
+    def error(_, h, y):
+        p = jax.nn.softmax(head(h))
+        return 1 - 2 * jnp.take_along_axis(p, y[..., None], -1)[..., 0] + jnp.sum(p * p, -1)
+
+    return _by_chunk(error, (hidden, ids), chunk)
+
+
+def softmax_embed(head: Head, hidden: jax.Array, embedding: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """softmax(logits) @ E: the mean embedding [B, L, D] under the predicted distribution."""
+    embedding = embedding.astype(jnp.float32)
+    return _by_chunk(lambda _, h: jax.nn.softmax(head(h)) @ embedding, (hidden,), chunk)
+
+
+def argmax(head: Head, hidden: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """The likeliest token, ids [B, L]."""
+    return _by_chunk(lambda _, h: jnp.argmax(head(h), -1).astype(jnp.int32), (hidden,), chunk)
+
+
+def categorical(
+    head: Head, hidden: jax.Array, key: jax.Array, temperature: float = 1.0, chunk: int = CHUNK
+) -> jax.Array:
+    """A draw from softmax(logits / temperature), ids [B, L].
+
+    The Gumbel noise has an exact tail (`mode="high"`): plain float32 draws cut it off, which quietly lowers the
+    temperature of whatever is sampled with them.
+    """
+
+    def draw(index, h):
+        part = jax.random.fold_in(key, index)
+        return jax.random.categorical(part, head(h) / temperature, mode="high").astype(jnp.int32)
+
+    return _by_chunk(draw, (hidden,), chunk)

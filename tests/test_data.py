@@ -1,0 +1,313 @@
+"""Data from documents to the training stream: nothing lost, nothing shared, order a function of (seed, index)."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from flowlm import data, tokenizers
+from flowlm.data import builders, corpora, marginals, packing
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def speeches(data_dir):
+    return data.open_dataset("sotu", "sotu_bpe_4096", 128, data_dir)
+
+
+# --- splits and packing ------------------------------------------------------------------------------------------
+
+
+def test_splits_of_the_speeches():
+    """Disjoint, together everything, 90/5/5 by characters, each over all eras."""
+    documents = {split: dict(corpora.documents("sotu", split, "")) for split in corpora.SPLITS}
+    assert len(set().union(*documents.values())) == sum(map(len, documents.values())) == 233
+    sizes = {split: sum(map(len, texts.values())) for split, texts in documents.items()}
+    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+        assert abs(sizes[split] / sum(sizes.values()) - share) < 0.005
+        years = sorted(int(name[:4]) for name in documents[split])
+        assert years[0] < 1800 and years[-1] > 2010 and max(np.diff(years)) <= 20
+    assert all(ord(c) in range(32, 127) for texts in documents.values() for text in texts.values() for c in text)
+
+
+def test_packing_loses_no_token(speeches):
+    """Rows without their frame, end to end, are the documents, each before a start token; the tail alone is cut."""
+    for split in corpora.SPLITS:
+        tokenizer = speeches.tokenizer
+        stream = [
+            np.append(tokenizer.encode(text), tokenizer.start) for _, text in corpora.documents("sotu", split, "")
+        ]
+        stream = np.concatenate(stream)
+        rows = getattr(speeches, split)
+        stored = rows.rows(0, len(rows))
+        assert (stored[:, 0] == tokenizer.start).all()
+        packed = stored[:, 1:].reshape(-1)
+        assert 0 <= len(stream) - len(packed) < 127
+        np.testing.assert_array_equal(packed, stream[: len(packed)])
+
+
+def test_text_is_the_documents(speeches):
+    truth = " ".join(text for _, text in corpora.documents("sotu", "validation", ""))
+    text = speeches.validation.text()
+    assert truth.startswith(text) and len(truth) - len(text) < 2000
+    assert speeches.validation.text(1234) == truth[:1234]
+
+
+def test_batches_of_documents_do_not_matter(monkeypatch):
+    tokenizer = tokenizers.shipped("chars")
+    texts = ["abc", "", "de", "f"]
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4)
+    stream = np.concatenate(list(packing.token_stream(iter(texts), tokenizer, separated=True)))
+    np.testing.assert_array_equal(stream, [0, 1, 2, 27, 27, 3, 4, 27, 5, 27])
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_stream(speeches):
+    split = speeches.validation
+    num = len(split)
+    stored = split.rows(0, num)
+    stream = split.shuffled(7)
+    epochs = [stream(epoch * num, (epoch + 1) * num) for epoch in range(3)]
+
+    def in_order(rows):
+        return rows[np.lexsort(rows.T)]
+
+    for epoch in epochs:
+        np.testing.assert_array_equal(in_order(epoch), in_order(stored))
+    moved = [(a != b).any(1).mean() for a, b in zip([stored, *epochs], epochs)]
+    assert min(moved) > 0.9
+
+    whole = np.concatenate(epochs)
+    again = split.shuffled(7)
+    for start, stop in ((0, 5), (num - 3, num + 4), (2 * num + 1, 2 * num + 1), (3 * num - 9, 3 * num)):
+        np.testing.assert_array_equal(again(start, stop), whole[start:stop])
+    assert (split.shuffled(8)(0, num) != epochs[0]).any(1).mean() > 0.9
+    # One seed's second epoch must not be the next seed's first.
+    assert (split.shuffled(8)(0, num) != epochs[1]).any(1).mean() > 0.9
+
+
+def test_rows_are_read_in_stored_order(speeches):
+    split = speeches.test
+    np.testing.assert_array_equal(
+        np.concatenate([split.rows(0, 3), split.rows(3, 3), split.rows(3, 10)]), split.rows(0, 10)
+    )
+    with pytest.raises(IndexError, match="split of"):
+        split.rows(0, len(split) + 1)
+
+
+def test_prepared_set_is_reused_and_keyed_by_tokenizer(speeches, data_dir, monkeypatch):
+    def no_work(*arguments):
+        raise AssertionError("prepared twice")
+
+    monkeypatch.setattr(builders.PackedText, "_shard_iterators_per_split", no_work)
+    again = data.open_dataset("sotu", "sotu_bpe_4096", 128, data_dir)
+    np.testing.assert_array_equal(again.test.rows(0, 5), speeches.test.rows(0, 5))
+    with pytest.raises(AssertionError, match="prepared twice"):
+        data.open_dataset("sotu", "sotu_bpe_512", 128, data_dir)
+
+
+def test_interrupted_preparation_leaves_no_set(tmp_path, monkeypatch):
+    genuine = builders.GrammarRows._examples
+
+    def breaks_off(self, rows, begin, end):
+        for key, example in genuine(self, rows, begin, end):
+            if key == 3:
+                raise KeyboardInterrupt
+            yield key, example
+
+    monkeypatch.setattr(builders, "GRAMMAR_ROWS", {"train": 20, "validation": 5, "test": 5})
+    monkeypatch.setattr(builders.GrammarRows, "_examples", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        data.open_dataset("grammar98", "grammar98", 19, tmp_path)
+    monkeypatch.setattr(builders.GrammarRows, "_examples", genuine)
+    assert len(data.open_dataset("grammar98", "grammar98", 19, tmp_path).train) == 20
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+    """Each waits inside preparation for the other, so both get to the final rename."""
+    program = f"""
+import pathlib, time
+from flowlm import data
+from flowlm.data import builders
+builders.GRAMMAR_ROWS = {{"train": 20, "validation": 5, "test": 5}}
+genuine = builders.GrammarRows._shard_iterators_per_split
+def meet(self, dl_manager):
+    parent = pathlib.Path({str(tmp_path)!r}) / "tfds" / "grammar_rows" / self.builder_config.name
+    while len(list(parent.glob("incomplete*"))) < 2 and time.time() < begin + 20:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return genuine(self, dl_manager)
+builders.GrammarRows._shard_iterators_per_split = meet
+begin = time.time()
+dataset = data.open_dataset("grammar98", "grammar98", 19, {str(tmp_path)!r})
+print(dataset.train.rows(0, 20).sum(), time.time() - begin < 20)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed[0] == printed[1] and printed[0].endswith("True")
+    assert not list(tmp_path.glob("tfds/**/incomplete*"))
+
+
+# --- grammar rows ------------------------------------------------------------------------------------------------
+
+
+def test_grammar_rows(data_dir, monkeypatch):
+    monkeypatch.setattr(builders, "GRAMMAR_ROWS", {"train": 20_000, "validation": 500, "test": 500})
+    monkeypatch.setattr(builders, "SHARD_ROWS", 3000)
+    dataset = data.open_dataset("grammar98", "grammar98", 19, data_dir)
+    rows = dataset.train.rows(0, 20_000)
+    assert (rows[:, 0] == 98).all()
+    surprise = -dataset.grammar.log_prob(rows[:, 1:])
+    assert abs(surprise.mean() - dataset.grammar.entropy) < 5 * surprise.std() / np.sqrt(20_000)
+    # Draws with other seeds: validation is not the head of train.
+    assert (dataset.validation.rows(0, 500) != rows[:500]).any(1).mean() > 0.99
+    law = np.exp(dataset.train.log_marginals(99))
+    frequencies = np.stack([np.bincount(column, minlength=99) for column in rows.T]) / 20_000
+    np.testing.assert_allclose(law, frequencies, atol=2e-3)
+    assert (law > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "length", "message"),
+    [
+        ("grammar97", "grammar98", 19, "known are sotu, text8, lm1b, openwebtext, grammar98"),
+        ("grammar98", "chars", 19, "its tokenizer is 'grammar98'"),
+        ("grammar98", "grammar98", 18, "have 19 ids"),
+        ("sotu", "chars", 1, "length 1"),
+        ("sotu", "chars", 10_000_000, "shorter than one row"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, name, tokenizer, length, message):
+    with pytest.raises(ValueError, match=message):
+        data.open_dataset(name, tokenizer, length, tmp_path)
+
+
+# --- marginals ---------------------------------------------------------------------------------------------------
+
+
+def test_marginals_of_a_law_without_positions_are_near_its_unigrams():
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(300, [0.5, 0.3, 0.15, 0.05], 40)
+    counts = np.stack([[0, 0, 0, 0, 300], *np.c_[draws, np.zeros(40, int)]])
+    law = np.exp(marginals.log_marginals(counts))
+    unigrams = (counts[1:].sum(0) + 0.5) / (counts[1:].sum() + 2.5)
+    # All differences of positions are noise, and most of it must go.
+    assert np.std(law[1:] - unigrams) < 0.4 * np.std(counts[1:] / 300 - unigrams)
+    assert law[0, 4] > 0.99
+    np.testing.assert_allclose(law.sum(1), 1, atol=1e-6)
+
+
+def test_marginals_choose_the_leave_one_out_strength():
+    """Against brute force: each token taken out of the rows in turn, under laws near to and far from the unigrams."""
+    rng = np.random.default_rng(0)
+    chosen = set()
+    for tilt in (0.0, 0.3, 0.9):
+        rows = np.full((12, 4), 3)
+        for position in (1, 2, 3):
+            law = (1 - tilt) * np.ones(3) / 3 + tilt * np.eye(3)[position - 1]
+            rows[:, position] = rng.choice(3, size=12, p=law)
+        counts = np.stack([np.bincount(column, minlength=4) for column in rows.T])
+
+        def law_of(position_tokens, all_tokens, strength):
+            unigrams = (np.bincount(all_tokens, minlength=4) + 0.5) / (len(all_tokens) + 2)
+            if np.isinf(strength):
+                return unigrams
+            smoothed = np.bincount(position_tokens, minlength=4) + strength * unigrams
+            return smoothed / (len(position_tokens) + strength)
+
+        def left_out(strength, rows=rows):
+            total = 0.0
+            for row in range(12):
+                for position in (1, 2, 3):
+                    keep = np.ones_like(rows, bool)
+                    keep[:, 0] = keep[row, position] = False
+                    others = rows[keep[:, position], position]
+                    total += np.log(law_of(others, rows[keep], strength)[rows[row, position]])
+            return total
+
+        best = max(marginals.STRENGTHS, key=left_out)
+        chosen.add(best)
+        truth = [law_of(rows[:, position], rows[:, 1:].reshape(-1), best) for position in (1, 2, 3)]
+        np.testing.assert_allclose(np.exp(marginals.log_marginals(counts)[1:]), truth, rtol=1e-6)
+    assert len(chosen) > 1
+
+
+def test_marginals_refuse_a_small_vocabulary(speeches):
+    with pytest.raises(ValueError, match="vocab_size 512 is less than the tokenizer's 4096"):
+        speeches.test.log_marginals(512)
+
+
+# --- corpora that need files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "mend"),
+    [
+        ("text8", "sources/text8", "put text8 or text8.zip"),
+        ("lm1b", "sources/lm1b/training-monolingual.tokenized.shuffled", "news.en"),
+        ("openwebtext", "sources/openwebtext", "jsonl"),
+    ],
+)
+def test_missing_sources(tmp_path, name, place, mend):
+    with pytest.raises(FileNotFoundError, match=f"{place} is missing: .*{mend}"):
+        data.open_dataset(name, "chars", 16, tmp_path)
+    assert not (tmp_path / "tfds" / "packed_text").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_text8_is_one_text_cut_in_three(tmp_path, packed, monkeypatch):
+    monkeypatch.setattr(corpora, "_TEXT8_BLOCK", 700)
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("abcdefgh "), 20_000))
+    (tmp_path / "sources").mkdir()
+    if packed:
+        with zipfile.ZipFile(tmp_path / "sources" / "text8.zip", "w") as archive:
+            archive.writestr("text8", text)
+    else:
+        (tmp_path / "sources" / "text8").write_text(text)
+    cut = {"train": text[:18_000], "validation": text[18_000:19_000], "test": text[19_000:]}
+    for split, truth in cut.items():
+        pieces = [piece for _, piece in corpora.documents("text8", split, tmp_path)]
+        assert "".join(pieces) == truth
+        assert all(piece[0] == " " for piece in pieces[1:])
+
+
+def test_lm1b(tmp_path):
+    directory = tmp_path / "sources" / "lm1b"
+    files = {
+        "training-monolingual.tokenized.shuffled/news.en-00001-of-00100": "One .\nTwo !\n",
+        "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": "Three ?\n" * 9,
+        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": "Test one .\n\nTest two .\n",
+        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00001-of-00050": "Valid one .\nValid two .\n",
+    }
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    dataset = data.open_dataset("lm1b", "sotu_bpe_512", 6, tmp_path)
+    assert dataset.train.text(30) == "One . Two ! Three ? Three ? Th"
+    assert dataset.test.text(10) == "Test one ."
+    assert dataset.validation.text(11) == "Valid one ."
+
+
+def test_openwebtext_holds_out_the_last_documents(tmp_path):
+    directory = tmp_path / "sources" / "openwebtext"
+    directory.mkdir(parents=True)
+    for part in range(2):
+        lines = [json.dumps({"text": f"document\n{part * 20 + i}"}) + "\n" for i in range(20)]
+        (directory / f"{part}.jsonl").write_text("".join(lines))
+    texts = {split: [text for _, text in corpora.documents("openwebtext", split, tmp_path)] for split in corpora.SPLITS}
+    assert texts["train"] == [f"document\n{i}" for i in range(36)]
+    assert texts["validation"] == ["document\n36", "document\n37"]
+    assert texts["test"] == ["document\n38", "document\n39"]
+    dataset = data.open_dataset("openwebtext", "sotu_bpe_512", 8, tmp_path)
+    assert dataset.train.text(21) == "document\n0 document\n1"

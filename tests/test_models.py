@@ -1,0 +1,151 @@
+"""Inputs and outputs of the network against their formulas in numpy, and its switches against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from flowlm.models import dit
+
+SHAPES = [(12, 16), (40, 16)]  # V < D and V > D
+
+
+def own_position(e, z, t):
+    """log p(z_l | y_l = v) up to a constant, by the dense formula where V <= D, through G^-1 otherwise; float64."""
+    e, z, t = (np.asarray(a, np.float64) for a in (e, z, t))
+    t = t[:, None, None]
+    inverse = np.linalg.pinv(e)
+    norms = np.diag(e @ inverse)
+    return t * (z @ inverse) / (1 - t) ** 2 - t**2 * norms / (2 * (1 - t) ** 2)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def case(vocab, width, **fields):
+    net = toy.network(vocab=vocab, width=width, **fields)
+    params = toy.perturbed(net.init(jax.random.key(0)))
+    tau = jnp.array([0.2, 0.6, 0.9])
+    z = 0.5 * jax.random.normal(jax.random.key(2), (3, net.length, width))
+    return net, params, z, tau
+
+
+def body_input(monkeypatch, net, params, z, tau):
+    """What reaches the transformer's first block, by replacing the blocks with nothing."""
+    seen = {}
+
+    def spy(self, x, cond, deterministic):
+        jax.debug.callback(lambda x: seen.setdefault("x", np.asarray(x)), x)
+        return x, None
+
+    monkeypatch.setattr(dit.Block, "__call__", spy)
+    jax.block_until_ready(net.apply(params, z, tau))
+    jax.effects_barrier()
+    return seen["x"]
+
+
+@pytest.mark.parametrize(("vocab", "width"), SHAPES)
+@pytest.mark.parametrize("kind", ["raw", "scaled", "posterior", "both"])
+def test_inputs_follow_their_formulas(monkeypatch, kind, vocab, width):
+    net, params, z, tau = case(vocab, width, input=kind)
+    e = np.asarray(params["embedding"], np.float64)
+    t = np.asarray(toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau), np.float64)
+    posterior = softmax(own_position(e, z, t)) @ e
+    gram = np.trace(e.T @ e) / width
+    signal = np.mean(np.sum(e**2, 1)) / width
+    scaled = np.asarray(z) / np.sqrt(t**2 * signal + (1 - t) ** 2 * gram)[:, None, None]
+    expected = {"raw": np.asarray(z), "scaled": scaled, "posterior": posterior}
+    if kind == "both":
+        expected["both"] = posterior + scaled @ np.asarray(params["mix_raw"]["kernel"], np.float64)
+    np.testing.assert_allclose(body_input(monkeypatch, net, params, z, tau), expected[kind], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("vocab", "width"), SHAPES)
+def test_likelihood_skip_adds_the_own_position_term(vocab, width):
+    net, params, z, tau = case(vocab, width, output="likelihood_skip")
+    plain = toy.network(vocab=vocab, width=width)
+    logits = net.unembed(params, net.apply(params, z, tau))
+    t = toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau)
+    added = np.asarray(logits) - np.asarray(plain.unembed(params, plain.apply(params, z, tau)))
+    expected = own_position(params["embedding"], z, t)
+    np.testing.assert_allclose(added, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["posterior", "both"])
+def test_what_forms_a_likelihood_carries_no_gradient(kind):
+    """Moving E where it forms the likelihood is not a direction of descent: the gradient in E is that of `@ E` alone."""
+    net, params, z, tau = case(12, 16, input=kind)
+    t = toy.TimeWarp("gaussian", "ambient", 12, 16).t(tau)
+    posterior = jnp.asarray(softmax(own_position(params["embedding"], z, t)), jnp.float32)
+    scale = jnp.sum(params["embedding"] ** 2) / 16
+    raw = z / jnp.sqrt(t**2 * scale / 12 + (1 - t) ** 2 * scale)[:, None, None]
+    plain = toy.network(vocab=12, width=16)
+
+    def ours(e):
+        return jnp.sum(net.apply({**params, "embedding": e}, z, tau) ** 2)
+
+    def frozen(e):
+        x = posterior @ e + (raw @ params["mix_raw"]["kernel"] if kind == "both" else 0)
+        return jnp.sum(plain.apply(params, x, tau) ** 2)
+
+    ours, frozen = jax.grad(ours)(params["embedding"]), jax.grad(frozen)(params["embedding"])
+    np.testing.assert_allclose(ours, frozen, rtol=5e-3, atol=5e-3 * float(jnp.abs(frozen).max()))
+
+
+def test_remat_and_bfloat16_do_the_same_thing():
+    net, params, z, tau = case(12, 16)
+
+    def loss(net):
+        return lambda p: jnp.mean(net.unembed(p, net.apply(p, z, tau)) ** 2)
+
+    value, grads = jax.value_and_grad(loss(net))(params)
+    value_remat, grads_remat = jax.value_and_grad(loss(toy.network(remat=True)))(params)
+    np.testing.assert_allclose(value_remat, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads_remat, grads)
+    half = loss(toy.network(dtype="bfloat16"))(params)
+    assert 0 < abs(half - value) < 0.05 * value
+
+
+def test_causal_output_does_not_read_the_future():
+    for causal in (True, False):
+        net, params, z, tau = case(12, 16, causal=causal)
+        out = net.apply(params, z, tau)
+        moved = net.apply(params, z.at[:, 4].add(1.0), tau)
+        before = np.abs(out - moved)[:, :4].max()
+        assert before == 0 if causal else before > 1e-4
+
+
+def test_positions_are_told_apart_only_when_they_are_learned():
+    """With equal states everywhere attention averages equal values: rotary angles alone leave every position the same."""
+    for learned in (False, True):
+        net, params, z, tau = case(12, 16, learned_positions=learned)
+        out = np.asarray(net.apply(params, jnp.ones_like(z), tau))
+        assert (np.abs(out - out[:, :1]).max() > 1e-2) == learned
+
+
+def test_second_time_matters_and_dropout_needs_a_key():
+    net, params, z, tau = case(12, 16, time_embeddings=2, dropout=0.5)
+    out = net.apply(params, z, tau, tau)
+    np.testing.assert_array_equal(out, net.apply(params, z, tau))
+    assert np.abs(out - net.apply(params, z, tau, jnp.ones(3))).max() > 1e-3
+    assert np.abs(out - net.apply(params, z, tau, tau, key=jax.random.key(0))).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        (dict(input="row"), "row"),
+        (dict(output="skip"), "skip"),
+        (dict(dtype="float16"), "float16"),
+        (dict(heads=3), "heads"),
+        (dict(time_embeddings=3), "time_embeddings"),
+        (dict(prior="dirichlet", input="both"), "gaussian prior"),
+        (dict(prior="dirichlet", output="likelihood_skip"), "gaussian prior"),
+    ],
+)
+def test_bad_fields_are_refused(fields, word):
+    with pytest.raises(ValueError, match=word):
+        toy.network(**fields)
