@@ -65,6 +65,8 @@ class Checkpoints:
     def _check_architecture(self, step: int, abstract_state) -> None:
         saved = _shapes(self._checkpointer.metadata(step).metadata)
         asked = _shapes(abstract_state)
+        if not saved:  # orbax only logs metadata that it cannot parse
+            raise OSError("its metadata are damaged")
         if saved != asked:
             wrong = sorted(k for k in saved.keys() | asked.keys() if saved.get(k) != asked.get(k))
             shown = ", ".join(f"{k}: saved {saved.get(k)}, wanted {asked.get(k)}" for k in wrong[:4])
@@ -80,36 +82,40 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint is of another architecture.
-          RuntimeError: checkpoints are there, but none can be read.
+          RuntimeError: checkpoints are there, but none can be read. None is set aside then: the next attempt must not start anew.
         """
-        steps = self.steps
-        for step in reversed(steps):
+        unreadable = []
+        for step in reversed(self.steps):
             try:
                 self._check_architecture(step, abstract_state)
-                return self._checkpointer.load(step, abstract_state)
-            except Exception as error:  # noqa: BLE001 (orbax, tensorstore and json each raise their own)
+                state = self._checkpointer.load(step, abstract_state)
+            except Exception as error:  # orbax, tensorstore and json each raise their own
                 if isinstance(error, ValueError) and "another architecture" in str(error):
                     raise
                 logging.warning(
                     "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
                     step, self.directory, str(error).split("\n")[0][:200],
                 )  # fmt: skip
-                self._set_aside(step)
-        if steps:
+                unreadable.append(step)
+                continue
+            self._set_aside(unreadable)
+            return state
+        if unreadable:
             raise RuntimeError(
-                f"none of the checkpoints {steps} in {self.directory} can be read: restore them from a copy"
+                f"none of the checkpoints {unreadable[::-1]} in {self.directory} can be read: restore them from a copy"
             )
         return None
 
-    def _set_aside(self, step: int) -> None:
-        if self._read_only:
+    def _set_aside(self, steps: list[int]) -> None:
+        if self._read_only or not steps:
             return
         broken = self.directory.parent / "unreadable_checkpoints"
         broken.mkdir(parents=True, exist_ok=True)
-        name = str(step)
-        while (broken / name).exists():
-            name += "_"
-        (self.directory / str(step)).rename(broken / name)
+        for step in steps:
+            name = str(step)
+            while (broken / name).exists():
+                name += "_"
+            (self.directory / str(step)).rename(broken / name)
         self._checkpointer.reload()
 
     def close(self) -> None:

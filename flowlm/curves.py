@@ -1,9 +1,11 @@
-"""curves.png: the loss and every evaluated metric against steps, drawn from metrics.jsonl."""
+"""Pictures of a run: curves.png (every metric against training steps) and evaluation.png (samples against sampling steps)."""
 
+import json
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 
-import matplotlib
 from etils import epath
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flowlm.metrics import read_metrics
@@ -11,34 +13,65 @@ from flowlm.metrics import read_metrics
 COLUMNS = 4
 
 
+def _save(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
+    """One small plot a panel, one line a label; `finish(axes, panel)` has the last word on each."""
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
+        for label, points in lines.items():
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker="o" if len(points) < 20 else None, markersize=3, label=label or None)
+        finish(axes, panel)
+        axes.set_title(panel.replace("_", " "), fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.tick_params(labelsize=8)
+        if any(lines):
+            axes.legend(fontsize=6)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=90)
+
+
 def draw_curves(workdir) -> None:
-    """Writes `workdir`/curves.png; one panel a metric, one line for each sampler, number of steps or time."""
-    matplotlib.use("Agg")
+    """Writes `workdir`/curves.png from metrics.jsonl: the loss and every evaluated metric against training steps."""
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for line in read_metrics(workdir):
         for name, value in line.items():
             if name == "step" or value is None or name.endswith("_stderr"):
                 continue
-            # "samples/ancestral@64/entropy" is the line "ancestral@64" of the panel "entropy".
-            *_, label, panel = ("", *name.split("/"))
-            if label in ("samples", "held_out", ""):
-                panel, _, label = panel.partition("@")
+            # samples/ancestral@64/entropy is the line "ancestral@64" of the panel "entropy"; held_out/bound is a panel.
+            group, _, rest = name.rpartition("/")
+            panel, _, label = rest.partition("@")
+            if group.startswith("samples/"):
+                label = group.removeprefix("samples/")
             panels[panel][label].append((line["step"], value))
-    if not panels:
-        return
-    rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
-    for axes, (panel, lines) in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, panels.items(), strict=False):
-        for label, points in lines.items():
-            axes.plot(
-                *zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3, label=label or None
-            )
-        axes.set_title(panel.replace("_", " "), fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        if any(lines):
-            axes.legend(fontsize=6)
-    for axes in list(figure.axes)[len(panels) :]:
-        axes.set_visible(False)
-    with (epath.Path(workdir) / "curves.png").open("wb") as file:
-        figure.savefig(file, format="png", dpi=90)
+    if panels:
+        _save(epath.Path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
+
+
+def draw_evaluation(directory) -> None:
+    """Writes `directory`/evaluation.png from evaluation.json: every judge's metric against sampling steps, held-out dashed."""
+    directory = epath.Path(directory)
+    metrics = json.loads((directory / "evaluation.json").read_text())["metrics"]
+    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    real: dict[str, float] = {}
+    for name, value in metrics.items():
+        group, _, panel = name.rpartition("/")
+        if not group.startswith("samples/") or panel.endswith("_stderr") or value is None:
+            continue
+        sampler, _, steps = group.removeprefix("samples/").partition("@")
+        if steps:
+            panels[panel][sampler].append((int(steps), value))
+        else:
+            real[panel] = value
+
+    def finish(axes, panel):
+        axes.set_xscale("log", base=2)
+        if panel in real:
+            axes.axhline(real[panel], linestyle="--", color="grey", linewidth=1, label="held out")
+
+    if panels:
+        _save(directory / "evaluation.png", panels, "sampling steps (network calls)", finish)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from flowlm.curves import draw_evaluation
 from flowlm.data import Dataset
 from flowlm.experiment import Experiment
 from flowlm.judges import Judge, score_all
@@ -82,10 +83,11 @@ class Evaluation:
     texts: dict[str, list[str]]
 
     def save(self, directory) -> None:
-        """Writes evaluation.json and samples.txt."""
+        """Writes evaluation.json, evaluation.png and samples.txt."""
         directory = epath.Path(directory)
         finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
         (directory / "evaluation.json").write_text(json.dumps({"step": self.step, "metrics": finite}, indent=2) + "\n")
+        draw_evaluation(directory)
         blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
         (directory / "samples.txt").write_text("\n".join(blocks))
 

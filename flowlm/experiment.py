@@ -31,6 +31,17 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
     Raises:
       ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's `vocab_size`.
     """
+    counts = {
+        "steps": config.steps,
+        "log_every": config.log_every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_latest": config.checkpoint.keep_latest,
+        "evaluation.every": config.evaluation.every,
+        "evaluation.steps": min(config.evaluation.steps, default=1),
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     model = config.model.to_dict()
     if model["vocab_size"] != vocab_size:
         raise ValueError(

@@ -6,6 +6,7 @@ flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
 """
 
 import difflib
+import itertools
 import re
 import sys
 import traceback
@@ -87,9 +88,9 @@ COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate}
 
 def _check_experiment(argv: list[str]) -> None:
     """Names the experiments there are when the one asked for is not there; absl would show a stack of frames."""
-    for argument in argv:
-        if found := re.fullmatch(r"--?config=([^:]+)(:.*)?", argument):
-            path = Path(found[1])
+    for argument, following in itertools.pairwise([*argv, ""]):
+        if found := re.fullmatch(r"--?config(=.*)?", argument):
+            path = Path((found[1] or f"={following}")[1:].partition(":")[0])
             if not path.is_file():
                 known = sorted(str(p) for p in Path("experiments").glob("*.py"))
                 close = difflib.get_close_matches(str(path), known, 1)
@@ -106,14 +107,13 @@ def _parse(argv: list[str]) -> list[str]:
         _check_experiment(argv)
         return FLAGS(argv)
     except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
-        sys.exit(f"flowlm: {str(error).strip(chr(34))}")
+        # A KeyError prints the repr of its message, with every line break escaped.
+        sys.exit("flowlm: " + " ".join(str(error.args[0] if error.args else error).strip('"').split()))
 
 
 def _main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS:
         sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {' '.join(argv[1:]) or 'nothing'}\n{__doc__}")
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells a long story at INFO
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
     try:

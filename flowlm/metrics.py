@@ -20,7 +20,7 @@ class MetricWriter:
         kept = [line for line in read_metrics(directory) if line["step"] <= start] if start else []
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(self._path)
+        temporary.replace(self._path)
         self._file = self._path.open("a")
         self._board = None
         if tensorboard:

@@ -56,7 +56,7 @@ def _git_commit() -> str:
 def _write(path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:

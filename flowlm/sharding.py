@@ -43,8 +43,10 @@ def state_shardings(abstract_state, mesh: Mesh):
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError unless the global batch divides over microbatches and devices."""
+    if accumulation < 1:
+        raise ValueError(f"accumulation is a number of microbatches, at least 1, got {accumulation}")
     parts = accumulation * mesh.size
-    if accumulation < 1 or batch_size < 1 or batch_size % parts:
+    if batch_size < 1 or batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {mesh.size} devices: "
             f"use {max(1, batch_size // parts) * parts} or {(batch_size // parts + 1) * parts}"

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, run_directory, sharding, train_state
+from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
@@ -23,14 +23,14 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
-      FloatingPointError: the loss or a gradient is not finite; nothing already saved is lost.
+      FloatingPointError: the loss, a gradient or a parameter is not finite; nothing already saved is lost.
     """
-    # ---- Everything that can be wrong is found here, before anything is written or compiled.
+    # ---- Everything that can be wrong is found here, before anything is prepared, written or compiled.
     data = config.data
-    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
-    experiment = build(config, dataset.tokenizer.vocab_size)
+    experiment = build(config, tokenizers.shipped(data.tokenizer, data.dir).vocab_size)
     mesh = sharding.make_mesh(config.mesh.data)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
     # ---- The state is born sharded: shapes, then places, then values.
@@ -42,6 +42,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         init = partial(train_state.init_state, experiment.net, experiment.optimizer, config.seed)
         state = jax.jit(init, out_shardings=places)()
     first = int(state.step)
+    if first > config.steps:
+        raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
     print(f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}", file=sys.stderr)
 
@@ -106,13 +108,13 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 
 def _check_finite(metrics, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """The numbers of one step on the host; stops the run if its loss or gradient is not finite."""
+    """The numbers of one step on the host; stops the run if its loss, gradient or parameters are not finite."""
     values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+    if not all(np.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
         saved = checkpoints.steps
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "no checkpoint was saved before it"
         raise FloatingPointError(
-            f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step}: {good}; lower "
-            "optimizer.learning_rate or optimizer.clip_norm and run again with the same or a new workdir"
+            f"loss {values['loss']}, gradient norm {values['grad_norm']} and parameter norm {values['param_norm']} at step "
+            f"{step}: {good}; lower optimizer.learning_rate or optimizer.clip_norm and run again with a new workdir"
         )
     return values

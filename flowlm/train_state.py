@@ -43,7 +43,8 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
     """step(state, ids [B, L]) -> (state, metrics): one update on a global batch, `accumulation` microbatches at a time.
 
     Times and noise keys are drawn for the global batch before it is split, so accumulating changes no number but rounding.
-    Metrics: `loss` (the sum of the named losses' means), each named loss and metric, `grad_norm` before clipping.
+    Metrics: `loss` (the sum of the named losses' means), each named loss and metric, `grad_norm` before clipping,
+    `param_norm` after the update.
     """
 
     def mean_loss(params, aux, batch, key):
@@ -74,7 +75,8 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, ema_decay)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+        norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics = {"loss": loss, **metrics, **norms}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

@@ -16,17 +16,17 @@ Head = Callable[[jax.Array], jax.Array]
 
 # Tokens whose logits are held at once. At V = 50,258 this is 400 MB of float32 over all devices together.
 CHUNK = 2048
+# A small batch is cut too, or its logits would dwarf everything else all the same; more parts would save little.
+PARTS = 8
 
 
 def _by_chunk(fn: Callable, arrays: tuple, chunk: int) -> Any:
     """fn(index, *arrays) over chunks of the length axis (axis 1) of every array; results are joined again.
 
-    A batch that fits in one chunk is computed directly. Otherwise each chunk is recomputed in the backward pass.
+    Chunks have at most `chunk` tokens and an eighth of the length; each is recomputed in the backward pass.
     """
     batch, length = arrays[0].shape[:2]
-    span = max(1, chunk // batch)
-    if span >= length:
-        return fn(0, *arrays)
+    span = max(1, min(chunk // batch, -(-length // PARTS)))
     count = -(-length // span)
 
     def split(a):

@@ -1,6 +1,7 @@
 """The exact optimum on a finite data law, as a Network: no training, no parameters but the embedding.
 
-    p(k | z_t) = softmax_k( log w_k + sum_l [ t w_l.e_{y_l} / (1-t)^2 - t^2 |e_{y_l}|^2 / (2 (1-t)^2) ] ),   D_t = sum_k p(k | z_t) one_hot(y^k)
+    p(k | z_t) = softmax_k( log w_k + sum_l [ t w_l.e_{y_l} / (1-t)^2 - t^2 |e_{y_l}|^2 / (2 (1-t)^2) ] )
+    D_t = sum_k p(k | z_t) one_hot(y^k)
 
 with w = z @ whiten, e = E @ whiten: written here with a pseudo-inverse in numpy float64, independent of flowlm.prior.
 """

@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from flowlm import config as settings
+from flowlm import evaluation
 from flowlm.models import make_network
 from flowlm.time_warp import TimeWarp
+from flowlm.train import train
 
 FIELDS = dict(
     width=16,
@@ -35,3 +39,35 @@ def perturbed(params, scale=0.3, seed=0):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return tree.unflatten([p + scale * jax.random.normal(k, jnp.shape(p)) for p, k in zip(leaves, keys, strict=True)])
+
+
+def run_config(data_dir, **changes):
+    """Settings of a short run on the grammar, cheap to evaluate; changes are {"section.key": value}.
+
+    The rate is constant, so that it does not depend on the number of steps.
+    """
+    config = settings.defaults()
+    config.update(steps=6, batch_size=16, log_every=1)
+    config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
+    config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
+    config.optimizer.update(schedule="constant", warmup_steps=2)
+    config.mesh.data = 1
+    config.checkpoint.update(every=3, keep_latest=100)
+    config.evaluation.update(held_out=16, taus=(0.5,), steps=(1,), samples=16, final_samples=16)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+class _NoEvaluation:
+    def __init__(self, *args):
+        pass
+
+    def __call__(self, params, step, num_samples):
+        return evaluation.Evaluation(step, {}, {})
+
+
+def train_only(config, workdir):
+    """`train` without its evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Evaluator", _NoEvaluation)
+        train(config, workdir)

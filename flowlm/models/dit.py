@@ -131,7 +131,8 @@ class DiT(nn.Module):
 
         x = z.astype(jnp.float32)
         if self.mixes_raw:
-            x = x + TokenDense(self.width, use_bias=False, name="mix_raw")(raw)
+            # From zero: unit-sized noise through a random matrix would drown the posterior, whose scale is E's.
+            x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name="mix_raw")(raw)
         if self.learned_positions:
             x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
         cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)

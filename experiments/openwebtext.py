@@ -1,0 +1,28 @@
+"""OpenWebText with the paper's settings (2602.16813): GPT-2 tokens, 1,024 at a time.
+
+    flowlm train --config=experiments/openwebtext.py --workdir=DIR
+
+Needs the corpus and the tokenizer, which are not shipped:
+  <data.dir>/sources/openwebtext/*.jsonl     one document a line, {"text": ...}; the last 100,000 documents are held out
+  <data.dir>/tokenizers/gpt2.json            the error on first use says the line that fetches it
+The paper trains 170M parameters for 1M steps at a global batch of 512. Not run here, so no figures are given.
+"""
+
+from ml_collections import ConfigDict
+
+from flowlm import config as settings
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg` is unused."""
+    del arg
+    config = settings.defaults()
+    config.update(steps=1_000_000, batch_size=512, ema_decay=0.9999)
+    config.data.update(name="openwebtext", tokenizer="gpt2", length=1024)
+    config.model.update(
+        settings.model("small").to_dict() | dict(vocab_size=50_257, dropout=0.1, dtype="bfloat16", remat=True)
+    )
+    config.optimizer.update(learning_rate=3e-4, schedule="constant", warmup_steps=2500)
+    config.checkpoint.update(every=5000, keep_latest=2, keep_every=100_000)
+    config.evaluation.update(every=50_000, held_out=1024, steps=(1, 8, 64, 1024))
+    return config

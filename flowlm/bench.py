@@ -1,0 +1,169 @@
+"""Memory and time of a training step against the same step written densely over the vocabulary.
+
+    python -m flowlm.bench [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--remat] [--out=FILE]
+
+    flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
+    dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
+
+Both train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is loss, gradient,
+AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a process, and the
+two take turns, so that whatever else the machine does slows both. Four views of memory, in MiB:
+
+    process       peak resident memory of everything: Python, the compiler, the training state, the step
+    above state   the same minus what was resident before the step was compiled
+    state + step  XLA's own account: arguments + results + temporaries, donated arguments counted once
+    step          temporaries alone: activations, gradients, noise, logits
+
+Resident memory says nothing where arrays live on an accelerator; XLA's account does.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags, logging
+from rich.console import Console
+from rich.table import Table
+
+from flowlm import train_state
+from flowlm.models import make_network
+from flowlm.objectives.flow import Flow
+from flowlm.optimizers import make_optimizer
+from flowlm.prior import Gaussian
+from flowlm.time_warp import TimeWarp
+
+SETTINGS = {"vocab": 30522, "width": 256, "blocks": 8, "batch": 8, "length": 128}
+for _name, _default in SETTINGS.items():
+    flags.DEFINE_integer(_name, _default, "of the model and its batch", 1)
+flags.DEFINE_boolean("remat", False, "recompute every block in the backward pass, in both formulations")
+flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1)
+flags.DEFINE_integer("steps", 3, "timed steps of a process, after one that warms up", 1)
+flags.DEFINE_string("out", None, "write every measurement there, as JSON")
+flags.DEFINE_enum("formulation", None, ["flow", "dense"], "measure this one here and print JSON")
+FLAGS = flags.FLAGS
+
+MIB = 2**20
+
+
+class DenseFlow(Flow):
+    """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
+
+    def loss(self, net, params, aux, batch, key):
+        del aux
+        ids, t = batch["ids"], self.warp.t(batch["tau"])[:, None, None]
+        x0 = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.vocab)))(batch["noise"])
+        x = (1 - t) * x0 + t * jax.nn.one_hot(ids, net.vocab)
+        hidden = net.apply(params, net.embed(params, x), batch["tau"], key=key)
+        log_probs = jax.nn.log_softmax(net.unembed(params, hidden))
+        return {"cross_entropy": -jnp.take_along_axis(log_probs, ids[..., None], -1).mean((1, 2))}, {}
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(formulation: str, vocab, width, blocks, batch, length, remat: bool, steps: int) -> dict:
+    """Compiles and runs the training step here: {seconds: [steps], and bytes for each view of memory}."""
+    warp = TimeWarp("gaussian", "ambient", vocab, width)
+    family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
+    net = make_network(
+        vocab_size=vocab,
+        length=length,
+        warp=warp,
+        width=width,
+        blocks=blocks,
+        heads=4,
+        cond=128,
+        dropout=0.0,
+        input="raw",
+        output="plain",
+        time_embeddings=1,
+        time_scale=1.0,
+        gate_init=0.0,
+        learned_positions=False,
+        causal=False,
+        remat=remat,
+        dtype="float32",
+    )
+    schedule = optax.constant_schedule(3e-4)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
+    step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
+    ids = jax.random.randint(jax.random.key(1), (batch, length), 0, vocab, dtype=jnp.int32)
+    state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, optimizer, 0))())
+
+    before = _resident()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, ids).compile()
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, ids))
+        seconds.append(time.perf_counter() - start)
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    account = compiled.memory_analysis()
+    held = account.argument_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
+    return {
+        "seconds": seconds[1:],
+        "process": process,
+        "above state": process - before,
+        "state + step": held + account.temp_size_in_bytes,
+        "step": account.temp_size_in_bytes,
+    }
+
+
+def compare(flow: list[dict], dense: list[dict]) -> dict:
+    """{quantity: {flow, dense, ratio, low, high}}: medians, their ratio, and its range over rounds (flow / dense)."""
+
+    def line(key, number):
+        ours, theirs = [number(r[key]) for r in flow], [number(r[key]) for r in dense]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        a, b = statistics.median(ours), statistics.median(theirs)
+        return {"flow": a, "dense": b, "ratio": a / b, "low": min(ratios), "high": max(ratios)}
+
+    return {key: line(key, statistics.median if key == "seconds" else float) for key in flow[0]}
+
+
+def _show(result: dict, title: str) -> None:
+    table = Table(title=title)
+    table.add_column("one training step")
+    for column in ("flow", "dense", "flow / dense", "over rounds"):
+        table.add_column(column, justify="right")
+    for name, line in result.items():
+        scale = 1 if name == "seconds" else MIB
+        label = "time, s" if name == "seconds" else f"memory, {name}, MiB"
+        values = [f"{line[side] / scale:.{2 if name == 'seconds' else 0}f}" for side in ("flow", "dense")]
+        table.add_row(label, *values, f"{line['ratio']:.2f}", f"{line['low']:.2f} .. {line['high']:.2f}")
+    Console().print(table)
+
+
+def _main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    settings = {name: FLAGS[name].value for name in (*SETTINGS, "remat", "steps")}
+    if FLAGS.formulation:
+        print(json.dumps(measure(FLAGS.formulation, **settings)))
+        return
+    command = [sys.executable, "-m", "flowlm.bench", *(f"--{name}={value}" for name, value in settings.items())]
+    runs = {"flow": [], "dense": []}
+    for _ in range(FLAGS.rounds):
+        for name, results in runs.items():
+            child = subprocess.run([*command, f"--formulation={name}"], stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                sys.exit(f"flowlm.bench: the {name} step failed, see above; was it out of memory?")
+            results.append(json.loads(child.stdout.splitlines()[-1]))
+    result = compare(**runs)
+    _show(result, ", ".join(f"{name} {settings[name]}" for name in (*SETTINGS, "remat")))
+    if FLAGS.out:
+        report = {"settings": settings, "devices": jax.device_count(), "result": result, "runs": runs}
+        report["platform"] = jax.devices()[0].device_kind
+        Path(FLAGS.out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(_main)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes .venv beside the checkout's files and installs flowlm into it, once.   usage: bash launch/setup.sh [EXTRAS]
+# PYTHON names the interpreter (3.11 to 3.13).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-}
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+    echo "flowlm needs Python 3.11 to 3.13; $python is $("$python" -V). Set PYTHON=/path/to/python." >&2
+    exit 1
+}
+stamp=.venv/.flowlm-installed-${extras:-core}
+if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    touch "$stamp"
+fi

@@ -1,0 +1,57 @@
+"""Both formulations of the benchmark train one model: their losses and gradients agree in expectation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from flowlm.bench import DenseFlow, compare
+from flowlm.objectives.flow import Flow
+from flowlm.prior import Gaussian
+from flowlm.time_warp import TimeWarp
+from flowlm.train_state import Auxiliary
+
+SIGMAS = 5
+
+
+@pytest.mark.parametrize(("vocab", "width"), [(24, 16), (8, 16)])
+def test_mean_loss_and_gradients_agree(vocab, width):
+    length, rows, draws = 3, 64, 128
+    net = toy.network(vocab=vocab, length=length, width=width, blocks=1)
+    params = toy.perturbed(jax.jit(net.init)(jax.random.key(0)), scale=0.15)
+    warp = TimeWarp("gaussian", "ambient", vocab, width)
+    ids = jnp.broadcast_to(jnp.arange(length), (rows, length))  # all rows alike: gradients have a mean to speak of
+
+    def estimates(family, seed):
+        """Loss, dE and one block matrix's gradient, each with one independent estimate for every draw of the noise."""
+
+        def loss(params, key):
+            losses, _ = family.loss(net, params, Auxiliary(), {"ids": ids, **family.draw(key, rows)}, None)
+            return losses["cross_entropy"].mean()
+
+        def one(params, key):
+            value, grads = jax.value_and_grad(loss)(params, key)
+            return value[None], grads["embedding"].ravel(), grads["blocks"]["qkv"]["kernel"].ravel()
+
+        keys = jax.random.split(jax.random.key(seed), draws)
+        every = lambda params, keys: jax.lax.map(lambda key: one(params, key), keys)
+        # Compiling takes nearly all of the time here.
+        out = jax.jit(every, compiler_options={"xla_backend_optimization_level": 0})(params, keys)
+        return [np.asarray(a, np.float64) for a in out]
+
+    for ours, theirs in zip(
+        estimates(Flow(Gaussian(), warp), 2), estimates(DenseFlow(Gaussian(), warp), 3), strict=True
+    ):
+        error = np.sqrt((ours.var(0) + theirs.var(0)) / draws)
+        assert np.all(np.abs(ours.mean(0) - theirs.mean(0)) < SIGMAS * error + 1e-7)
+        # Small against the signal, or the line above would find nothing. Without the noise's share dE is 12 errors off.
+        assert np.linalg.norm(error) < 0.1 * np.linalg.norm(theirs.mean(0))
+
+
+def test_ratios_are_flow_over_dense_of_the_same_round():
+    flow = [{"seconds": [1.0, 2.0, 9.0], "step": 10}, {"seconds": [3.0, 3.0, 3.0], "step": 10}]
+    dense = [{"seconds": [4.0, 4.0, 4.0], "step": 40}, {"seconds": [5.0, 4.0, 9.0], "step": 50}]
+    result = compare(flow, dense)
+    assert result["seconds"] == {"flow": 2.5, "dense": 4.5, "ratio": 2.5 / 4.5, "low": 0.5, "high": 0.6}
+    assert (result["step"]["low"], result["step"]["high"]) == (0.2, 0.25)

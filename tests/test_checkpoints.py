@@ -1,0 +1,276 @@
+"""A run that is stopped, killed or damaged goes on from its last whole checkpoint as if nothing had happened, bit by bit."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint.experimental import v1 as ocp
+from toy import run_config, train_only
+
+from flowlm import experiment as experiments
+from flowlm.checkpoint import Checkpoints
+from flowlm.metrics import read_metrics
+from flowlm.sharding import make_mesh
+
+STEPS = 12  # saved every 3
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_dir):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    train_only(run_config(data_dir, steps=STEPS), workdir)
+    return workdir
+
+
+@pytest.fixture
+def config(data_dir):
+    return run_config(data_dir, steps=STEPS)
+
+
+@pytest.fixture
+def workdir(uninterrupted, tmp_path):
+    """A copy of the uninterrupted run as it was at step 6."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "run/checkpoints" / str(step))
+    return tmp_path / "run"
+
+
+def steps_in(directory):
+    """Numbers of the complete checkpoints."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def assert_same_state(ours, theirs, step=STEPS):
+    """Parameters, average and optimizer state, to the last bit."""
+    ours, theirs = (ocp.load(workdir / "checkpoints" / str(step)) for workdir in (ours, theirs))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def assert_same_metrics(ours, theirs):
+    """Each logged step once, with the same loss."""
+    ours, theirs = ([(m["step"], m["loss"]) for m in read_metrics(w) if "loss" in m] for w in (ours, theirs))
+    assert [step for step, _ in theirs] == list(range(1, STEPS + 1))
+    assert ours == theirs
+
+
+def contents(directory):
+    """Everything on disk under the directory: names, times and digests."""
+    return {
+        str(p.relative_to(directory)): (
+            p.stat().st_mtime_ns,
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "",
+        )
+        for p in directory.rglob("*")
+    }
+
+
+def abstract_state(config):
+    return experiments.abstract_state(experiments.build(config, 99), make_mesh(1))
+
+
+# --- stopped and killed ------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(uninterrupted, tmp_path, data_dir):
+    train_only(run_config(data_dir, steps=3), tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == [3]
+    train_only(run_config(data_dir, steps=STEPS), tmp_path)
+    assert_same_state(tmp_path, uninterrupted)
+    assert_same_metrics(tmp_path, uninterrupted)
+    # A finished run taken up again learns nothing more.
+    train_only(run_config(data_dir, steps=STEPS), tmp_path)
+    assert_same_metrics(tmp_path, uninterrupted)
+    assert steps_in(tmp_path / "checkpoints") == [3, 6, 9, 12]
+
+
+def test_a_run_beyond_the_steps_asked_for(workdir, data_dir):
+    with pytest.raises(ValueError, match="at step 6 already"):
+        train_only(run_config(data_dir, steps=5), workdir)
+
+
+def _start(workdir):
+    command = [
+        sys.executable,
+        "-m",
+        "flowlm.main",
+        "train",
+        f"--config={workdir}/experiment.py",
+        f"--workdir={workdir}",
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def _kill_when(process, seen):
+    """SIGKILL as soon as seen() holds; True if it still held when the process was dead."""
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "never seen"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    return seen()
+
+
+def test_kill_9_loses_only_steps_since_the_last_checkpoint(uninterrupted, data_dir, tmp_path):
+    """Killed between saves, killed within a save, and finished: the same state as without."""
+    (tmp_path / "experiment.py").write_text(
+        f"from toy import run_config\ndef get_config(arg=''): return run_config({str(data_dir)!r}, steps={STEPS})\n"
+    )
+    checkpoints = tmp_path / "checkpoints"
+    unfinished = lambda: [p for p in checkpoints.glob("*") if not p.name.isdigit()]
+
+    assert _kill_when(_start(tmp_path), lambda: 3 in steps_in(checkpoints))
+    for _ in range(5):
+        before = steps_in(checkpoints)
+        if _kill_when(_start(tmp_path), unfinished):
+            break
+    else:
+        raise AssertionError("five kills, and none within a save")
+    survived = steps_in(checkpoints)
+    assert survived[0] == 3 and set(before) <= set(survived) and STEPS not in survived
+
+    last = _start(tmp_path)
+    _, told = last.communicate(timeout=120)
+    assert last.returncode == 0, told
+    assert f"from step {survived[-1]} to {STEPS}" in told
+    assert not unfinished()
+    assert_same_state(tmp_path, uninterrupted)
+    assert_same_metrics(tmp_path, uninterrupted)
+
+
+# --- damaged -----------------------------------------------------------------------------------------------------
+
+
+def _truncate(*names):
+    def damage(checkpoint):
+        files = [p for name in names for p in checkpoint.rglob(name) if p.is_file() and p.stat().st_size]
+        assert files
+        for path in files:
+            os.truncate(path, path.stat().st_size // 2)
+
+    return damage
+
+
+def _remove(name):
+    def damage(checkpoint):
+        for path in checkpoint.rglob(name):
+            path.unlink()
+
+    return damage
+
+
+DAMAGES = {
+    "every file truncated": _truncate("*"),
+    "arrays truncated": _truncate("d/*"),
+    "metadata removed": _remove("_METADATA"),
+    "arrays removed": _remove("d/*"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(damage, uninterrupted, workdir, config, caplog):
+    newest = workdir / "checkpoints/6"
+    DAMAGES[damage](newest)
+    damaged = contents(newest)
+    train_only(config, workdir)
+    assert "step 6" in caplog.text and "cannot be read" in caplog.text
+    kept = contents(workdir / "unreadable_checkpoints/6")
+    assert {name: digest for name, (_, digest) in kept.items()} == {n: digest for n, (_, digest) in damaged.items()}
+    assert_same_state(workdir, uninterrupted)
+    assert_same_state(workdir, uninterrupted, step=6)
+    assert_same_metrics(workdir, uninterrupted)
+
+
+def test_an_error_where_no_checkpoint_can_be_read(workdir, config):
+    """At every attempt: nothing is moved, and no run starts anew where one has been."""
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        _truncate("*")(checkpoint)
+    before = contents(workdir / "checkpoints")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"none of the checkpoints \[3, 6\]"):
+            train_only(config, workdir)
+    assert contents(workdir / "checkpoints") == before
+    assert [m["step"] for m in read_metrics(workdir) if "loss" in m] == list(range(1, STEPS + 1))
+
+
+def test_a_checkpoint_of_another_architecture(workdir, data_dir):
+    before = contents(workdir)
+    wider = abstract_state(run_config(data_dir, **{"model.width": 64}))
+    with pytest.raises(
+        ValueError, match=r"another architecture .*ema/blocks/mlp_in/bias: saved \(2, 128\), wanted \(2, 256\)"
+    ):
+        Checkpoints(workdir / "checkpoints", every=3, keep_latest=2).restore(wider)
+    assert contents(workdir) == before
+
+
+def test_reading_a_run_changes_nothing_on_disk(workdir, config):
+    _truncate("*")(workdir / "checkpoints/6")
+    (workdir / "checkpoints/9.orbax-checkpoint-tmp").mkdir()
+    before = contents(workdir)
+    run = experiments.load_trained(workdir, make_mesh(1))
+    assert run.step == 3
+    assert contents(workdir) == before
+    saved = ocp.load(workdir / "checkpoints/3")["ema"]
+    np.testing.assert_array_equal(run.params["embedding"], saved["embedding"])
+
+
+def test_old_checkpoints_go_and_milestones_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=2, keep_latest=2, keep_every=6)
+    saves = [step for step in range(1, 17) if checkpoints.should_save(step)]
+    assert saves == [2, 4, 6, 8, 10, 12, 14, 16]
+    for step in saves:
+        checkpoints.save(step, {"a": jnp.full(3, step)})
+    checkpoints.close()
+    assert steps_in(tmp_path) == [6, 12, 14, 16]
+
+
+# --- not a number ------------------------------------------------------------------------------------------------
+
+
+def test_parameters_that_diverge_are_never_saved(uninterrupted, workdir, config, monkeypatch):
+    """The update to state 6 ruins it, while the loss and the gradient of that step are still finite."""
+    shutil.rmtree(workdir / "checkpoints/6")
+    make_schedule = experiments.make_schedule
+
+    def ruinous(*arguments):
+        schedule = make_schedule(*arguments)
+        return lambda count: jnp.where(count == 5, 1e30, schedule(count))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "make_schedule", ruinous)
+        with pytest.raises(FloatingPointError, match="at step 6: the last good checkpoint is step 3"):
+            train_only(config, workdir)
+    assert steps_in(workdir / "checkpoints") == [3]
+    train_only(config, workdir)
+    assert_same_state(workdir, uninterrupted)
+    assert_same_metrics(workdir, uninterrupted)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(workdir, data_dir):
+    """Even where it is not logged: it is read before the next save."""
+    reader = Checkpoints(workdir / "checkpoints", read_only=True)
+    state = reader.restore(abstract_state(run_config(data_dir)))
+    shutil.rmtree(workdir / "checkpoints/6")
+    writer = Checkpoints(workdir / "checkpoints", keep_latest=100)
+    params = state.params | {"unembed_bias": state.params["unembed_bias"].at[7].set(jnp.nan)}
+    writer.save(6, state._replace(params=params))
+    writer.close()
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        train_only(run_config(data_dir, steps=STEPS, log_every=1000), workdir)
+    assert steps_in(workdir / "checkpoints") == [3, 6]

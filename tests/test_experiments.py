@@ -1,0 +1,129 @@
+"""Every experiment builds, and its step lowers at its full size, here and for TPUs, without an array being made."""
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from flowlm import checkpoint, models, objectives, optimizers, tokenizers
+from flowlm.config import defaults
+from flowlm.data.grammar import Grammar, shipped_names
+from flowlm.experiment import abstract_state, build
+from flowlm.sharding import check_batch, make_mesh
+from flowlm.train_state import make_step
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+ARGUMENTS = {"grammar": models.INPUTS}
+CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("path", "argument"), CASES, ids=lambda value: getattr(value, "stem", value))
+def test_builds_and_lowers(path, argument):
+    config = load(path).get_config(argument)
+    assert config.is_locked
+    vocab = config.model.vocab_size
+    if config.data.tokenizer in tokenizers.shipped_names():
+        vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
+    if config.data.name in shipped_names():
+        assert config.data.length == Grammar.load(config.data.name).length + 1
+    experiment = build(config, vocab)
+
+    mesh = make_mesh(8)
+    check_batch(config.batch_size, config.accumulation, mesh)
+    state = abstract_state(experiment, mesh)
+    step = make_step(
+        experiment.net,
+        experiment.family,
+        experiment.optimizer,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulation=config.accumulation,
+        dropout=config.model.dropout > 0,
+    )
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
+    traced = jax.jit(step, donate_argnums=0).trace(state, ids)
+    new, metrics = traced.out_info
+    shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert shapes(new) == shapes(state)  # or the second step would be another program
+    assert all(metric.shape == () for metric in metrics.values())
+    for platform in ("cpu", "tpu"):
+        assert traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_docstring_states_the_command(path):
+    command = f"flowlm train --config=experiments/{path.name}"
+    assert command in (load(path).__doc__ or ""), f"{path.name} does not say `{command}`"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem in ARGUMENTS], ids=lambda path: path.stem)
+def test_arguments_change_the_experiment(path):
+    seen = {load(path).get_config(argument).to_json() for argument in ARGUMENTS[path.stem]}
+    assert len(seen) == len(ARGUMENTS[path.stem])
+
+
+# --- no setting is without effect --------------------------------------------------------------------------------
+
+# Sections handed over whole, as keyword arguments, and who takes them.
+TAKERS = {
+    "model": [models.make_network],
+    "objective": [objectives.make_family],
+    "optimizer": [optimizers.make_schedule, optimizers.make_optimizer],
+    "checkpoint": [checkpoint.Checkpoints.__init__],
+}
+# Sections read key by key: how the objects that hold them are called.
+HOLDERS = {"data": {"data"}, "evaluation": {"evaluation", "settings", "_settings"}, "mesh": {"mesh"}}
+
+
+def attributes_read():
+    """{(holder, attribute)} of every `holder.attribute` in the package but in its settings."""
+    read = set()
+    for path in (ROOT / "flowlm").rglob("*.py"):
+        if path.name != "config.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    holder = (
+                        node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+                    )
+                    read.add((holder, node.attr))
+    return read
+
+
+def unused(config):
+    read = attributes_read()
+    keys = set()
+    for name, section in config.items():
+        if not isinstance(section, ConfigDict):
+            keys |= set() if ("config", name) in read else {name}
+        elif name in TAKERS:
+            taken = {parameter for taker in TAKERS[name] for parameter in inspect.signature(taker).parameters}
+            keys |= {f"{name}.{key}" for key in section if key not in taken}
+        else:
+            keys |= {f"{name}.{key}" for key in section if not any((h, key) in read for h in HOLDERS.get(name, ()))}
+    return keys
+
+
+def test_every_setting_is_used():
+    assert unused(defaults()) == set()
+    config = defaults().unlock()
+    added = {"colour": 1, "brand": {"new": 1}}
+    for name in ("data", "model", "objective", "optimizer", "mesh", "checkpoint", "evaluation"):
+        config[name].update(colour=1)
+    config.update(added)
+    sections = {
+        f"{name}.colour" for name in ("data", "model", "objective", "optimizer", "mesh", "checkpoint", "evaluation")
+    }
+    assert unused(config) == {"colour", "brand.new"} | sections
