@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.update(steps=1_000_000, batch_size=512, ema_decay=0.9999)
     config.data.update(name="openwebtext", tokenizer="gpt2", length=1024)
     config.model.update(
-        settings.model("small").to_dict() | dict(vocab_size=50_257, dropout=0.1, dtype="bfloat16", remat=True)
+        settings.model("small").to_dict() | dict(vocab_size=50_257, dropout=0.1, dtype="bfloat16", remat="full")
     )
     config.optimizer.update(learning_rate=3e-4, schedule="constant", warmup_steps=2500)
     config.checkpoint.update(every=5000, keep_latest=2, keep_every=100_000)

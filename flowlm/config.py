@@ -19,7 +19,7 @@ def model(size: str) -> ConfigDict:
             gate_init=0.0,  # residual branches start at this weight
             learned_positions=False,
             causal=False,
-            remat=False,
+            remat="none",  # none | dots | full: what the backward pass recomputes, for memory
             dtype="float32",  # or bfloat16: products only; parameters, norms and losses stay float32
         )
     )

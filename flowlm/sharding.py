@@ -53,13 +53,12 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def global_rows(rows, start: int, batch_size: int, mesh: Mesh) -> jax.Array:
-    """Rows start .. start + batch_size of an endless stream as one global array [batch_size, L], sharded over `data`.
+def global_rows(rows, start: int, batch_size: int, length: int, mesh: Mesh) -> jax.Array:
+    """Rows start .. start + batch_size of an endless stream as one global array [batch_size, length], sharded over `data`.
 
     Args:
-      rows: (start, stop) -> int32 [stop - start, L]; each host asks only for what its devices hold.
+      rows: (start, stop) -> int32 [stop - start, length]; each host asks only for what its devices hold.
     """
-    length = rows(start, start + 1).shape[1]
 
     def part(index):
         first, last, _ = index[0].indices(batch_size)

@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 _check_finite(metrics, step, checkpoints)
                 checkpoints.save(step, state)
 
-            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, mesh)
+            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
             previous = metrics
             state, metrics = step_fn(state, batch)
             progress.update()
@@ -91,13 +91,14 @@ def train(config: ConfigDict, workdir: str) -> None:
                 writer.write(done, evaluator(state.ema, done, config.evaluation.samples).metrics)
                 logged, clock = done, time.perf_counter()
 
-        # ---- The end: the last state is saved before it is judged.
+        # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.
         if metrics is not None:
-            writer.write(config.steps, _check_finite(metrics, config.steps, checkpoints))
+            values = _check_finite(metrics, config.steps, checkpoints)
             checkpoints.save(config.steps, state)
         progress.close()
         result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
-        writer.write(config.steps, result.metrics)
+        if metrics is not None:
+            writer.write(config.steps, values | result.metrics)
         result.save(workdir)
         draw_curves(workdir)
         result.show()

@@ -3,7 +3,8 @@
 Logits have shape (batch, length, V): at V = 50,000 they dwarf everything else in a training step. Here they exist for one
 chunk of positions at a time; the backward pass recomputes them, so nothing of that shape outlives its chunk. Every function
 takes a `head`, a pytree (`jax.tree_util.Partial`) that maps hidden states [..., F] to float32 logits [..., V], and
-hidden states [B, L, F]. Chunks are taken along the length, so a batch sharded over devices stays sharded.
+hidden states [B, L, F]. Chunks are `span` positions of the length (None: by the rule below), so a batch sharded over
+devices stays sharded.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,29 @@ import jax.numpy as jnp
 
 Head = Callable[[jax.Array], jax.Array]
 
-# Tokens whose logits are held at once. At V = 50,258 this is 400 MB of float32 over all devices together.
-CHUNK = 2048
-# A small batch is cut too, or its logits would dwarf everything else all the same; more parts would save little.
+# Logits that are small enough to be held at once, 16 MB of float32; larger ones are cut into at least PARTS chunks (more
+# would save little) of at most CHUNK tokens, over all devices together.
+SMALL = 2**22
 PARTS = 8
+CHUNK = 2048
 
 
-def _by_chunk(fn: Callable, arrays: tuple, chunk: int) -> Any:
-    """fn(index, *arrays) over chunks of the length axis (axis 1) of every array; results are joined again.
+def _span(batch: int, length: int, size: int) -> int:
+    """Positions of the length axis in one chunk, for `size` logits a token."""
+    if batch * length * size <= SMALL:
+        return length
+    return max(1, min(CHUNK // batch, -(-length // PARTS)))
 
-    Chunks have at most `chunk` tokens and an eighth of the length; each is recomputed in the backward pass.
+
+def _by_chunk(fn: Callable, head: Head, arrays: tuple, span: int | None) -> Any:
+    """fn(index, *arrays) over chunks of `span` positions along axis 1 of every array; results are joined again.
+
+    One chunk is computed directly. Of several, each is recomputed in the backward pass.
     """
     batch, length = arrays[0].shape[:2]
-    span = max(1, min(chunk // batch, -(-length // PARTS)))
+    span = span or _span(batch, length, jax.eval_shape(head, arrays[0][:1, :1]).shape[-1])
+    if span >= length:
+        return fn(0, *arrays)
     count = -(-length // span)
 
     def split(a):
@@ -41,39 +52,39 @@ def _by_chunk(fn: Callable, arrays: tuple, chunk: int) -> Any:
     return jax.tree.map(join, out)
 
 
-def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, span: int | None = None) -> jax.Array:
     """-log softmax(logits)[ids]: nats [B, L] for ids [B, L]."""
 
     def nats(_, h, y):
         logits = head(h)
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
 
-    return _by_chunk(nats, (hidden, ids), chunk)
+    return _by_chunk(nats, head, (hidden, ids), span)
 
 
-def squared_error(head: Head, hidden: jax.Array, ids: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def squared_error(head: Head, hidden: jax.Array, ids: jax.Array, span: int | None = None) -> jax.Array:
     """|softmax(logits) - one_hot(ids)|^2 = 1 - 2 p[ids] + |p|^2: [B, L]."""
 
     def error(_, h, y):
         p = jax.nn.softmax(head(h))
         return 1 - 2 * jnp.take_along_axis(p, y[..., None], -1)[..., 0] + jnp.sum(p * p, -1)
 
-    return _by_chunk(error, (hidden, ids), chunk)
+    return _by_chunk(error, head, (hidden, ids), span)
 
 
-def softmax_embed(head: Head, hidden: jax.Array, embedding: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def softmax_embed(head: Head, hidden: jax.Array, embedding: jax.Array, span: int | None = None) -> jax.Array:
     """softmax(logits) @ E: the mean embedding [B, L, D] under the predicted distribution."""
     embedding = embedding.astype(jnp.float32)
-    return _by_chunk(lambda _, h: jax.nn.softmax(head(h)) @ embedding, (hidden,), chunk)
+    return _by_chunk(lambda _, h: jax.nn.softmax(head(h)) @ embedding, head, (hidden,), span)
 
 
-def argmax(head: Head, hidden: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
     """The likeliest token, ids [B, L]."""
-    return _by_chunk(lambda _, h: jnp.argmax(head(h), -1).astype(jnp.int32), (hidden,), chunk)
+    return _by_chunk(lambda _, h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
 
 
 def categorical(
-    head: Head, hidden: jax.Array, key: jax.Array, temperature: float = 1.0, chunk: int = CHUNK
+    head: Head, hidden: jax.Array, key: jax.Array, temperature: float = 1.0, span: int | None = None
 ) -> jax.Array:
     """A draw from softmax(logits / temperature), ids [B, L].
 
@@ -85,4 +96,4 @@ def categorical(
         part = jax.random.fold_in(key, index)
         return jax.random.categorical(part, head(h) / temperature, mode="high").astype(jnp.int32)
 
-    return _by_chunk(draw, (hidden,), chunk)
+    return _by_chunk(draw, head, (hidden,), span)

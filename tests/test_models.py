@@ -95,14 +95,15 @@ def test_what_forms_a_likelihood_carries_no_gradient(kind):
     np.testing.assert_allclose(ours, frozen, rtol=5e-3, atol=5e-3 * float(jnp.abs(frozen).max()))
 
 
-def test_remat_and_bfloat16_do_the_same_thing():
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_and_bfloat16_do_the_same_thing(remat):
     net, params, z, tau = case(12, 16)
 
     def loss(net):
         return lambda p: jnp.mean(net.unembed(p, net.apply(p, z, tau)) ** 2)
 
     value, grads = jax.value_and_grad(loss(net))(params)
-    value_remat, grads_remat = jax.value_and_grad(loss(toy.network(remat=True)))(params)
+    value_remat, grads_remat = jax.value_and_grad(loss(toy.network(remat=remat)))(params)
     np.testing.assert_allclose(value_remat, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads_remat, grads)
     half = loss(toy.network(dtype="bfloat16"))(params)

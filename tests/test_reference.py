@@ -73,7 +73,7 @@ def test_logits_match_the_reference(name, times):
         gate_init=0.0,
         learned_positions=False,
         causal=False,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
     params = params_from(arrays)

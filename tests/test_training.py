@@ -111,7 +111,7 @@ def test_a_batch_is_a_function_of_seed_and_step(data_dir):
     truth = {step: stream(step * batch, (step + 1) * batch) for step in (0, 1, last)}
     for step in (last, 0, 1):
         for devices in (1, 8):
-            ids = global_rows(split.shuffled(3), step * batch, batch, make_mesh(devices))
+            ids = global_rows(split.shuffled(3), step * batch, batch, split.length, make_mesh(devices))
             np.testing.assert_array_equal(ids, truth[step])
             assert len(ids.addressable_shards) == devices
             for shard in ids.addressable_shards:

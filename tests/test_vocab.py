@@ -8,9 +8,9 @@ from jax.tree_util import Partial
 
 from flowlm import vocab
 
-B, L, D, V = 3, 7, 8, 11
-# 21 tokens: all at once, chunks that divide the length, chunks that do not, one position at a time
-CHUNKS = (1000, 21, 9, 6, 1)
+B, L, D, V = 3, 12, 8, 11
+# positions at once: all, some that divide the length, some that do not, one at a time, and the rule for large logits
+SPANS = (100, 4, 5, 1, None)
 
 
 def affine(kernel, bias, hidden):
@@ -48,14 +48,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_equal_the_dense_computation(name, chunk, arrays):
+def test_chunks_equal_the_dense_computation(name, span, arrays, monkeypatch):
+    monkeypatch.setattr(vocab, "SMALL", 0)
     chunked, dense = CASES[name]
 
     def ours(params):
         a = {**arrays, **params}
-        return chunked(Partial(affine, a["kernel"], a["bias"]), a, chunk)
+        return chunked(Partial(affine, a["kernel"], a["bias"]), a, span)
 
     def theirs(params):
         a = {**arrays, **params}
@@ -73,10 +74,10 @@ def test_chunks_equal_the_dense_computation(name, chunk, arrays):
     )
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_argmax(chunk, arrays):
+@pytest.mark.parametrize("span", SPANS)
+def test_argmax(span, arrays):
     head = Partial(affine, arrays["kernel"], arrays["bias"])
-    np.testing.assert_array_equal(vocab.argmax(head, arrays["hidden"], chunk), head(arrays["hidden"]).argmax(-1))
+    np.testing.assert_array_equal(vocab.argmax(head, arrays["hidden"], span), head(arrays["hidden"]).argmax(-1))
 
 
 def test_categorical_draws_the_far_tail():
@@ -84,7 +85,7 @@ def test_categorical_draws_the_far_tail():
     tail = -17.0
     log_probs = jnp.concatenate([jnp.zeros(1), jnp.full(64, tail)])
     head = Partial(lambda hidden: jnp.broadcast_to(log_probs, (*hidden.shape[:-1], 65)))
-    draw = jax.jit(lambda key: (vocab.categorical(head, jnp.zeros((64, 4096, 1)), key, chunk=50_000) > 0).sum())
+    draw = jax.jit(lambda key: (vocab.categorical(head, jnp.zeros((64, 4096, 1)), key, span=781) > 0).sum())
     calls = 23
     count = sum(int(draw(jax.random.key(i))) for i in range(calls))
     expected = calls * 64 * 4096 * 64 * np.exp(tail)
@@ -104,7 +105,7 @@ def test_no_array_over_tokens_and_vocabulary_outlives_its_chunk():
     batch, length, width, size = 8, 128, 16, 8192
 
     def loss(kernel, hidden, ids):
-        return vocab.cross_entropy(Partial(affine, kernel, jnp.zeros(size)), hidden, ids, chunk=64).sum()
+        return vocab.cross_entropy(Partial(affine, kernel, jnp.zeros(size)), hidden, ids, span=8).sum()
 
     args = (jnp.zeros((width, size)), jnp.zeros((batch, length, width)), jnp.zeros((batch, length), jnp.int32))
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().memory_analysis().temp_size_in_bytes

@@ -23,7 +23,7 @@ FIELDS = dict(
     gate_init=1.0,
     learned_positions=False,
     causal=False,
-    remat=False,
+    remat="none",
     dtype="float32",
 )
 

@@ -101,13 +101,13 @@ def make_network(
     gate_init: float,
     learned_positions: bool,
     causal: bool,
-    remat: bool,
+    remat: str,
     dtype: str,
 ) -> Network:
     """Builds the network; every argument is a field of the experiments' `model` section.
 
     Raises:
-      ValueError: an unknown input, output or dtype, heads that do not divide the width, or an input or output that
+      ValueError: an unknown input, output, remat or dtype, heads that do not divide the width, or an input or output that
         needs the gaussian prior.
     """
     if input not in INPUTS:
@@ -116,6 +116,8 @@ def make_network(
         raise ValueError(f"unknown model.output {output!r}: choose one of {list(OUTPUTS)}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"unknown model.dtype {dtype!r}: choose float32 or bfloat16")
+    if remat not in ("none", "dots", "full"):
+        raise ValueError(f"unknown model.remat {remat!r}: choose none, dots or full")
     if time_embeddings not in (1, 2):
         raise ValueError(f"model.time_embeddings is 1 (flow) or 2 (flow map), got {time_embeddings}")
     if width % (2 * heads):

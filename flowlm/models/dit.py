@@ -119,7 +119,7 @@ class DiT(nn.Module):
     learned_positions: bool
     mixes_raw: bool  # a second width x width matrix for the raw part of the input `both`
     causal: bool
-    remat: bool
+    remat: str  # none | dots: keep products, recompute the rest | full: recompute blocks
     dtype: jnp.dtype
 
     @nn.compact
@@ -140,7 +140,10 @@ class DiT(nn.Module):
             cond = cond + TimeEmbedding(self.cond, self.time_scale, name="time_t")(tau_t)
         cond = nn.silu(cond)
 
-        block = nn.remat(Block, static_argnums=(3,), prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
+            block = nn.remat(Block, static_argnums=(3,), prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
