@@ -18,6 +18,7 @@ VOCAB_SIZES = {
     "sotu_bpe_512": 512,
     "sotu_bpe_1024": 1024,
     "sotu_bpe_4096": 4096,
+    "sotu_letters_112": 112,
 }
 
 
@@ -66,12 +67,12 @@ def test_decode_drops_start_tokens():
 
 def test_shipped_files_are_what_the_script_makes():
     """Also that the BPE has seen the train split alone: retrained on that, it comes out to the byte."""
+    speeches = [text for _, text in corpora.documents("sotu", "train", "")]
     made = {
         "chars": train_tokenizers.characters(),
         "grammar98": train_tokenizers.words(Grammar.load("grammar98")),
-        "sotu_bpe_512": train_tokenizers.byte_level_bpe(
-            [text for _, text in corpora.documents("sotu", "train", "")], 512
-        ),
+        "sotu_bpe_512": train_tokenizers.byte_level_bpe(speeches, 512),
+        "sotu_letters_112": train_tokenizers.letter_bpe(speeches, 112),
     }
     for name, tokenizer in made.items():
         assert json.loads(tokenizer.to_str()) == json.loads(tokenizers.shipped(name).json), name

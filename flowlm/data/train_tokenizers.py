@@ -15,6 +15,7 @@ from flowlm.data.grammar import Grammar
 
 START = "<|start|>"
 BPE_SIZES = (512, 1024, 4096)
+LETTERS_SIZE = 112
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -51,6 +52,20 @@ def characters() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def letter_bpe(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """BPE over the symbols of `characters`, merged within words: a vocabulary smaller than the width of a small network."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = characters().normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    tokenizer.decoder = decoders.Fuse()
+    alphabet = list("abcdefghijklmnopqrstuvwxyz ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[START], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def words(grammar: Grammar) -> tokenizers.Tokenizer:
     """The words of a grammar under the grammar's own ids, and the start token behind them; pads are not text."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(grammar.words)}))
@@ -62,6 +77,7 @@ def words(grammar: Grammar) -> tokenizers.Tokenizer:
 def main(directory: pathlib.Path) -> None:
     made = {"chars": characters(), "grammar98": words(Grammar.load("grammar98"))}
     speeches = [text for _, text in corpora.documents("sotu", "train", "")]
+    made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:
         made[f"sotu_bpe_{size}"] = byte_level_bpe(speeches, size)
     for name, tokenizer in made.items():
