@@ -1,4 +1,19 @@
-"""quickstart (being measured)"""
+"""The quickstart: a small flow language model on the State of the Union speeches, from nothing to scored text.
+
+    flowlm train --config=experiments/quickstart.py --workdir=DIR        (bash launch/quickstart.sh does it from a fresh machine)
+
+512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus. Expected on 2 CPU
+cores: 6.5 minutes of training and under a minute of sampling and scoring. Expected numbers are in README.md and
+results/quickstart.json. Tried at the same budget, seed 0, 512 samples at 64 ancestral steps:
+
+    vocabulary, warp            cross-entropy mean (context-free)   nats per character   distinct-2 (held out)
+    512, ambient                2.26 (2.50)                         2.86                 .50 (.38)
+    512, embedded               0.72 (0.99), above it at tau .05    2.94                 .48 (.38)
+    112 letters, ambient        1.73 (1.87)                         3.49                 .34 (.20)
+
+Where V > D the network makes the embeddings of frequent tokens long, so they can be read early: in embedded time most of it is over
+by tau .05, and few-step samples fall for rare bytes.
+"""
 
 from ml_collections import ConfigDict
 
