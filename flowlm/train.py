@@ -78,12 +78,15 @@ def train(config: ConfigDict, workdir: str) -> None:
             # Reading the previous step's numbers leaves the device busy with this one.
             if step > first and step % config.log_every == 0:
                 values = _check_finite(previous, step, checkpoints)
-                now = time.perf_counter()
-                speed = (step - logged) * config.batch_size * data.length / (now - clock)
-                logged, clock = step, now
-                values |= {"learning_rate": experiment.schedule(step - 1), "tokens_per_second": speed}
+                values["learning_rate"] = float(experiment.schedule(step - 1))
+                if step > logged:  # not right after an evaluation
+                    now = time.perf_counter()
+                    values["tokens_per_second"] = (step - logged) * config.batch_size * data.length / (now - clock)
+                    logged, clock = step, now
                 writer.write(step, values)
-                progress.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{speed:.0f}")
+                progress.set_postfix(
+                    loss=f"{values['loss']:.3f}", tokens_per_s=f"{values.get('tokens_per_second', 0):.0f}"
+                )
 
             done = step + 1
             if done < config.steps and done % config.evaluation.every == 0:
