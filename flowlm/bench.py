@@ -43,7 +43,7 @@ for _name, _default in SETTINGS.items():
     flags.DEFINE_integer(_name, _default, "of the model and its batch", 1)
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of both formulations")
 flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1)
-flags.DEFINE_integer("steps", 3, "timed steps of a process, after one that warms up", 1)
+flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON")
 flags.DEFINE_enum("formulation", None, ["flow", "dense"], "measure this one here and print JSON")
 FLAGS = flags.FLAGS
@@ -76,8 +76,8 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, steps: int) -> dict:
-    """Compiles and runs the training step here: {seconds: [steps], and bytes for each view of memory}."""
+def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, repeats: int) -> dict:
+    """Compiles and runs the training step here: {seconds: [repeats], and bytes for each view of memory}."""
     warp = TimeWarp("gaussian", "ambient", vocab, width)
     family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
     net = make_network(
@@ -108,7 +108,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, s
     compiled = jax.jit(step, donate_argnums=0).lower(state, ids).compile()
     _reset_peak()
     before, seconds = _resident("VmRSS"), []
-    for _ in range(steps + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, ids))
         seconds.append(time.perf_counter() - start)
@@ -149,7 +149,7 @@ def _show(result: dict, title: str) -> None:
 
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    settings = {name: FLAGS[name].value for name in (*SETTINGS, "remat", "steps")}
+    settings = {name: FLAGS[name].value for name in (*SETTINGS, "remat", "repeats")}
     if FLAGS.formulation:
         print(json.dumps(measure(FLAGS.formulation, **settings)))
         return
