@@ -107,8 +107,9 @@ def _parse(argv: list[str]) -> list[str]:
         _check_experiment(argv)
         return FLAGS(argv)
     except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
-        # A KeyError prints the repr of its message, with every line break escaped.
-        sys.exit("flowlm: " + " ".join(str(error.args[0] if error.args else error).strip('"').split()))
+        # A KeyError shows the repr of its message, at times a repr of a repr: every line break and quote is escaped.
+        message = str(error.args[0] if error.args else error).replace("\\n", " ")
+        sys.exit("flowlm: " + " ".join(re.sub(r"[\\']", "", message).strip('"').split()))
 
 
 def _main(argv: list[str]) -> None:
