@@ -5,7 +5,7 @@
 512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus. Expected on 2 CPU
 cores: 6.5 minutes of training and under a minute of sampling and scoring. Expected numbers are in README.md and
 results/quickstart.json. Tried at the same budget, seed 0, 512
-samples at 64 ancestral steps, with the posterior mean in place of draws (--config.objective.temperature=None):
+samples at 64 ancestral steps, with the posterior mean in place of draws (the setting of the temperature removed):
 
     vocabulary, warp            cross-entropy mean (context-free)   nats per character   distinct-2 (held out)
     512, ambient                2.26 (2.50)                         2.86                 .50 (.38)
