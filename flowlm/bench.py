@@ -98,6 +98,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         causal=False,
         remat=remat,
         dtype="float32",
+        loss_weight=False,
     )
     schedule = optax.constant_schedule(3e-4)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)

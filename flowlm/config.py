@@ -21,11 +21,46 @@ def model(size: str) -> ConfigDict:
             causal=False,
             remat="none",  # none | dots | full: what the backward pass recomputes, for memory
             dtype="float32",  # or bfloat16: products only; parameters, norms and losses stay float32
+            loss_weight=False,  # learn exp(-w) loss + w with w a function of the times
         )
     )
 
 
-def defaults() -> ConfigDict:
+def objective(family: str) -> ConfigDict:
+    """The `objective` section of a family: flow, flow_map."""
+    sampler = dict(
+        temperature=config_dict.placeholder(
+            float
+        ),  # of drawn tokens in place of the posterior mean (flow), argmax (map)
+        guidance=1.0,  # 1: none; more: away from the same network with dropout
+    )
+    sections = dict(
+        flow=dict(
+            loss="cross_entropy",  # cross_entropy | squared_error
+            eta=1.0,  # sampler: 0 Euler .. 1 ancestral
+        ),
+        flow_map=dict(
+            target="psd",  # psd | psd_squared | teacher_steps | lsd | lsd_logit | csd | ecld | esd | esd_logit
+            targets_from="student",  # student | ema
+            diagonal=0.5,  # share of rows with s = t
+            boundary=1 / 32,  # share of the others with (s, t) = (0, 1)
+            pairs="uniform_diff",  # uniform_diff | uniform_pair
+            tau_max=1.0,  # upper end of the others' tau_t
+            cut="midpoint",  # midpoint | uniform
+            teacher_steps=4,  # of the target of that name
+            adaptive=0.0,  # exponent of the adaptive weight
+            surgery=False,  # project conflicting gradients
+            train_embedding=False,
+            gamma=0.0,  # sampler: re-noising between steps, 0 none .. 1 all
+            top_p=1.0,  # of drawn tokens
+        ),
+    )
+    if family not in sections:
+        raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(sections)}")
+    return ConfigDict(dict(family=family, **sections[family], **sampler))
+
+
+def defaults(family: str = "flow") -> ConfigDict:
     """Every setting of a run. Locked: a key that is not here is an error."""
     config = ConfigDict(
         dict(
@@ -38,12 +73,8 @@ def defaults() -> ConfigDict:
             time_warp="ambient",  # ambient | embedded
             data=dict(name="sotu", tokenizer="sotu_bpe_512", length=32, dir="~/.cache/flowlm"),
             model=model("tiny"),
-            objective=dict(
-                family="flow",
-                loss="cross_entropy",  # cross_entropy | squared_error
-                eta=1.0,  # sampler: 0 Euler .. 1 ancestral
-                temperature=config_dict.placeholder(float),  # of a drawn token in place of the posterior mean
-            ),
+            objective=objective(family),
+            teacher=config_dict.placeholder(str),  # run directory of the flow that a flow map is distilled from
             optimizer=dict(
                 learning_rate=1e-3,
                 schedule="cosine",  # constant | cosine

@@ -49,7 +49,7 @@ def make_judges(dataset: Dataset) -> list[Judge]:
 def samplers(family) -> dict[str, object]:
     """The family's samplers by name: Euler and ancestral, where the family has both."""
     if not hasattr(family, "eta"):
-        return {"sample": family}
+        return {"map": family}
     out = {"euler": replace(family, eta=0.0)}
     if family.eta > 0:
         out["ancestral" if family.eta == 1 else f"eta {family.eta}"] = family

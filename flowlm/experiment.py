@@ -50,7 +50,14 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
         )
     warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
     net = make_network(length=config.data.length, warp=warp, **model)
-    family = make_family(warp=warp, **config.objective.to_dict())
+    family = make_family(warp=warp, teacher=bool(config.teacher), **config.objective.to_dict())
+    if config.objective.family == "flow_map":
+        if config.model.time_embeddings != 2:
+            raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
+        if config.model.input == "posterior":
+            raise ValueError(
+                "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both"
+            )
     settings = config.optimizer.to_dict()
     schedule = make_schedule(
         settings.pop("learning_rate"), settings.pop("schedule"), settings.pop("warmup_steps"), config.steps
@@ -66,6 +73,35 @@ class Trained(NamedTuple):
     experiment: Experiment
     params: Any
     step: int
+
+
+# Settings of a teacher that its student may change; all others of the same network, path and data must agree.
+STUDENTS_OWN = ("dropout", "time_embeddings", "remat", "dtype", "loss_weight")
+
+
+def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, mesh: jax.sharding.Mesh):
+    """Parameters in the student's architecture that compute the teacher's function: aux.teacher, and where the student starts.
+
+    Raises:
+      FileNotFoundError: config.teacher is not a trained run.
+      ValueError: it has another tokenizer, network, prior or time warp; names what differs.
+    """
+    run = load_trained(config.teacher, mesh)
+    if run.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"the teacher {config.teacher} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
+        )
+    theirs, mine = run.config, config
+    pairs = {name: (theirs[name], mine[name]) for name in ("prior", "time_warp")}
+    pairs["data.length"] = (theirs.data.length, mine.data.length)
+    pairs |= {f"model.{k}": (theirs.model[k], v) for k, v in mine.model.items() if k not in STUDENTS_OWN}
+    differ = {k: v for k, v in pairs.items() if v[0] != v[1] and (k, *v) != ("model.input", "both", "preview")}
+    if differ:
+        shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
+        raise ValueError(f"the teacher {config.teacher} is another network: {shown}")
+    adopt = lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
+    places = sharding.state_shardings(jax.eval_shape(adopt, run.params), mesh)
+    return jax.jit(adopt, out_shardings=places)(run.params)
 
 
 def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):

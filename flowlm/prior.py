@@ -61,6 +61,10 @@ class Gaussian:
 
     name = "gaussian"
 
+    def mean(self, embedding: jax.Array) -> jax.Array:
+        """E[z0]: [D]."""
+        return jnp.zeros(embedding.shape[1])
+
     def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
         """Draws z0 [B, L, D] ~ N(0, G), one row for each of the B keys.
 
@@ -80,6 +84,10 @@ class Dirichlet:
 
     name = "dirichlet"
     chunk: int = 1024  # vocabulary entries at a time
+
+    def mean(self, embedding: jax.Array) -> jax.Array:
+        """E[z0]: [D]."""
+        return embedding.mean(0)
 
     def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
         """Draws z0 [B, L, D] = x0 @ E, x0 ~ Dir(1), one row for each of the B keys."""

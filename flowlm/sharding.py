@@ -41,14 +41,15 @@ def state_shardings(abstract_state, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the global batch divides over microbatches and devices."""
+def check_batch(batch_size: int, accumulation: int, group: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the global batch divides over microbatches, devices and groups of rows that stay together."""
     if accumulation < 1:
         raise ValueError(f"accumulation is a number of microbatches, at least 1, got {accumulation}")
-    parts = accumulation * mesh.size
+    parts = accumulation * mesh.size * group
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
-            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {mesh.size} devices: "
+            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {mesh.size} devices"
+            f"{f' x groups of {group} rows (objective.diagonal)' if group > 1 else ''}: "
             f"use {max(1, batch_size // parts) * parts} or {(batch_size // parts + 1) * parts}"
         )
 

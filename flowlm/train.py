@@ -14,7 +14,7 @@ from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build
+from flowlm.experiment import abstract_state, build, load_teacher
 from flowlm.metrics import MetricWriter
 
 
@@ -29,7 +29,11 @@ def train(config: ConfigDict, workdir: str) -> None:
     data = config.data
     experiment = build(config, tokenizers.shipped(data.tokenizer, data.dir).vocab_size)
     mesh = sharding.make_mesh(config.mesh.data)
-    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), mesh)
+    teacher = None
+    if config.teacher:
+        tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
+        teacher = load_teacher(config, tokenizer, experiment, mesh)
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
@@ -40,7 +44,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=places)()
+        state = jax.jit(init, out_shardings=places)(teacher)
     first = int(state.step)
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")
@@ -72,7 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 
             batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
             previous = metrics
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, teacher)
             progress.update()
 
             # Reading the previous step's numbers leaves the device busy with this one.

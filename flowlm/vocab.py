@@ -52,6 +52,31 @@ def _by_chunk(fn: Callable, head: Head, arrays: tuple, span: int | None) -> Any:
     return jax.tree.map(join, out)
 
 
+def over_logits(fn: Callable, readouts: tuple, arrays: tuple = (), span: int | None = None) -> Any:
+    """fn(*logits, *arrays) token by token, for formulas that need several networks' logits at once.
+
+    Args:
+      fn: maps logits [..., V] and arrays [...] of a chunk to a pytree of arrays [...] without a vocabulary axis.
+      readouts: (head, hidden [B, L, F]) gives fn the logits; (head, hidden, tangent [B, L, F]) gives it the pair
+        (logits, their derivative along the tangent of the hidden state).
+      arrays: [B, L, ...], or [B] which is the same for every token of a row.
+    """
+    heads = [r[0] for r in readouts]
+    batch, length = readouts[0][1].shape[:2]
+    spread = [jnp.broadcast_to(a[:, None], (batch, length)) if a.ndim == 1 else a for a in arrays]
+    sizes = [len(r) - 1 for r in readouts]
+    flat = [a for r in readouts for a in r[1:]]
+
+    def chunk(_, *parts):
+        parts, logits = list(parts), []
+        for head, size in zip(heads, sizes, strict=True):
+            hidden = [parts.pop(0) for _ in range(size)]
+            logits.append(head(hidden[0]) if size == 1 else jax.jvp(head, (hidden[0],), (hidden[1],)))
+        return fn(*logits, *parts)
+
+    return _by_chunk(chunk, heads[0], (*flat, *spread), span)
+
+
 def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, span: int | None = None) -> jax.Array:
     """-log softmax(logits)[ids]: nats [B, L] for ids [B, L]."""
 
@@ -83,10 +108,42 @@ def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
     return _by_chunk(lambda _, h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
 
 
+def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """logits [..., V] with all but the likeliest tokens that together hold `top_p` of the probability at -inf."""
+    order = jnp.sort(logits, -1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(order), -1) - jax.nn.softmax(order)
+    least = jnp.min(jnp.where(before < top_p, order, jnp.inf), -1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sparsemax(x: jax.Array) -> jax.Array:
+    """The point of the probability simplex nearest to x [..., V] (1602.02068): max(x - threshold, 0), sums to 1.
+
+    The threshold lies in [max x - 1, max x) and is found by bisection: sums over V alone, no sort, so V may be sharded.
+    """
+    low = jnp.max(x, -1, keepdims=True) - 1
+
+    def halve(i, low):
+        middle = low + 0.5 ** (i + 1)
+        return jnp.where(jnp.sum(jnp.maximum(x - middle, 0), -1, keepdims=True) > 1, middle, low)
+
+    low = jax.lax.fori_loop(0, 25, halve, low)
+    # The support is settled; on it the threshold has a closed form.
+    support = x > low
+    size = jnp.maximum(jnp.sum(support, -1, keepdims=True), 1)
+    threshold = (jnp.sum(jnp.where(support, x, 0), -1, keepdims=True) - 1) / size
+    return jnp.maximum(x - threshold, 0)
+
+
 def categorical(
-    head: Head, hidden: jax.Array, key: jax.Array, temperature: float = 1.0, span: int | None = None
+    head: Head,
+    hidden: jax.Array,
+    key: jax.Array,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    span: int | None = None,
 ) -> jax.Array:
-    """A draw from softmax(logits / temperature), ids [B, L].
+    """A draw from softmax(logits / temperature), ids [B, L]; `top_p` < 1 leaves out the least likely tokens.
 
     The Gumbel noise has an exact tail (`mode="high"`): plain float32 draws cut it off, which quietly lowers the
     temperature of whatever is sampled with them.
@@ -94,6 +151,8 @@ def categorical(
 
     def draw(index, h):
         part = jax.random.fold_in(key, index)
-        return jax.random.categorical(part, head(h) / temperature, mode="high").astype(jnp.int32)
+        logits = head(h) / temperature
+        logits = logits if top_p >= 1 else nucleus(logits, top_p)
+        return jax.random.categorical(part, logits, mode="high").astype(jnp.int32)
 
     return _by_chunk(draw, head, (hidden,), span)

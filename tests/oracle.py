@@ -52,7 +52,7 @@ def oracle(
         return jnp.log(jnp.einsum("bk,klv->blv", posterior, one_hot) + 1e-30) + tilt
 
     params = {"embedding": jnp.asarray(embedding, jnp.float32)}
-    return Network(None, apply, lambda params: Partial(log_prob_head), vocab, length, width), params
+    return Network(None, apply, None, lambda params: Partial(log_prob_head), vocab, length, width), params
 
 
 def entropy(weights) -> float:

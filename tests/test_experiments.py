@@ -19,7 +19,7 @@ from flowlm.train_state import make_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
-ARGUMENTS = {"grammar": models.INPUTS}
+ARGUMENTS = {"grammar": ("raw", "scaled", "posterior", "both", "flow_map"), "quickstart": ("flow_map",)}
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
 
@@ -39,10 +39,12 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
+    distils = config.objective.family == "flow_map"
+    config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 
     mesh = make_mesh(8)
-    check_batch(config.batch_size, config.accumulation, mesh)
+    check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), mesh)
     state = abstract_state(experiment, mesh)
     step = make_step(
         experiment.net,
@@ -54,7 +56,7 @@ def test_builds_and_lowers(path, argument):
         dropout=config.model.dropout > 0,
     )
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
-    traced = jax.jit(step, donate_argnums=0).trace(state, ids)
+    traced = jax.jit(step, donate_argnums=0).trace(state, ids, state.params if distils else None)
     new, metrics = traced.out_info
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert shapes(new) == shapes(state)  # or the second step would be another program
@@ -109,7 +111,8 @@ def unused(config):
         if not isinstance(section, ConfigDict):
             keys |= set() if ("config", name) in read else {name}
         elif name in TAKERS:
-            taken = {parameter for taker in TAKERS[name] for parameter in inspect.signature(taker).parameters}
+            takers = [*TAKERS[name], objectives.FAMILIES[section.family]] if name == "objective" else TAKERS[name]
+            taken = {parameter for taker in takers for parameter in inspect.signature(taker).parameters}
             keys |= {f"{name}.{key}" for key in section if key not in taken}
         else:
             keys |= {f"{name}.{key}" for key in section if not any((h, key) in read for h in HOLDERS.get(name, ()))}
@@ -117,7 +120,7 @@ def unused(config):
 
 
 def test_every_setting_is_used():
-    assert unused(defaults()) == set()
+    assert unused(defaults()) == set() == unused(defaults("flow_map"))
     config = defaults().unlock()
     added = {"colour": 1, "brand": {"new": 1}}
     for name in ("data", "model", "objective", "optimizer", "mesh", "checkpoint", "evaluation"):

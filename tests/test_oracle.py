@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
+from flowlm.objectives.denoiser import TAU_MAX
 from flowlm.objectives.flow import Flow
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
@@ -97,7 +98,7 @@ def test_the_ambient_norm_would_be_loose_where_v_exceeds_d():
     """Why the bound whitens: with |x1 - D|^2 in place of the metric of G the figure is several times the entropy."""
     net, params, family, sequences, weights = case(24, 8, num=16)
     ids = jnp.asarray(sequences[np.random.default_rng(4).choice(16, 4096, p=weights)])
-    t_max = family.warp.t(family.tau_max)
+    t_max = family.warp.t(TAU_MAX)
     r = (jnp.arange(4096) + 0.5) / 4096 * t_max / (1 - t_max)
     t = r / (1 + r)
     z0 = family.prior.sample(jax.random.split(jax.random.key(0), 4096), params["embedding"], net.length)

@@ -25,6 +25,7 @@ FIELDS = dict(
     causal=False,
     remat="none",
     dtype="float32",
+    loss_weight=False,
 )
 
 

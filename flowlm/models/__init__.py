@@ -7,6 +7,8 @@ the one thing that is known exactly, the own-position log-likelihood of every to
             scaled     z / sqrt( t^2 mean_v |E_v|^2 / D + (1 - t)^2 tr(G) / D )
             posterior  softmax( own-position log-likelihood ) @ E: bounded, sharp, blind to the noise at t = 0
             both       posterior + scaled z through a second D x D matrix
+            preview    both + what posterior will be at warped time PREVIEW, before it, through a third: a flow map at
+                       s = 0 must act on the noise, and this says which token it leans to
     output  plain            soft-capped logits
             likelihood_skip  soft-capped logits + own-position log-likelihood (at tau_s)
 
@@ -20,17 +22,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.lax import stop_gradient
 from jax.tree_util import Partial
 
 from flowlm import vocab
 from flowlm.interpolant import MIN_NOISE, own_position_features, own_position_matrix
-from flowlm.models.dit import LOGIT_CAP, DiT, soft_cap
+from flowlm.models.dit import LOGIT_CAP, DiT, LossWeight, soft_cap
 from flowlm.prior import HIGHEST, geometry
 from flowlm.time_warp import TimeWarp
 
-INPUTS = ("raw", "scaled", "posterior", "both")
+INPUTS = ("raw", "scaled", "posterior", "both", "preview")
+PREVIEW = 0.2
 OUTPUTS = ("plain", "likelihood_skip")
+WEAK_DROPOUT = 0.1
 SIZES = {
     "test": dict(width=32, blocks=2, heads=2, cond=32),
     "tiny": dict(width=128, blocks=4, heads=4, cond=64),
@@ -45,12 +50,14 @@ class Network:
     Attributes:
       init: key -> params.
       apply: (params, z [B, L, D], tau_s [B], tau_t [B] | None, key | None) -> hidden [B, L, F]. Dropout only with a key.
+      weak: `apply` with dropout of at least WEAK_DROPOUT; needs the key. For autoguidance.
       head: params -> a pytree mapping hidden [..., F] to float32 logits [..., V] (what vocab.py works on).
       vocab: V. length: L. width: D.
     """
 
     init: Callable[[jax.Array], Any]
     apply: Callable[..., jax.Array]
+    weak: Callable[..., jax.Array]
     head: Callable[[Any], vocab.Head]
     vocab: int
     length: int
@@ -59,6 +66,34 @@ class Network:
     def embedding(self, params) -> jax.Array:
         """E [V, D]."""
         return params["embedding"]
+
+    def with_embedding(self, params, embedding: jax.Array):
+        """params with another E [V, D]."""
+        return {**params, "embedding": embedding}
+
+    def adopt(self, params, teacher):
+        """Fresh params with all that a one-time network has, so that both compute the same function of (z, tau_s).
+
+        What the teacher lacks (the second time embedding, further inputs) gets a last layer of zeros.
+        Raises ValueError where shapes or names differ.
+        """
+        mine, theirs = flatten_dict(params, sep="/"), flatten_dict(teacher, sep="/")
+        theirs = {k: v for k, v in theirs.items() if not k.startswith("loss_weight/")}
+        for name, value in theirs.items():
+            if name not in mine or mine[name].shape != value.shape:
+                raise ValueError(
+                    f"the teacher's {name} {value.shape} does not fit the student's "
+                    f"{mine[name].shape if name in mine else 'network, which has none'}"
+                )
+        mute = {k: jnp.zeros_like(v) if k.startswith("time_t/out/") else v for k, v in mine.items()}
+        return unflatten_dict(mute | theirs, sep="/")
+
+    def weighted(self, params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
+        """exp(-w) loss + w with the learned w(tau_s, tau_t) where the network has one; [B] each, otherwise as it is."""
+        if "loss_weight" not in params:
+            return loss
+        w = LossWeight().apply({"params": params["loss_weight"]}, tau_s, tau_t)
+        return jnp.exp(-w) * loss + w
 
     def embed(self, params, ids_or_probs: jax.Array) -> jax.Array:
         """Token ids [B, L] or simplex points [B, L, V] to states [B, L, D]."""
@@ -103,6 +138,7 @@ def make_network(
     causal: bool,
     remat: str,
     dtype: str,
+    loss_weight: bool,
 ) -> Network:
     """Builds the network; every argument is a field of the experiments' `model` section.
 
@@ -140,7 +176,7 @@ def make_network(
         time_scale=time_scale,
         gate_init=gate_init,
         learned_positions=learned_positions,
-        mixes_raw=input == "both",
+        mixes={"both": ("raw",), "preview": ("raw", "preview")}.get(input, ()),
         causal=causal,
         remat=remat,
         dtype=compute,
@@ -148,7 +184,10 @@ def make_network(
 
     def init(key):
         z, tau = jnp.zeros((1, length, width)), jnp.zeros((1,))
-        return module.init(key, z, z, tau, tau, True)["params"]
+        params = module.init(key, z, (z, z), tau, tau, True)["params"]
+        if loss_weight:
+            params["loss_weight"] = LossWeight().init(key, tau, tau)["params"]
+        return params
 
     def scaled(embedding, z, t):
         energy = jnp.sum(embedding**2) / width  # tr(G) / D
@@ -156,23 +195,25 @@ def make_network(
         noise = jnp.maximum(1 - t, MIN_NOISE)
         return z / jnp.sqrt(t**2 * energy / vocab_size + noise**2 * energy)
 
-    def apply(params, z, tau_s, tau_t=None, key=None):
+    def run(module, params, z, tau_s, tau_t=None, key=None):
         embedding = params["embedding"]
-        frozen, t, raw, features = stop_gradient(embedding), warp.t(tau_s), None, None
-        if input in ("posterior", "both") or output == "likelihood_skip":
+        frozen, t, extra, features = stop_gradient(embedding), warp.t(tau_s), (), None
+        if input not in ("raw", "scaled") or output == "likelihood_skip":
             geo = geometry(frozen)
             features = own_position_features(geo, z, t)
-        if input in ("scaled", "both"):
-            raw = scaled(frozen, z, t)
-        if input == "scaled":
-            x = raw
-        elif input in ("posterior", "both"):
-            x = vocab.softmax_embed(Partial(_own_position_logits, own_position_matrix(geo)), features, embedding)
+            posterior = Partial(_own_position_logits, own_position_matrix(geo))
+        if input in ("raw", "scaled"):
+            x = z if input == "raw" else scaled(frozen, z, t)
         else:
-            x = z
+            x = vocab.softmax_embed(posterior, features, embedding)
+        if input in ("both", "preview"):
+            extra += (scaled(frozen, z, t),)
+        if input == "preview":
+            ahead = own_position_features(geo, z, jnp.maximum(t, warp.t(PREVIEW)))
+            extra += (vocab.softmax_embed(posterior, ahead, embedding),)
         tau_t = tau_s if tau_t is None else tau_t
         rngs = {} if key is None else {"dropout": key}
-        hidden = module.apply({"params": params}, x, raw, tau_s, tau_t, key is None, rngs=rngs)
+        hidden = module.apply({"params": params}, x, extra, tau_s, tau_t, key is None, rngs=rngs)
         if output == "likelihood_skip":
             hidden = jnp.concatenate([hidden, features], -1)
         return hidden
@@ -181,4 +222,5 @@ def make_network(
         matrix = own_position_matrix(geometry(params["embedding"])) if output == "likelihood_skip" else None
         return Partial(functools.partial(_readout, compute), params["unembed_kernel"], params["unembed_bias"], matrix)
 
-    return Network(init, apply, head, vocab_size, length, width)
+    weak = module.clone(dropout=max(dropout, WEAK_DROPOUT))
+    return Network(init, functools.partial(run, module), functools.partial(run, weak), head, vocab_size, length, width)

@@ -62,6 +62,15 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.cond, name="out")(nn.silu(x))
 
 
+class LossWeight(nn.Module):
+    """w(tau_s, tau_t) [B], zero at initialisation: the log of how noisy a loss is at these times (1705.07115)."""
+
+    @nn.compact
+    def __call__(self, tau_s, tau_t):
+        times = [TimeEmbedding(32, 1.0, name=name)(tau) for name, tau in (("time_s", tau_s), ("time_t", tau_t))]
+        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(nn.silu(sum(times)))[:, 0]
+
+
 class Modulation(nn.Module):
     """cond [B, C] -> `parts` vectors [B, 1, width] each, all zero at initialisation (adaLN-zero)."""
 
@@ -104,7 +113,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Everything with parameters. `__call__` maps an input [B, L, width] and warped times [B] to hidden [B, L, width]."""
+    """Everything with parameters. `__call__` maps inputs [B, L, width] and warped times [B] to hidden [B, L, width]."""
 
     vocab: int
     length: int
@@ -117,22 +126,22 @@ class DiT(nn.Module):
     time_scale: float
     gate_init: float
     learned_positions: bool
-    mixes_raw: bool  # a second width x width matrix for the raw part of the input `both`
+    mixes: tuple[str, ...]  # further inputs, each through a width x width matrix of that name
     causal: bool
     remat: str  # none | dots: keep products, recompute the rest | full: recompute blocks
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, z, raw, tau_s, tau_t, deterministic):
+    def __call__(self, z, extra, tau_s, tau_t, deterministic):
         uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
         self.param("embedding", uniform, (self.vocab, self.width))
         self.param("unembed_kernel", nn.initializers.zeros, (self.width, self.vocab))
         self.param("unembed_bias", nn.initializers.zeros, (self.vocab,))
 
         x = z.astype(jnp.float32)
-        if self.mixes_raw:
+        for name, y in zip(self.mixes, extra, strict=False):
             # From zero: unit-sized noise through a random matrix would drown the posterior, whose scale is E's.
-            x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name="mix_raw")(raw)
+            x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name=f"mix_{name}")(y)
         if self.learned_positions:
             x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
         cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)

@@ -2,21 +2,32 @@
 
 A family is a frozen dataclass of its hyperparameters with
     draw(key, num) -> {name: [num, ...]}                      the random part of a global batch, added to batch["ids"]
-    loss(net, params, aux, batch, key) -> (losses, metrics)   dicts of per-example arrays [B]; losses are summed
+    loss(net, params, aux, batch, key) -> (losses, metrics)   dicts of per-example arrays; the names of `losses` share the
+                                                              batch's rows, and their sum over rows / B is the loss
     sample(net, params, key, num, steps) -> ids [num, L]
     bound(net, params, batch, key) -> nats [B]                where it has one
-Means, meshes and microbatches are the training step's affair.
+and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `surgery` (project conflicting
+gradients of the losses; False) and `teacher` (whether aux.teacher is needed; False). Means, meshes and microbatches are the
+training step's affair.
 """
 
 from flowlm.objectives.flow import Flow
+from flowlm.objectives.flow_map import FlowMap
 from flowlm.prior import PRIORS
 from flowlm.time_warp import TimeWarp
 
-FAMILIES = {"flow": Flow}
+
+def _flow(prior, warp, *, teacher, loss, eta, temperature, guidance):
+    if teacher:
+        raise ValueError("config.teacher is for distillation: the family flow has none, flow_map does")
+    return Flow(prior, warp, loss, eta, temperature, guidance)
 
 
-def make_family(family: str, warp: TimeWarp, *, loss: str, eta: float, temperature: float | None):
-    """The family named in an experiment's `objective` section. Raises ValueError for an unknown one."""
+FAMILIES = {"flow": _flow, "flow_map": FlowMap}
+
+
+def make_family(family: str, warp: TimeWarp, teacher: bool, **settings):
+    """The family of an experiment's `objective` section, with a teacher or without. Raises ValueError for bad settings."""
     if family not in FAMILIES:
         raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(FAMILIES)}")
-    return FAMILIES[family](PRIORS[warp.prior](), warp, loss, eta, temperature)
+    return FAMILIES[family](PRIORS[warp.prior](), warp, teacher=teacher, **settings)

@@ -1,0 +1,89 @@
+"""A denoiser over warped time, whatever it was trained by: its noise, its held-out cross-entropy, its likelihood bound.
+
+    bound   -log p(tokens) <= int_0^{t_max} 1/2 SNR'(t) E |(E_y - m) G^{-1/2}|^2 dt + E[ -log D_{t_max}(z_{t_max})[tokens] ]
+
+with SNR = r^2, r = t / (1 - t): the path of z is a Gaussian diffusion in the metric of G = E^T E, so for any denoiser the
+right side is an upper bound on the negative log-likelihood (the Gaussian to one-hot case is in 2605.07820). r is drawn
+uniformly, hence the explicit weight r_max * r.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from flowlm import vocab
+from flowlm.interpolant import interpolate, own_position_features, own_position_matrix
+from flowlm.prior import HIGHEST, Dirichlet, Gaussian, geometry
+from flowlm.time_sampling import stratified
+from flowlm.time_warp import TimeWarp
+
+# Where the bound hands over to the decoder, in embedded warped time.
+TAU_MAX = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """Attributes: prior, warp: the noise and its time warp."""
+
+    prior: Gaussian | Dirichlet
+    warp: TimeWarp
+
+    def noised(self, embedding, batch, t) -> jax.Array:
+        """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} for an embedding [V, W] and times t [B]."""
+        z0 = self.prior.sample(batch["noise"], embedding, batch["ids"].shape[1])
+        return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
+
+    def bound(self, net, params, batch, key) -> jax.Array:
+        """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B] for batch = {ids [B, L]}."""
+        if self.prior.name != "gaussian":
+            raise ValueError(f"the likelihood bound needs the gaussian prior, not {self.prior.name!r}")
+        num = batch["ids"].shape[0]
+        ratio_key, noise_key, last_key = jax.random.split(key, 3)
+        embedding, head = net.embedding(params), net.head(params)
+        # Where V > D ambient time runs out before the state can be decoded; embedded time does not.
+        t_max = TimeWarp("gaussian", "embedded", net.vocab, net.width).t(TAU_MAX)
+        ratio_max = t_max / (1 - t_max)
+        ratio = ratio_max * stratified(ratio_key, num)
+
+        def posterior(keys, t):
+            z = self.noised(embedding, {"ids": batch["ids"], "noise": keys}, t)
+            return net.apply(params, z, self.warp.tau(t))
+
+        hidden = posterior(jax.random.split(noise_key, num), ratio / (1 + ratio))
+        miss = net.embed(params, batch["ids"]) - vocab.softmax_embed(head, hidden, embedding)
+        miss = jnp.matmul(miss, geometry(embedding).whiten, precision=HIGHEST)
+        path = ratio_max * ratio * jnp.sum(miss**2, (1, 2))
+        last = posterior(jax.random.split(last_key, num), jnp.full((num,), t_max))
+        return path + vocab.cross_entropy(head, last, batch["ids"]).sum(-1)
+
+    def denoising(self, net, params, batch, key, tau: float) -> jax.Array:
+        """Cross-entropy of the denoiser at one warped time, whatever it was trained with: nats per token [B]."""
+        num = batch["ids"].shape[0]
+        batch = {**batch, "noise": jax.random.split(key, num)}
+        tau = jnp.full((num,), tau)
+        hidden = net.apply(params, self.noised(net.embedding(params), batch, self.warp.t(tau)), tau)
+        return vocab.cross_entropy(net.head(params), hidden, batch["ids"]).mean(-1)
+
+    def context_free(self, net, params, batch, key, tau: float, log_marginals: jax.Array) -> jax.Array:
+        """`denoising` of softmax( log p(v at position l) + own-position log-likelihood ): the best a per-token classifier can do.
+
+        It sees the same noise as `denoising` with the same key.
+
+        Args:
+          log_marginals: [L, V] log p(v at position l) of the training data.
+        """
+        num = batch["ids"].shape[0]
+        batch = {**batch, "noise": jax.random.split(key, num)}
+        t = self.warp.t(jnp.full((num,), tau))
+        geo = geometry(net.embedding(params))
+        features = own_position_features(geo, self.noised(net.embedding(params), batch, t), t)
+        # A position is one more (one-hot) feature and its marginals one more block of the matrix.
+        positions = jnp.broadcast_to(jnp.eye(net.length), (num, net.length, net.length))
+        matrix = jnp.concatenate([own_position_matrix(geo), log_marginals], 0)
+        head = jax.tree_util.Partial(_linear, matrix)
+        return vocab.cross_entropy(head, jnp.concatenate([features, positions], -1), batch["ids"]).mean(-1)
+
+
+def _linear(matrix, features):
+    return jnp.matmul(features, matrix, precision=HIGHEST)

@@ -1,0 +1,310 @@
+"""The flow map language model, FMLM (2602.16813), and every published objective that learns a flow map of text.
+
+A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_map.py has the algebra and the targets):
+
+    diagonal rows      s = t        cross-entropy to the teacher's denoiser; without a teacher, to the tokens
+    off-diagonal rows  s < t        one of TARGETS, 1/32 of them by default at the boundary (tau_s, tau_t) = (0, 1)
+
+    psd, psd_squared   semigroup    no derivative; from the map itself, cut at u
+    teacher_steps      semigroup    m Euler steps of the teacher's flow; no bootstrap
+    lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
+    csd, ecld          Lagrangian   2602.12233: squared error through the derivative, and its cross-entropy bound
+    esd, esd_logit     Eulerian     what if the jump began a little later?
+
+    sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
+
+The teacher is frozen; the student keeps its embedding, and so sees the same states. With `train_embedding` both see one
+x0 through their own embeddings: a state is then [z @ E_student, z @ E_teacher].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from flowlm import flow_map, vocab
+from flowlm.flow_map import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm.objectives.denoiser import Denoiser
+from flowlm.objectives.guidance import Predictor
+from flowlm.time_sampling import PAIRS, pairs, stratified
+
+
+class Player(NamedTuple):
+    """One network in the game, frozen or live: apply(z, tau_s, tau_t, key) -> hidden, and its head."""
+
+    apply: Callable
+    head: vocab.Head
+
+    def see(self, *args):
+        """(head, hidden), what `vocab.over_logits` reads."""
+        return self.head, self.apply(*args)
+
+
+class Game(NamedTuple):
+    """live: the student. map: whose delta targets are made of. flow: whose denoiser. embedding: of the joint state."""
+
+    live: Player
+    map: Player
+    flow: Player
+    embedding: jax.Array
+    warp: Any
+
+    def times(self, rows) -> tuple[jax.Array, ...]:
+        """t of the rows' tau_s and tau_t."""
+        return self.warp.t(rows["tau_s"]), self.warp.t(rows["tau_t"])
+
+    def mean(self, readout) -> jax.Array:
+        """delta @ E of a (head, hidden), in the joint state."""
+        return vocab.softmax_embed(*readout[:2], self.embedding)
+
+    def moving(self, z, rows, key, through: bool):
+        """(head, hidden, d/dt hidden) of the live delta_{s,t}; the gradient goes through the derivative or not."""
+        _, t = self.times(rows)
+        hidden, tangent = flow_map.d_dt(lambda tau: self.live.apply(z, rows["tau_s"], tau, key), self.warp, t)
+        return self.live.head, hidden, tangent if through else stop_gradient(tangent)
+
+
+def at(time: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, 1]."""
+    return time[:, None, None]
+
+
+def _semigroup(match):
+    def target(self, game: Game, z, rows, key) -> Match:
+        (s, t), u = game.times(rows), game.warp.t(rows["tau_u"])
+        first = game.map.see(z, rows["tau_s"], rows["tau_u"])
+        middle = transport(z, game.mean(first), at(s), at(u))
+        second = game.map.see(middle, rows["tau_u"], rows["tau_t"])
+        live = game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+        return vocab.over_logits(match, (live, first, second), (semigroup_weight(s, u, t),))
+
+    return target
+
+
+def _teacher_steps(self, game: Game, z, rows, key) -> Match:
+    (s, t), live = game.times(rows), game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+    parts, weights, u = [], [], s
+    for i in range(self.teacher_steps):
+        tau = rows["tau_s"] + (rows["tau_t"] - rows["tau_s"]) * i / self.teacher_steps
+        u_next = game.warp.t(rows["tau_s"] + (rows["tau_t"] - rows["tau_s"]) * (i + 1) / self.teacher_steps)
+        parts.append(game.flow.see(z, tau, tau))
+        weights.append(flow_map.step_weight(s, u, u_next, t))
+        z, u = transport(z, game.mean(parts[-1]), at(u), at(u_next)), u_next
+    return vocab.over_logits(flow_map.teacher_steps, (live, *parts), tuple(weights))
+
+
+def _lagrangian(match, weights, through=False):
+    def target(self, game: Game, z, rows, key) -> Match:
+        s, t = game.times(rows)
+        moving = game.moving(z, rows, key, through)
+        end = stop_gradient(transport(z, game.mean(moving), at(s), at(t)))
+        flow = game.flow.see(end, rows["tau_t"], rows["tau_t"])
+        return vocab.over_logits(match, (moving, flow), weights(s, t))
+
+    return target
+
+
+def _eulerian(match):
+    def target(self, game: Game, z, rows, key) -> Match:
+        s, t = game.times(rows)
+        flow = game.flow.see(z, rows["tau_s"], rows["tau_s"])
+        step = lambda tau, z: game.live.apply(z, tau, rows["tau_t"], key)
+        hidden, tangent = flow_map.d_flow(step, game.warp, s, z, stop_gradient(game.mean(flow)))
+        moving = game.live.head, hidden, stop_gradient(tangent)
+        return vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
+
+    return target
+
+
+def _eulerian_and_boundary(self, game: Game, z, rows, key) -> Match:
+    """The logit form is singular at t = 1: those rows learn by the semigroup."""
+    inside, boundary = (target(self, game, z, rows, key) for target in (_eulerian(flow_map.esd_logit), TARGETS["psd"]))
+    at_end = rows["tau_t"][:, None] == 1
+    return jax.tree.map(lambda a, b: jnp.where(at_end, b, a), inside, boundary)
+
+
+TARGETS = {
+    "psd": _semigroup(flow_map.psd),
+    "psd_squared": _semigroup(flow_map.psd_squared),
+    "teacher_steps": _teacher_steps,
+    "lsd": _lagrangian(flow_map.lsd, lambda s, t: (lagrangian_weight(s, t),)),
+    "lsd_logit": _lagrangian(flow_map.lsd_logit, lambda s, t: (lagrangian_weight(s, t),)),
+    "csd": _lagrangian(flow_map.csd, lambda s, t: (s, t), through=True),
+    "ecld": _lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True),
+    "esd": _eulerian(flow_map.esd),
+    "esd_logit": _eulerian_and_boundary,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap(Denoiser):
+    """Attributes:
+    target: one of TARGETS.
+    targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
+    teacher: whether there is one.
+    diagonal: share of rows with s = t, a fraction with a denominator of at most 16. boundary: share of the others at (0, 1).
+    pairs: how the others are drawn (time_sampling.PAIRS). tau_max: upper end of their tau_t.
+    cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
+    teacher_steps: m of the target of that name.
+    adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
+    surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
+    train_embedding: otherwise the student keeps the embedding that it started with.
+    gamma, temperature, top_p, guidance: of the sampler; temperature None decodes the last step by argmax, a number draws.
+    """
+
+    target: str
+    targets_from: str
+    teacher: bool
+    diagonal: float
+    boundary: float
+    pairs: str
+    tau_max: float
+    cut: str
+    teacher_steps: int
+    adaptive: float
+    surgery: bool
+    train_embedding: bool
+    gamma: float
+    temperature: float | None
+    top_p: float
+    guidance: float
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("target", self.target, TARGETS),
+            ("targets_from", self.targets_from, ("student", "ema")),
+            ("pairs", self.pairs, PAIRS),
+            ("cut", self.cut, ("midpoint", "uniform")),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown objective.{name} {value!r}: choose one of {sorted(known)}")
+        for name, value in (("diagonal", self.diagonal), ("boundary", self.boundary), ("gamma", self.gamma)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"objective.{name} must be in [0, 1], got {value}")
+        share = Fraction(self.diagonal).limit_denominator(16)
+        if abs(float(share) - self.diagonal) > 1e-6 or share == 1:
+            raise ValueError(
+                f"objective.diagonal {self.diagonal} must be a fraction below 1 with a denominator of at most 16, such as "
+                f"{share if share < 1 else Fraction(15, 16)}: rows are split by exact counts"
+            )
+        if self.target == "teacher_steps" and not self.teacher:
+            raise ValueError("objective.target teacher_steps integrates a teacher: give --config.teacher=RUNDIR")
+        if self.teacher_steps < 1:
+            raise ValueError(f"objective.teacher_steps must be at least 1, got {self.teacher_steps}")
+        if not 0 < self.tau_max <= 1:
+            raise ValueError(f"objective.tau_max must be in (0, 1], got {self.tau_max}")
+        if self.target == "esd_logit" and self.tau_max == 1:
+            raise ValueError(
+                "objective.target esd_logit is singular at t = 1: set objective.tau_max below 1, such as 0.99, or use the "
+                "stable form, esd"
+            )
+
+    @property
+    def _split(self) -> tuple[int, int]:
+        share = Fraction(self.diagonal).limit_denominator(16)
+        return share.numerator, share.denominator
+
+    @property
+    def group(self) -> int:
+        """Rows that stay together in a microbatch: of each group the first few are diagonal."""
+        return self._split[1]
+
+    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+        """Times and noise keys of a global batch of num rows, a multiple of `group`."""
+        diagonal, group = self._split
+        on, off = num * diagonal // group, num - num * diagonal // group
+        boundary = round(off * self.boundary)
+        keys = jax.random.split(key, 4)
+        tau_s, tau_t = pairs(keys[0], off, boundary, self.pairs, self.tau_max)
+        share = 0.5 if self.cut == "midpoint" else jax.random.uniform(keys[1], (off,))
+        same = stratified(keys[2], on) if on else jnp.zeros((0,))
+
+        def join(on_rows, off_rows):
+            rows = [on_rows.reshape(-1, diagonal), off_rows.reshape(-1, group - diagonal)]
+            return jnp.concatenate(rows[1:] if diagonal == 0 else rows, 1).reshape(num)
+
+        return {
+            "tau_s": join(same, tau_s),
+            "tau_u": join(same, tau_s + share * (tau_t - tau_s)),
+            "tau_t": join(same, tau_t),
+            "noise": jax.random.split(keys[3], num),
+        }
+
+    def _rows(self, batch):
+        """(diagonal rows, the others)."""
+        diagonal, group = self._split
+        part = lambda pick: jax.tree.map(
+            lambda a: a.reshape(-1, group, *a.shape[1:])[:, pick].reshape(-1, *a.shape[1:]), batch
+        )
+        return part(slice(0, diagonal)), part(slice(diagonal, None))
+
+    def loss(self, net, params, aux, batch, key):
+        """({diagonal: [B1], TARGET: [B2]}, metrics) for batch = {ids [B, L]} | draw(...), B1 + B2 = B."""
+        embedding = net.embedding(params)
+        width = embedding.shape[1]
+        if not self.train_embedding:
+            embedding = stop_gradient(embedding)
+            params = net.with_embedding(params, embedding)
+        if self.train_embedding and self.teacher:
+            embedding = jnp.concatenate([embedding, stop_gradient(net.embedding(aux.teacher))], 1)
+
+        def player(params, side) -> Player:
+            return Player(lambda z, *args: net.apply(params, z[..., side], *args), net.head(params))
+
+        mine = slice(0, width)
+        model = player(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
+        teacher = player(aux.teacher, slice(-width, None)) if self.teacher else model
+        game = Game(player(params, mine), model, teacher, stop_gradient(embedding), self.warp)
+
+        on, off = self._rows(batch)
+        losses = {}
+        keys = (None, None) if key is None else jax.random.split(key)
+        if self.diagonal > 0:
+            z = self.noised(embedding, on, self.warp.t(on["tau_s"]))
+            live = game.live.see(z, on["tau_s"], on["tau_s"], keys[0])
+            if self.teacher:
+                match = vocab.over_logits(flow_map.diagonal, (live, game.flow.see(z, on["tau_s"], on["tau_s"])))
+                loss = self._adapted(match, 1e-2)
+            else:
+                loss = vocab.cross_entropy(*live, on["ids"]).mean(-1)
+            losses["diagonal"] = net.weighted(params, loss, on["tau_s"], on["tau_s"])
+        z = self.noised(embedding, off, self.warp.t(off["tau_s"]))
+        match = TARGETS[self.target](self, game, z, off, keys[1])
+        losses[self.target] = net.weighted(params, self._adapted(match, 1e-6), off["tau_s"], off["tau_t"])
+        return losses, {"distance": match.distance.mean(-1), "clamped": match.clamped.mean(-1)}
+
+    def _adapted(self, match: Match, floor: float) -> jax.Array:
+        return match.loss.mean(-1) * (match.distance.mean(-1) + floor) ** -self.adaptive
+
+    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by exactly `steps` jumps; one step does not depend on gamma."""
+        if steps < 1:
+            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        embedding, predict = net.embedding(params), Predictor(net, params, self.guidance)
+        start, rest = jax.random.split(key)
+        z = self.prior.sample(jax.random.split(start, num), embedding, net.length)
+        tau = jnp.linspace(0.0, 1.0, steps + 1)
+        center = self.prior.mean(embedding)
+
+        def jump(z, inputs):
+            tau, tau_next, key = inputs
+            fresh_key, weak_key = jax.random.split(key)
+            s, sigma = self.warp.t(tau), 1 - self.warp.t(tau_next)
+            kept = sigma * (1 - self.gamma**2) ** 0.5  # of the old noise; the jump goes on to where only this is left
+            to = jnp.full((num,), self.warp.tau(1 - kept))
+            mean = predict(z, jnp.full((num,), tau), to, weak_key).mean(embedding)
+            z = transport(z, mean, s, 1 - kept) + (kept - sigma) * mean
+            fresh = self.prior.sample(jax.random.split(fresh_key, num), embedding, net.length)
+            return z + self.gamma * sigma * (fresh - center) + (sigma - kept) * center, None
+
+        keys = jax.random.split(rest, steps)
+        z, _ = jax.lax.scan(jump, z, (tau[:-2], tau[1:-1], keys[:-1]))
+        weak_key, token_key = jax.random.split(keys[-1])
+        prediction = predict(z, jnp.full((num,), tau[-2]), jnp.ones((num,)), weak_key)
+        if self.temperature is None:
+            return prediction.argmax()
+        return prediction.draw(token_key, self.temperature, self.top_p)

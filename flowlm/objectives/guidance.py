@@ -1,0 +1,68 @@
+"""What a sampler asks of a network, with or without autoguidance (2406.02507).
+
+    p = p_weak + guidance (p_strong - p_weak),   p_weak from the same network with dropout WEAK_DROPOUT
+
+A velocity is linear in p, so this guides flow and flow map alike. guidance = 1 is the network itself, in one call;
+anything else costs a second call. p sums to 1 and may be negative: a draw takes its positive part.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flowlm import vocab
+
+
+class Prediction(NamedTuple):
+    """Distributions over tokens for every position; hidden: one state [B, L, F], or strong and weak."""
+
+    head: vocab.Head
+    hidden: tuple[jax.Array, ...]
+    guidance: float
+
+    def _probs(self, fn, arrays=()):
+        def mix(*logits_and_arrays):
+            strong, weak = (jax.nn.softmax(x) for x in logits_and_arrays[:2])
+            return fn(weak + self.guidance * (strong - weak), *logits_and_arrays[2:])
+
+        return vocab.over_logits(mix, tuple((self.head, h) for h in self.hidden), arrays)
+
+    def mean(self, embedding: jax.Array) -> jax.Array:
+        """p @ E: [B, L, D]."""
+        means = [vocab.softmax_embed(self.head, h, embedding) for h in self.hidden]
+        return means[0] if len(means) == 1 else means[1] + self.guidance * (means[0] - means[1])
+
+    def argmax(self) -> jax.Array:
+        """ids [B, L]."""
+        if len(self.hidden) == 1:
+            return vocab.argmax(self.head, self.hidden[0])
+        return self._probs(lambda p: jnp.argmax(p, -1).astype(jnp.int32))
+
+    def draw(self, key: jax.Array, temperature: float = 1.0, top_p: float = 1.0) -> jax.Array:
+        """ids [B, L] drawn from softmax(logits / temperature), of which `top_p` of the probability is kept."""
+        if len(self.hidden) == 1:
+            return vocab.categorical(self.head, self.hidden[0], key, temperature, top_p)
+        shape = self.hidden[0].shape[:2]
+        keys = jax.random.split(key, shape)
+
+        def draw(p, keys):
+            logits = vocab.nucleus(jnp.log(jnp.maximum(p, 1e-30)) / temperature, top_p)
+            pick = lambda k, x: jax.random.categorical(k, x, mode="high")
+            return jax.vmap(jax.vmap(pick))(jax.random.wrap_key_data(keys), logits).astype(jnp.int32)
+
+        return self._probs(draw, (jax.random.key_data(keys),))
+
+
+class Predictor(NamedTuple):
+    """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1."""
+
+    net: Any
+    params: Any
+    guidance: float = 1.0
+
+    def __call__(self, z, tau_s, tau_t=None, key=None) -> Prediction:
+        hidden = (self.net.apply(self.params, z, tau_s, tau_t),)
+        if self.guidance != 1:
+            hidden += (self.net.weak(self.params, z, tau_s, tau_t, key),)
+        return Prediction(self.net.head(self.params), hidden, self.guidance)
