@@ -75,6 +75,7 @@ def test_logits_match_the_reference(name, times):
         causal=False,
         remat="none",
         dtype="float32",
+        loss_weight=False,
     )
     params = params_from(arrays)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
