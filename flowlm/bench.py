@@ -93,6 +93,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         output="plain",
         time_embeddings=1,
         time_scale=1.0,
+        end_time_scale=1.0,
         gate_init=0.0,
         learned_positions=False,
         causal=False,

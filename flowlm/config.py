@@ -15,7 +15,8 @@ def model(size: str) -> ConfigDict:
             input="raw",  # raw | scaled | posterior | both
             output="plain",  # plain | likelihood_skip
             time_embeddings=1,  # 2 for a flow map
-            time_scale=1.0,  # multiplies tau in the sinusoids
+            time_scale=1.0,  # multiplies tau_s in the sinusoids
+            end_time_scale=1.0,  # and tau_t; what is differentiated with respect to t should be smooth in it
             gate_init=0.0,  # residual branches start at this weight
             learned_positions=False,
             causal=False,

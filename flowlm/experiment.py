@@ -76,7 +76,7 @@ class Trained(NamedTuple):
 
 
 # Settings of a teacher that its student may change; all others of the same network, path and data must agree.
-STUDENTS_OWN = ("dropout", "time_embeddings", "remat", "dtype", "loss_weight")
+STUDENTS_OWN = ("dropout", "time_embeddings", "end_time_scale", "remat", "dtype", "loss_weight")
 
 
 def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, mesh: jax.sharding.Mesh):

@@ -72,9 +72,20 @@ class Gaussian:
         the noise that the network sees: unbiased, and less noisy than the dense draw's (Rao-Blackwell).
         """
         geo = geometry(embedding)
-        xi = jax.vmap(lambda key: jax.random.normal(key, (length, geo.color.shape[0])))(keys)
-        value = jnp.matmul(xi, geo.color, precision=HIGHEST)
-        carrier = xi @ jnp.matmul(geo.codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
+        return self._sample(keys, embedding, length, geo.color, geo.codes)
+
+    def sample_joint(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
+        """The same for two embeddings side by side, [E, E'] [V, 2D], which are equal when a student starts at its teacher.
+
+        Their Gram matrix is then singular; a QR factor, slower on accelerators, is exact all the same.
+        """
+        codes, color = jnp.linalg.qr(stop_gradient(embedding).astype(jnp.float32))
+        return self._sample(keys, embedding, length, color, codes)
+
+    def _sample(self, keys, embedding, length, color, codes):
+        xi = jax.vmap(lambda key: jax.random.normal(key, (length, color.shape[0])))(keys)
+        value = jnp.matmul(xi, color, precision=HIGHEST)
+        carrier = xi @ jnp.matmul(codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
         return stop_gradient(value) + carrier - stop_gradient(carrier)
 
 
@@ -110,6 +121,8 @@ class Dirichlet:
         parts = (jnp.arange(chunks), padded.reshape(chunks, chunk, width), real)
         (weighted, total), _ = jax.lax.scan(add, zero, parts)
         return weighted / total
+
+    sample_joint = sample
 
 
 PRIORS = {"gaussian": Gaussian, "dirichlet": Dirichlet}

@@ -110,6 +110,8 @@ def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     """logits [..., V] with all but the likeliest tokens that together hold `top_p` of the probability at -inf."""
+    if top_p >= 1:  # a rounded sum may reach 1 before the tail is in it
+        return logits
     order = jnp.sort(logits, -1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(order), -1) - jax.nn.softmax(order)
     least = jnp.min(jnp.where(before < top_p, order, jnp.inf), -1, keepdims=True)
@@ -151,8 +153,7 @@ def categorical(
 
     def draw(index, h):
         part = jax.random.fold_in(key, index)
-        logits = head(h) / temperature
-        logits = logits if top_p >= 1 else nucleus(logits, top_p)
+        logits = nucleus(head(h) / temperature, top_p)
         return jax.random.categorical(part, logits, mode="high").astype(jnp.int32)
 
     return _by_chunk(draw, head, (hidden,), span)

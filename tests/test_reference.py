@@ -70,6 +70,7 @@ def test_logits_match_the_reference(name, times):
         output="plain",
         time_embeddings=times,
         time_scale=1.0,
+        end_time_scale=1.0,
         gate_init=0.0,
         learned_positions=False,
         causal=False,

@@ -20,6 +20,7 @@ FIELDS = dict(
     output="plain",
     time_embeddings=1,
     time_scale=1.0,
+    end_time_scale=1.0,
     gate_init=1.0,
     learned_positions=False,
     causal=False,
@@ -42,15 +43,17 @@ def perturbed(params, scale=0.3, seed=0):
     return tree.unflatten([p + scale * jax.random.normal(k, jnp.shape(p)) for p, k in zip(leaves, keys, strict=True)])
 
 
-def run_config(data_dir, **changes):
+def run_config(data_dir, family="flow", **changes):
     """Settings of a short run on the grammar, cheap to evaluate; changes are {"section.key": value}.
 
     The rate is constant, so that it does not depend on the number of steps.
     """
-    config = settings.defaults()
+    config = settings.defaults(family)
     config.update(steps=6, batch_size=16, log_every=1)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
+    if family == "flow_map":
+        config.model.update(input="both", time_embeddings=2)
     config.optimizer.update(schedule="constant", warmup_steps=2)
     config.mesh.data = 1
     config.checkpoint.update(every=3, keep_latest=100)

@@ -124,6 +124,7 @@ class DiT(nn.Module):
     dropout: float
     time_embeddings: int  # 1: conditioned on tau_s; 2: on (tau_s, tau_t)
     time_scale: float
+    end_time_scale: float
     gate_init: float
     learned_positions: bool
     mixes: tuple[str, ...]  # further inputs, each through a width x width matrix of that name
@@ -146,7 +147,7 @@ class DiT(nn.Module):
             x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
         cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)
         if self.time_embeddings == 2:
-            cond = cond + TimeEmbedding(self.cond, self.time_scale, name="time_t")(tau_t)
+            cond = cond + TimeEmbedding(self.cond, self.end_time_scale, name="time_t")(tau_t)
         cond = nn.silu(cond)
 
         block = Block

@@ -29,9 +29,10 @@ class Denoiser:
     prior: Gaussian | Dirichlet
     warp: TimeWarp
 
-    def noised(self, embedding, batch, t) -> jax.Array:
-        """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} for an embedding [V, W] and times t [B]."""
-        z0 = self.prior.sample(batch["noise"], embedding, batch["ids"].shape[1])
+    def noised(self, embedding, batch, t, joint=False) -> jax.Array:
+        """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} for an embedding [V, W], or two side by side, and times t [B]."""
+        draw = self.prior.sample_joint if joint else self.prior.sample
+        z0 = draw(batch["noise"], embedding, batch["ids"].shape[1])
         return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
 
     def bound(self, net, params, batch, key) -> jax.Array:

@@ -224,8 +224,10 @@ class FlowMap(Denoiser):
         same = stratified(keys[2], on) if on else jnp.zeros((0,))
 
         def join(on_rows, off_rows):
-            rows = [on_rows.reshape(-1, diagonal), off_rows.reshape(-1, group - diagonal)]
-            return jnp.concatenate(rows[1:] if diagonal == 0 else rows, 1).reshape(num)
+            if diagonal == 0:
+                return off_rows
+            rows = on_rows.reshape(-1, diagonal), off_rows.reshape(-1, group - diagonal)
+            return jnp.concatenate(rows, 1).reshape(num)
 
         return {
             "tau_s": join(same, tau_s),
@@ -249,7 +251,8 @@ class FlowMap(Denoiser):
         if not self.train_embedding:
             embedding = stop_gradient(embedding)
             params = net.with_embedding(params, embedding)
-        if self.train_embedding and self.teacher:
+        joint = self.train_embedding and self.teacher
+        if joint:
             embedding = jnp.concatenate([embedding, stop_gradient(net.embedding(aux.teacher))], 1)
 
         def player(params, side) -> Player:
@@ -264,7 +267,7 @@ class FlowMap(Denoiser):
         losses = {}
         keys = (None, None) if key is None else jax.random.split(key)
         if self.diagonal > 0:
-            z = self.noised(embedding, on, self.warp.t(on["tau_s"]))
+            z = self.noised(embedding, on, self.warp.t(on["tau_s"]), joint)
             live = game.live.see(z, on["tau_s"], on["tau_s"], keys[0])
             if self.teacher:
                 match = vocab.over_logits(flow_map.diagonal, (live, game.flow.see(z, on["tau_s"], on["tau_s"])))
@@ -272,7 +275,7 @@ class FlowMap(Denoiser):
             else:
                 loss = vocab.cross_entropy(*live, on["ids"]).mean(-1)
             losses["diagonal"] = net.weighted(params, loss, on["tau_s"], on["tau_s"])
-        z = self.noised(embedding, off, self.warp.t(off["tau_s"]))
+        z = self.noised(embedding, off, self.warp.t(off["tau_s"]), joint)
         match = TARGETS[self.target](self, game, z, off, keys[1])
         losses[self.target] = net.weighted(params, self._adapted(match, 1e-6), off["tau_s"], off["tau_t"])
         return losses, {"distance": match.distance.mean(-1), "clamped": match.clamped.mean(-1)}

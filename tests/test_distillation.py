@@ -1,0 +1,220 @@
+"""Distillation is training with a teacher: the same loop, the same guarantees, and a student that starts as its teacher."""
+
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint.experimental import v1 as ocp
+from toy import network, perturbed, run_config, train_only
+
+from flowlm import experiment as experiments
+from flowlm import run_directory, train_state
+from flowlm.metrics import read_metrics
+from flowlm.sharding import make_mesh
+from flowlm.tokenizers import shipped
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, data_dir):
+    """The directory of a flow trained for a few steps."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    train_only(run_config(data_dir, **{"model.input": "both", "steps": 4, "optimizer.learning_rate": 1e-2}), workdir)
+    return workdir
+
+
+@pytest.fixture
+def student(data_dir, teacher, tmp_path):
+    """student(name, **changes): the directory of a distillation of a few steps, every one of which is saved."""
+
+    def run(name, **changes):
+        changes = {"steps": STEPS, "checkpoint.every": 1, "teacher": str(teacher)} | changes
+        train_only(run_config(data_dir, "flow_map", **changes), tmp_path / name)
+        return tmp_path / name
+
+    return run
+
+
+def losses(workdir):
+    return np.array([line["loss"] for line in read_metrics(workdir) if "loss" in line])
+
+
+def saved(workdir, step=STEPS):
+    return ocp.load(workdir / "checkpoints" / str(step))
+
+
+# --- the student starts as its teacher ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input", ["both", "preview"])
+def test_step_zero_is_the_teacher(teacher, data_dir, input):
+    """The same logits to the last bit, whatever the second time; and training would move what was zero."""
+    config = run_config(data_dir, "flow_map", **{"teacher": str(teacher), "model.input": input})
+    mesh = make_mesh(1)
+    student = experiments.build(config, 99)
+    params = experiments.load_teacher(config, shipped("grammar98"), student, mesh)
+    run = experiments.load_trained(teacher, mesh)
+    theirs = run.experiment.net
+    z = jax.random.normal(jax.random.key(0), (4, 19, 32)) @ jnp.diag(jnp.linspace(0.1, 1, 32))
+    tau = jnp.array([0.0, 0.3, 0.6, 0.9])
+    expected = theirs.unembed(run.params, theirs.apply(run.params, z, tau))
+    assert float(jnp.std(expected)) > 1e-3
+    for end in (tau, jnp.ones(4)):
+        ours = student.net.unembed(params, student.net.apply(params, z, tau, end))
+        np.testing.assert_array_equal(ours, expected)
+    at = lambda params, end: student.net.apply(params, z, tau, end)
+    moved = perturbed(params, 0.1)
+    assert float(jnp.abs(at(moved, jnp.ones(4)) - at(moved, tau)).max()) > 1e-3
+
+
+def test_the_teacher_stays_out_of_the_checkpoint(student, teacher, data_dir):
+    """It keeps no more than a student without one, and the embedding stays the teacher's to the last bit."""
+    state = saved(student("one"))
+    alone = saved(student("alone", teacher=None))
+    assert jax.tree.structure(state) == jax.tree.structure(alone)
+    theirs = saved(teacher, 4)["ema"]["embedding"]
+    np.testing.assert_array_equal(state["params"]["embedding"], theirs)
+    assert (alone["params"]["embedding"] != theirs).any()
+    trained = saved(student("trained", **{"objective.train_embedding": True}))
+    assert (trained["params"]["embedding"] != theirs).any()
+
+
+# --- the same guarantees as for any run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["psd", "lsd", "esd"])
+def test_eight_devices_distil_as_one(student, target):
+    """And in two microbatches of four: the exact counts of diagonal rows hold in each."""
+    changes = {"objective.target": target}
+    one = losses(student("one", **changes))
+    np.testing.assert_allclose(losses(student("eight", **changes, **{"mesh.data": 8})), one, rtol=1e-5)
+    parts = losses(student("parts", **changes, **{"mesh.data": 4, "accumulation": 2}))
+    np.testing.assert_allclose(parts, one, rtol=1e-5)
+
+
+def test_resume_is_exact(student, tmp_path):
+    whole = student("whole")
+    assert "teacher" in (whole / "config.json").read_text()
+    shutil.copytree(whole, tmp_path / "cut")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "cut/checkpoints" / str(step))
+    ours, theirs = saved(student("cut")), saved(whole)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    with pytest.raises(ValueError, match="teacher = .* there, None here"):
+        student("cut", teacher=None)
+
+
+def test_surgery_takes_the_conflict_out():
+    """Of two losses pulling in opposite directions along x the second loses its pull, and keeps it along y."""
+
+    class Pulls:
+        surgery = True
+
+        def draw(self, key, num):
+            return {}
+
+        def loss(self, net, params, aux, batch, key):
+            ones = jnp.ones(batch["ids"].shape[0])
+            return {"first": ones * params["x"], "second": ones * (params["y"] - 3 * params["x"])}, {}
+
+    import optax
+
+    state = train_state.TrainState(jnp.int32(0), {"x": jnp.float32(0), "y": jnp.float32(0)}, None, None)
+    state = state._replace(ema=state.params, opt_state=optax.sgd(1.0).init(state.params))
+    step = lambda family: train_state.make_step(
+        None, family, optax.sgd(1.0), seed=0, ema_decay=0.9, accumulation=1, dropout=False
+    )(state, jnp.zeros((2, 1), jnp.int32))[0].params
+    assert step(Pulls()) == {"x": -1.0, "y": -1.0}
+    plain = Pulls()
+    plain.surgery = False
+    assert step(plain) == {"x": 2.0, "y": -1.0}
+
+
+def test_a_learned_weight_finds_the_loss():
+    """exp(-w) L + w is least at w = log L, for every pair of times."""
+    net = network(time_embeddings=2, loss_weight=True)
+    import optax
+
+    tau_s, tau_t = jnp.array([0.1, 0.5, 0.9]), jnp.array([0.2, 0.9, 1.0])
+    loss = jnp.array([0.1, 1.0, 5.0])
+    params = net.init(jax.random.key(0))
+    np.testing.assert_array_equal(net.weighted(params, loss, tau_s, tau_t), loss)  # w starts at zero
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: net.weighted(p, loss, tau_s, tau_t).sum())(params)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 1000)
+    np.testing.assert_allclose(net.weighted(params, loss, tau_s, tau_t), 1 + np.log(loss), rtol=1e-3)
+
+
+# --- what can be wrong -------------------------------------------------------------------------------------------
+
+
+WRONG = {
+    ("objective.target=psdd",): r"unknown objective.target 'psdd': choose one of \['csd', .*'teacher_steps'\]",
+    ("objective.targets_from=teacher",): "unknown objective.targets_from 'teacher'",
+    ("objective.cut=middle",): "unknown objective.cut 'middle'",
+    ("objective.pairs=diff",): "unknown objective.pairs 'diff'",
+    ("objective.diagonal=1.5",): r"objective.diagonal must be in \[0, 1\], got 1.5",
+    ("objective.diagonal=1.0",): "must be a fraction below 1",
+    ("objective.diagonal=0.37",): "must be a fraction below 1 .* such as 3/8",
+    ("objective.boundary=-0.1",): r"objective.boundary must be in \[0, 1\], got -0.1",
+    ("objective.target=esd_logit",): "esd_logit is singular at t = 1: set objective.tau_max below 1.*stable form, esd",
+    ("objective.target=teacher_steps", "teacher="): "teacher_steps integrates a teacher: give --config.teacher=RUNDIR",
+    ("model.time_embeddings=1",): "a flow map reads two times: set model.time_embeddings to 2",
+    ("model.input=posterior",): "model.input posterior does not show it at s = 0: use both",
+    ("batch_size=17",): r"17 is not a multiple of accumulation 1 x 1 devices x groups of 2 rows \(objective.diagonal\)",
+    ("teacher=/nowhere",): "/nowhere is not a run directory",
+    ("model.width=64",): "is another network: model.width is 32 there, 64 here",
+    ("time_warp=embedded",): "is another network: time_warp is 'ambient' there, 'embedded' here",
+    ("prior=dirichlet", "model.input=raw"): "prior is 'gaussian' there, 'dirichlet' here.*model.input is 'both'",
+    ("objective.gamma=2.0",): r"objective.gamma must be in \[0, 1\], got 2.0",
+}
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=", ".join)
+def test_settings(changes, teacher, data_dir, tmp_path, monkeypatch):
+    """One clear error before anything is written."""
+    monkeypatch.setattr("flowlm.train.Checkpoints", None)
+    config = run_config(data_dir, "flow_map", teacher=str(teacher))
+    for change in changes:
+        key, _, text = change.partition("=")
+        value = {"teacher": text or None}.get(key, text)
+        for kind in (int, float):
+            try:
+                value = kind(text)
+                break
+            except ValueError:
+                pass
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train_only(config, tmp_path / "run")
+    assert re.search(WRONG[changes], str(error.value)), error.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_another_tokenizer(data_dir, teacher, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    (other / "tokenizer.json").unlink()
+    shipped("sotu_letters_112").save(other / "tokenizer.json")
+    config, _ = run_directory.load(other)
+    config.model.vocab_size = shipped("sotu_letters_112").vocab_size
+    (other / "config.json").write_text(config.to_json())
+    with pytest.raises(ValueError):  # its checkpoint is not of that size either; whichever is found first
+        train_only(run_config(data_dir, "flow_map", teacher=str(other)), tmp_path / "run")
+
+
+def test_a_flow_has_no_teacher(data_dir, teacher, tmp_path):
+    with pytest.raises(ValueError, match="family flow has none, flow_map does"):
+        train_only(run_config(data_dir, teacher=str(teacher)), tmp_path / "run")
