@@ -32,7 +32,7 @@ from flowlm import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is the network's input (raw, scaled, posterior or both, the default), or `flow_map` for a student."""
+    """`arg` is the network's input (raw, scaled, posterior, white or both, the default), or `flow_map` for a student."""
     config = settings.defaults("flow_map" if arg == "flow_map" else "flow")
     config.update(steps=3600, batch_size=128)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19)
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
     if arg == "flow_map":
         config.steps = 6000
-        config.model.update(input="preview", time_embeddings=2)
+        config.model.update(input="both", preview=True, time_embeddings=2)
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
     return config

@@ -90,6 +90,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         cond=128,
         dropout=0.0,
         input="raw",
+        preview=False,
         output="plain",
         time_embeddings=1,
         time_scale=1.0,

@@ -12,7 +12,8 @@ def model(size: str) -> ConfigDict:
             **SIZES[size],
             vocab_size=0,  # must equal the tokenizer's: a check that both sides are what you think they are
             dropout=0.0,
-            input="raw",  # raw | scaled | posterior | both
+            input="raw",  # raw | scaled | posterior | both | white
+            preview=False,  # for flow maps: also what the posterior will be a little later
             output="plain",  # plain | likelihood_skip
             time_embeddings=1,  # 2 for a flow map
             time_scale=1.0,  # multiplies tau_s in the sinusoids

@@ -56,7 +56,7 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
             raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
         if config.model.input == "posterior":
             raise ValueError(
-                "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both"
+                "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both or white"
             )
     settings = config.optimizer.to_dict()
     schedule = make_schedule(
@@ -76,7 +76,7 @@ class Trained(NamedTuple):
 
 
 # Settings of a teacher that its student may change; all others of the same network, path and data must agree.
-STUDENTS_OWN = ("dropout", "time_embeddings", "end_time_scale", "remat", "dtype", "loss_weight")
+STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "remat", "dtype", "loss_weight")
 
 
 def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, mesh: jax.sharding.Mesh):
@@ -95,7 +95,7 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     pairs = {name: (theirs[name], mine[name]) for name in ("prior", "time_warp")}
     pairs["data.length"] = (theirs.data.length, mine.data.length)
     pairs |= {f"model.{k}": (theirs.model[k], v) for k, v in mine.model.items() if k not in STUDENTS_OWN}
-    differ = {k: v for k, v in pairs.items() if v[0] != v[1] and (k, *v) != ("model.input", "both", "preview")}
+    differ = {k: v for k, v in pairs.items() if v[0] != v[1]}
     if differ:
         shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
         raise ValueError(f"the teacher {config.teacher} is another network: {shown}")

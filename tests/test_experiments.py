@@ -19,7 +19,7 @@ from flowlm.train_state import make_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
-ARGUMENTS = {"grammar": ("raw", "scaled", "posterior", "both", "flow_map"), "quickstart": ("flow_map",)}
+ARGUMENTS = {"grammar": ("raw", "scaled", "posterior", "both", "white", "flow_map"), "quickstart": ("flow_map",)}
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
 

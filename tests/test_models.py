@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toy
 
-from flowlm.models import dit
+from flowlm.models import PREVIEW, dit
 
 SHAPES = [(12, 16), (40, 16)]  # V < D and V > D
 
@@ -61,6 +61,31 @@ def test_inputs_follow_their_formulas(monkeypatch, kind, vocab, width):
     if kind == "both":
         expected["both"] = posterior + scaled @ np.asarray(params["mix_raw"]["kernel"], np.float64)
     np.testing.assert_allclose(body_input(monkeypatch, net, params, z, tau), expected[kind], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("vocab", "width"), SHAPES)
+def test_white_input(monkeypatch, vocab, width):
+    """Known up to a rotation: the products of any two positions are those of G^-1, to scale."""
+    net, params, z, tau = case(vocab, width, input="white")
+    e, z64 = np.asarray(params["embedding"], np.float64), np.asarray(z, np.float64)
+    t = np.asarray(toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau), np.float64)
+    posterior = softmax(own_position(e, z, t)) @ e
+    mixed = body_input(monkeypatch, net, params, z, tau) - posterior
+    white = mixed @ np.linalg.pinv(np.asarray(params["mix_raw"]["kernel"], np.float64))
+    x = z64 @ np.linalg.pinv(e) / np.sqrt(t**2 / vocab + (1 - t) ** 2)[:, None, None]
+    expected = x @ x.swapaxes(1, 2)
+    np.testing.assert_allclose(white @ white.swapaxes(1, 2), expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_preview_is_the_posterior_of_a_later_time(monkeypatch):
+    net, params, z, tau = case(12, 16, preview=True)
+    e = np.asarray(params["embedding"], np.float64)
+    warp = toy.TimeWarp("gaussian", "ambient", 12, 16)
+    tau = jnp.array([0.0, 0.1, 0.9])
+    later = np.asarray(warp.t(jnp.maximum(tau, PREVIEW)), np.float64)
+    ahead = softmax(own_position(e, z, later)) @ e
+    expected = np.asarray(z) + ahead @ np.asarray(params["mix_preview"]["kernel"], np.float64)
+    np.testing.assert_allclose(body_input(monkeypatch, net, params, z, tau), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("vocab", "width"), SHAPES)

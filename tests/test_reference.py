@@ -67,6 +67,7 @@ def test_logits_match_the_reference(name, times):
         cond=COND,
         dropout=0.1,
         input="raw",
+        preview=False,
         output="plain",
         time_embeddings=times,
         time_scale=1.0,

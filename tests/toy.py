@@ -17,6 +17,7 @@ FIELDS = dict(
     cond=16,
     dropout=0.0,
     input="raw",
+    preview=False,
     output="plain",
     time_embeddings=1,
     time_scale=1.0,

@@ -7,12 +7,15 @@ the one thing that is known exactly, the own-position log-likelihood of every to
             scaled     z / sqrt( t^2 mean_v |E_v|^2 / D + (1 - t)^2 tr(G) / D )
             posterior  softmax( own-position log-likelihood ) @ E: bounded, sharp, blind to the noise at t = 0
             both       posterior + scaled z through a second D x D matrix
-            preview    both + what posterior will be at warped time PREVIEW, before it, through a third: a flow map at
-                       s = 0 must act on the noise, and this says which token it leans to
+            white      posterior + z @ whiten / sqrt( t^2 / V + (1 - t)^2 ) through a second matrix, white as in prior.Geometry:
+                       the likelihood is linear in it, and no direction of the noise is too weak to be seen
     output  plain            soft-capped logits
             likelihood_skip  soft-capped logits + own-position log-likelihood (at tau_s)
 
-All but `raw` and `plain` need the gaussian prior.
+    preview            adds what `posterior` will be at warped time PREVIEW, before that time, through a matrix of its own:
+                       a flow map at s = 0 must act on the noise, and this says which token it leans to
+
+All but `raw`, `scaled` and `plain` need the gaussian prior.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ from flowlm.models.dit import LOGIT_CAP, DiT, LossWeight, soft_cap
 from flowlm.prior import HIGHEST, geometry
 from flowlm.time_warp import TimeWarp
 
-INPUTS = ("raw", "scaled", "posterior", "both", "preview")
+INPUTS = ("raw", "scaled", "posterior", "both", "white")
 PREVIEW = 0.2
 OUTPUTS = ("plain", "likelihood_skip")
 WEAK_DROPOUT = 0.1
@@ -130,6 +133,7 @@ def make_network(
     cond: int,
     dropout: float,
     input: str,
+    preview: bool,
     output: str,
     time_embeddings: int,
     time_scale: float,
@@ -159,10 +163,11 @@ def make_network(
         raise ValueError(f"model.time_embeddings is 1 (flow) or 2 (flow map), got {time_embeddings}")
     if width % (2 * heads):
         raise ValueError(f"model.width {width} must be a multiple of twice model.heads {heads} (rotary attention)")
-    if (input, output) != ("raw", "plain") and input != "scaled" and warp.prior != "gaussian":
+    knows_noise = input not in ("raw", "scaled") or output != "plain" or preview
+    if knows_noise and warp.prior != "gaussian":
         raise ValueError(
-            f"model.input {input!r} with model.output {output!r} needs the gaussian prior, not {warp.prior!r}: "
-            "use input 'raw' or 'scaled' and output 'plain'"
+            f"model.input {input!r} with model.output {output!r} and model.preview {preview} needs the gaussian prior, not "
+            f"{warp.prior!r}: use input 'raw' or 'scaled', output 'plain' and no preview"
         )
     compute = jnp.dtype(dtype)
     module = DiT(
@@ -178,7 +183,7 @@ def make_network(
         end_time_scale=end_time_scale,
         gate_init=gate_init,
         learned_positions=learned_positions,
-        mixes={"both": ("raw",), "preview": ("raw", "preview")}.get(input, ()),
+        mixes=("raw",) * (input in ("both", "white")) + ("preview",) * preview,
         causal=causal,
         remat=remat,
         dtype=compute,
@@ -186,7 +191,9 @@ def make_network(
 
     def init(key):
         z, tau = jnp.zeros((1, length, width)), jnp.zeros((1,))
-        params = module.init(key, z, (z, z), tau, tau, True)["params"]
+        raw = z[..., : min(vocab_size, width)] if input == "white" else z
+        extra = (raw,) * (input in ("both", "white")) + (z,) * preview
+        params = module.init(key, z, extra, tau, tau, True)["params"]
         if loss_weight:
             params["loss_weight"] = LossWeight().init(key, tau, tau)["params"]
         return params
@@ -197,10 +204,15 @@ def make_network(
         noise = jnp.maximum(1 - t, MIN_NOISE)
         return z / jnp.sqrt(t**2 * energy / vocab_size + noise**2 * energy)
 
+    def white(geo, z, t):
+        t = t[:, None, None]
+        noise = jnp.maximum(1 - t, MIN_NOISE)
+        return jnp.matmul(z, geo.whiten, precision=HIGHEST) / jnp.sqrt(t**2 / vocab_size + noise**2)
+
     def run(module, params, z, tau_s, tau_t=None, key=None):
         embedding = params["embedding"]
         frozen, t, extra, features = stop_gradient(embedding), warp.t(tau_s), (), None
-        if input not in ("raw", "scaled") or output == "likelihood_skip":
+        if knows_noise:
             geo = geometry(frozen)
             features = own_position_features(geo, z, t)
             posterior = Partial(_own_position_logits, own_position_matrix(geo))
@@ -208,9 +220,11 @@ def make_network(
             x = z if input == "raw" else scaled(frozen, z, t)
         else:
             x = vocab.softmax_embed(posterior, features, embedding)
-        if input in ("both", "preview"):
+        if input == "both":
             extra += (scaled(frozen, z, t),)
-        if input == "preview":
+        if input == "white":
+            extra += (white(geo, z, t),)
+        if preview:
             ahead = own_position_features(geo, z, jnp.maximum(t, warp.t(PREVIEW)))
             extra += (vocab.softmax_embed(posterior, ahead, embedding),)
         tau_t = tau_s if tau_t is None else tau_t

@@ -127,7 +127,7 @@ class DiT(nn.Module):
     end_time_scale: float
     gate_init: float
     learned_positions: bool
-    mixes: tuple[str, ...]  # further inputs, each through a width x width matrix of that name
+    mixes: tuple[str, ...]  # further inputs, each through a matrix of that name
     causal: bool
     remat: str  # none | dots: keep products, recompute the rest | full: recompute blocks
     dtype: jnp.dtype
@@ -140,7 +140,7 @@ class DiT(nn.Module):
         self.param("unembed_bias", nn.initializers.zeros, (self.vocab,))
 
         x = z.astype(jnp.float32)
-        for name, y in zip(self.mixes, extra, strict=False):
+        for name, y in zip(self.mixes, extra, strict=True):
             # From zero: unit-sized noise through a random matrix would drown the posterior, whose scale is E's.
             x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name=f"mix_{name}")(y)
         if self.learned_positions:
