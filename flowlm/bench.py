@@ -1,13 +1,14 @@
-"""Memory and time of a training step against the same step written densely over the vocabulary.
+"""Memory and time of one training step against another's.
 
-    python -m flowlm.bench [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--remat=dots] [--out=FILE]
+    python -m flowlm.bench [--pairs=flow/dense,psd/flow] [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--out=FILE]
 
     flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
     dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
+    psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
 
-Both train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is loss, gradient,
-AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a process, and the
-two take turns, so that whatever else the machine does slows both. Three views of memory, in MiB:
+`flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
+loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a
+process, and they take turns, so that whatever else the machine does slows all. Three views of memory, in MiB:
 
     resident      peak resident memory of the process while it steps, less what was resident when the step was compiled
     step          XLA's own account of the step: temporaries (activations, gradients, noise, logits)
@@ -32,8 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flowlm import train_state
+from flowlm.config import objective
 from flowlm.models import make_network
+from flowlm.objectives import make_family
 from flowlm.objectives.flow import Flow
+from flowlm.objectives.flow_map import TARGETS
 from flowlm.optimizers import make_optimizer
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
@@ -45,7 +49,9 @@ flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of bot
 flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1)
 flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON")
-flags.DEFINE_enum("formulation", None, ["flow", "dense"], "measure this one here and print JSON")
+FORMULATIONS = ["flow", "dense", *TARGETS]
+flags.DEFINE_list("pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}")
+flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON")
 FLAGS = flags.FLAGS
 
 MIB = 2**20
@@ -79,7 +85,12 @@ def _reset_peak() -> None:
 def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, repeats: int) -> dict:
     """Compiles and runs the training step here: {seconds: [repeats], and bytes for each view of memory}."""
     warp = TimeWarp("gaussian", "ambient", vocab, width)
-    family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
+    distils = formulation in TARGETS
+    if distils:
+        fields = objective("flow_map").to_dict() | {"target": formulation, "tau_max": 0.99}
+        family = make_family(warp=warp, teacher=True, **fields)
+    else:
+        family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
     net = make_network(
         vocab_size=vocab,
         length=length,
@@ -92,7 +103,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         input="raw",
         preview=False,
         output="plain",
-        time_embeddings=1,
+        time_embeddings=2 if distils else 1,
         time_scale=1.0,
         end_time_scale=1.0,
         gate_init=0.0,
@@ -108,12 +119,13 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
     ids = jax.random.randint(jax.random.key(1), (batch, length), 0, vocab, dtype=jnp.int32)
     state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, optimizer, 0))())
 
-    compiled = jax.jit(step, donate_argnums=0).lower(state, ids).compile()
+    teacher = train_state.Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
+    compiled = jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile()
     _reset_peak()
     before, seconds = _resident("VmRSS"), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, ids))
+        state, _ = jax.block_until_ready(compiled(state, ids, teacher))
         seconds.append(time.perf_counter() - start)
     account = compiled.memory_analysis()
     held = account.argument_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
@@ -125,28 +137,29 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
     }
 
 
-def compare(flow: list[dict], dense: list[dict]) -> dict:
-    """{quantity: {flow, dense, ratio, low, high}}: medians, their ratio, and its range over rounds (flow / dense)."""
+def compare(ours: list[dict], theirs: list[dict]) -> dict:
+    """{quantity: {ours, theirs, ratio, low, high}}: medians, their ratio, and its range over rounds (ours / theirs)."""
 
     def line(key, number):
-        ours, theirs = [number(r[key]) for r in flow], [number(r[key]) for r in dense]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        a, b = statistics.median(ours), statistics.median(theirs)
-        return {"flow": a, "dense": b, "ratio": a / b, "low": min(ratios), "high": max(ratios)}
+        pairs = [(number(a[key]), number(b[key])) for a, b in zip(ours, theirs, strict=True)]
+        ratios = [a / b for a, b in pairs]
+        a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+        return {"ours": a, "theirs": b, "ratio": a / b, "low": min(ratios), "high": max(ratios)}
 
-    return {key: line(key, statistics.median if key == "seconds" else float) for key in flow[0]}
+    return {key: line(key, statistics.median if key == "seconds" else float) for key in ours[0]}
 
 
-def _show(result: dict, title: str) -> None:
+def _show(results: dict, title: str) -> None:
     table = Table(title=title)
-    table.add_column("one training step")
-    for column in ("flow", "dense", "flow / dense", "over rounds"):
+    for column in ("one training step", "first", "second", "first / second", "over rounds"):
         table.add_column(column, justify="right")
-    for name, line in result.items():
-        scale = 1 if name == "seconds" else MIB
-        label = "time, s" if name == "seconds" else f"memory, {name}, MiB"
-        values = [f"{line[side] / scale:.{2 if name == 'seconds' else 0}f}" for side in ("flow", "dense")]
-        table.add_row(label, *values, f"{line['ratio']:.2f}", f"{line['low']:.2f} .. {line['high']:.2f}")
+    for pair, result in results.items():
+        for name, line in result.items():
+            scale = 1 if name == "seconds" else MIB
+            label = "time, s" if name == "seconds" else f"memory, {name}, MiB"
+            values = [f"{line[side] / scale:.{2 if name == 'seconds' else 0}f}" for side in ("ours", "theirs")]
+            spread = f"{line['low']:.2f} .. {line['high']:.2f}"
+            table.add_row(f"{pair}: {label}", *values, f"{line['ratio']:.2f}", spread)
     Console().print(table)
 
 
@@ -157,17 +170,21 @@ def _main(argv: list[str]) -> None:
         print(json.dumps(measure(FLAGS.formulation, **settings)))
         return
     command = [sys.executable, "-m", "flowlm.bench", *(f"--{name}={value}" for name, value in settings.items())]
-    runs = {"flow": [], "dense": []}
+    pairs = {pair: pair.split("/") for pair in FLAGS.pairs}
+    for pair, names in pairs.items():
+        if len(names) != 2 or not set(names) <= set(FORMULATIONS):
+            sys.exit(f"flowlm.bench: --pairs takes FIRST/SECOND of {', '.join(FORMULATIONS)}, got {pair!r}")
+    runs = {name: [] for names in pairs.values() for name in names}
     for _ in range(FLAGS.rounds):
         for name, results in runs.items():
             child = subprocess.run([*command, f"--formulation={name}"], stdout=subprocess.PIPE, text=True)
             if child.returncode:
                 sys.exit(f"flowlm.bench: the {name} step failed, see above; was it out of memory?")
             results.append(json.loads(child.stdout.splitlines()[-1]))
-    result = compare(**runs)
-    _show(result, ", ".join(f"{name} {settings[name]}" for name in (*SETTINGS, "remat")))
+    results = {pair: compare(*(runs[name] for name in names)) for pair, names in pairs.items()}
+    _show(results, ", ".join(f"{name} {settings[name]}" for name in (*SETTINGS, "remat")))
     if FLAGS.out:
-        report = {"settings": settings, "devices": jax.device_count(), "result": result, "runs": runs}
+        report = {"settings": settings, "devices": jax.device_count(), "result": results, "runs": runs}
         report["platform"] = jax.devices()[0].device_kind
         Path(FLAGS.out).write_text(json.dumps(report, indent=2) + "\n")
 

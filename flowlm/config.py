@@ -29,7 +29,7 @@ def model(size: str) -> ConfigDict:
 
 
 def objective(family: str) -> ConfigDict:
-    """The `objective` section of a family: flow, flow_map."""
+    """The `objective` section of a family: flow, flow_map, residual."""
     sampler = dict(
         temperature=config_dict.placeholder(
             float
@@ -40,9 +40,10 @@ def objective(family: str) -> ConfigDict:
         flow=dict(
             loss="cross_entropy",  # cross_entropy | squared_error
             eta=1.0,  # sampler: 0 Euler .. 1 ancestral
+            **sampler,
         ),
         flow_map=dict(
-            target="psd",  # psd | psd_squared | teacher_steps | lsd | lsd_logit | csd | ecld | esd | esd_logit
+            target="psd",  # psd | psd_squared | teacher_steps | residual | lsd | lsd_logit | csd | ecld | esd | esd_logit
             targets_from="student",  # student | ema
             diagonal=0.5,  # share of rows with s = t
             boundary=1 / 32,  # share of the others with (s, t) = (0, 1)
@@ -55,11 +56,13 @@ def objective(family: str) -> ConfigDict:
             train_embedding=False,
             gamma=0.0,  # sampler: re-noising between steps, 0 none .. 1 all
             top_p=1.0,  # of drawn tokens
+            **sampler,
         ),
+        residual=dict(boundary=1 / 32, pairs="uniform_diff"),
     )
     if family not in sections:
         raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(sections)}")
-    return ConfigDict(dict(family=family, **sections[family], **sampler))
+    return ConfigDict(dict(family=family, **sections[family]))
 
 
 def defaults(family: str = "flow") -> ConfigDict:

@@ -8,7 +8,8 @@ Metrics are one flat dict:
 """
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,6 +49,8 @@ def make_judges(dataset: Dataset) -> list[Judge]:
 
 def samplers(family) -> dict[str, object]:
     """The family's samplers by name: Euler and ancestral, where the family has both."""
+    if not hasattr(family, "sample"):
+        return {}
     if not hasattr(family, "eta"):
         return {"map": family}
     out = {"euler": replace(family, eta=0.0)}
@@ -57,7 +60,10 @@ def samplers(family) -> dict[str, object]:
 
 
 class Sampler:
-    """Draws samples of one (family, number of steps), ROWS at a time, sharded over the mesh."""
+    """Draws samples of one (family, number of steps), ROWS at a time, sharded over the mesh.
+
+    `seconds` is what the last draw of 100 samples took, compilation apart.
+    """
 
     def __init__(self, net, family, steps: int, mesh: Mesh):
         rows = -(-ROWS // mesh.size) * mesh.size
@@ -66,12 +72,58 @@ class Sampler:
             lambda params, key: family.sample(net, params, key, rows, steps),
             out_shardings=NamedSharding(mesh, P("data")),
         )
+        self._compiled = None
 
     def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num."""
+        if self._compiled is None:
+            self._compiled = self._sample.lower(params, key).compile()
         calls = -(-num // self._rows)
-        parts = [np.asarray(self._sample(params, jax.random.fold_in(key, i))) for i in range(calls)]
+        start = time.perf_counter()
+        parts = [np.asarray(self._compiled(params, jax.random.fold_in(key, i))) for i in range(calls)]
+        self.seconds = 100 * (time.perf_counter() - start) / (calls * self._rows)
         return np.concatenate(parts)[:num]
+
+
+def judged_table(
+    runs: Mapping[str, Mapping[str, float]], samples: Mapping[str, Mapping[str, str]] | None = None
+) -> Table:
+    """One line for each sampler of each run, the held-out rows last; with one sample of each if given.
+
+    Args:
+      runs: {name of the run: metrics of an evaluation}. samples: {name of the run: {sampler: text}}.
+    """
+    lines: dict[tuple[str, str], dict[str, float]] = {}
+    for run, metrics in runs.items():
+        for key, value in metrics.items():
+            if key.startswith("samples/"):
+                _, name, metric = key.split("/")
+                lines.setdefault(("", name) if name == "held_out" else (run, name), {})[metric] = value
+    columns = [m for m in next(iter(lines.values()), {}) if not m.endswith("_stderr")]
+    table = Table(title="Samples before the judges")
+    table.add_column("sampler @ steps")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    if samples is not None:
+        table.add_column("one sample", overflow="fold")
+    for (run, name), row in sorted(lines.items(), key=lambda line: line[0][1] == "held_out"):
+        show = lambda v: "" if v is None else f"{v:.3f}"
+        text = [] if samples is None else [samples[run or next(iter(samples))].get(name, "")]
+        table.add_row(f"{run} {name}".strip().replace("_", " "), *(show(row.get(c)) for c in columns), *text)
+    return table
+
+
+def compare(directories: Sequence[str]) -> None:
+    """Prints one table of the samples of several evaluated runs. Raises FileNotFoundError where there is no evaluation."""
+    metrics, samples = {}, {}
+    for directory in map(epath.Path, directories):
+        if not (directory / "evaluation.json").exists():
+            raise FileNotFoundError(
+                f"{directory} has no evaluation.json: run `flowlm evaluate --checkpoint={directory}`"
+            )
+        report = json.loads((directory / "evaluation.json").read_text())
+        metrics[directory.name], samples[directory.name] = report["metrics"], report["samples"]
+    Console(width=200 if not Console().is_terminal else None).print(judged_table(metrics, samples))
 
 
 @dataclass(frozen=True)
@@ -86,7 +138,12 @@ class Evaluation:
         """Writes evaluation.json, evaluation.png and samples.txt."""
         directory = epath.Path(directory)
         finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
-        (directory / "evaluation.json").write_text(json.dumps({"step": self.step, "metrics": finite}, indent=2) + "\n")
+        report = {
+            "step": self.step,
+            "metrics": finite,
+            "samples": {name: texts[0] for name, texts in self.texts.items()},
+        }
+        (directory / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         draw_evaluation(directory)
         blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
         (directory / "samples.txt").write_text("\n".join(blocks))
@@ -116,19 +173,7 @@ class Evaluation:
             nats, bits = ("bound_nats_per_token", "bound_bits_per_token")
             bound.add_row(*(f"{held[k]:.3f} ± {held[f'{k}_stderr']:.3f}" for k in (nats, bits)))
             tables.append(bound)
-        scores: dict[str, dict[str, float]] = {}
-        for key, value in self.metrics.items():
-            if key.startswith("samples/"):
-                _, name, metric = key.split("/")
-                scores.setdefault(name, {})[metric] = value
-        columns = [m for m in next(iter(scores.values()), {}) if not m.endswith("_stderr")]
-        judged = Table(title="Samples before the judges")
-        judged.add_column("sampler @ steps")
-        for column in columns:
-            judged.add_column(column.replace("_", " "), justify="right")
-        for name, row in scores.items():
-            judged.add_row(name.replace("_", " "), *(f"{row[c]:.3f}" for c in columns))
-        return [*tables, judged]
+        return [*tables, judged_table({"": self.metrics})]
 
 
 class Evaluator:
@@ -172,7 +217,8 @@ class Evaluator:
         for name, sampler in self._samplers.items():
             ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
             texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
-            metrics |= {f"samples/{name}/{k}": v for k, v in score_all(self._judges, ids, texts[name]).items()}
+            scores = score_all(self._judges, ids, texts[name]) | {"seconds_per_100": sampler.seconds}
+            metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
         # As many held-out rows as samples, where there are: distinct-n depends on the number.
         rows = self._reference_rows(num_samples)
         real = [self._dataset.tokenizer.decode(row) for row in rows]

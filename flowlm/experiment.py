@@ -14,6 +14,7 @@ from flowlm.objectives import make_family
 from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.time_warp import TimeWarp
 from flowlm.tokenizers import Tokenizer
+from flowlm.train_state import Teacher
 
 
 class Experiment(NamedTuple):
@@ -51,7 +52,7 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
     warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
     net = make_network(length=config.data.length, warp=warp, **model)
     family = make_family(warp=warp, teacher=bool(config.teacher), **config.objective.to_dict())
-    if config.objective.family == "flow_map":
+    if config.objective.family in ("flow_map", "residual"):
         if config.model.time_embeddings != 2:
             raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
         if config.model.input == "posterior":
@@ -80,33 +81,42 @@ STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "rema
 
 
 def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, mesh: jax.sharding.Mesh):
-    """Parameters in the student's architecture that compute the teacher's function: aux.teacher, and where the student starts.
+    """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
 
     Raises:
       FileNotFoundError: config.teacher is not a trained run.
       ValueError: it has another tokenizer, network, prior or time warp; names what differs.
     """
     run = load_trained(config.teacher, mesh)
+    theirs = run.config
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
-            f"the teacher {config.teacher} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
+            f"the teacher {config.teacher} has the tokenizer {theirs.data.tokenizer!r}, not {config.data.tokenizer!r}"
         )
-    theirs, mine = run.config, config
-    pairs = {name: (theirs[name], mine[name]) for name in ("prior", "time_warp")}
-    pairs["data.length"] = (theirs.data.length, mine.data.length)
-    pairs |= {f"model.{k}": (theirs.model[k], v) for k, v in mine.model.items() if k not in STUDENTS_OWN}
+    pairs = {name: (theirs[name], config[name]) for name in ("prior", "time_warp")}
+    pairs["data.length"] = (theirs.data.length, config.data.length)
+    pairs |= {f"model.{k}": (theirs.model[k], v) for k, v in config.model.items() if k not in STUDENTS_OWN}
     differ = {k: v for k, v in pairs.items() if v[0] != v[1]}
     if differ:
         shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
         raise ValueError(f"the teacher {config.teacher} is another network: {shown}")
+    wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
+    if (theirs.objective.family == "residual") != (wanted == "residual"):
+        raise ValueError(
+            f"the teacher {config.teacher} is of the family {theirs.objective.family!r}; here a {wanted} is wanted: the family "
+            "residual teaches objective.target residual, and that alone"
+        )
     adopt = lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
     places = sharding.state_shardings(jax.eval_shape(adopt, run.params), mesh)
-    return jax.jit(adopt, out_shardings=places)(run.params)
+    params = jax.jit(adopt, out_shardings=places)(run.params)
+    if wanted == "flow":
+        return Teacher(params)
+    return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, mesh).params), params)
 
 
 def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):
     """Shapes and shardings of the training state, without making it."""
-    shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.optimizer, 0))
+    shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0))
     places = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 

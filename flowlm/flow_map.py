@@ -125,6 +125,25 @@ def teacher_steps(logits, *flow_and_weights) -> Match:
     return _entropy_to(_mixture(flow_and_weights[m:], flow_and_weights[:m]), logits)
 
 
+# Two networks (2602.16813 v1): X_{s,t} = x + (t-s) b_s + (t-s)^2 g_{s,t} / 2 with a free vector g, whose semigroup
+# residual X_{s,t} - X_{u,t}(X_{s,u}) and whose delta = D_s + (1-s)(t-s) g / 2 need no x: it cancels.
+
+
+def residual_map(live, first, second, flow_s, flow_u, s, u, t) -> Match:
+    """Squared semigroup residual for g_{s,t}, g_{s,u}, g_{u,t}(X_{s,u}) and the flow's logits at s and at X_{s,u}."""
+    s, u, t = s[..., None], u[..., None], t[..., None]
+    # b_s - b_u(X_{s,u}), free of x.
+    turn = (jax.nn.softmax(flow_s) - jax.nn.softmax(flow_u) + (u - s) ** 2 / 2 * first) / (1 - u)
+    fixed = (t - u) * turn - (u - s) ** 2 / 2 * first - (t - u) ** 2 / 2 * second
+    return _square((t - s) ** 2 / 2 * live + stop_gradient(fixed))
+
+
+def residual(logits, flow, g, k) -> Match:
+    """Squared error of delta to that of the two-network map, D_s + k g / 2."""
+    target = jax.nn.softmax(flow) + k[..., None] / 2 * g
+    return _square(jax.nn.softmax(logits) - stop_gradient(target))
+
+
 # Lagrangian: `moving` is (logits, d/dt logits) of delta_{s,t}; `flow` the logits of D_t(X_{s,t}).
 
 

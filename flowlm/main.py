@@ -3,6 +3,7 @@
 flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=euler|ancestral] [--seed=N]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
+flowlm compare --runs=DIR,DIR,...
 """
 
 import difflib
@@ -20,6 +21,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment, and --config.key=value to change it")
 _WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "sample, evaluate: the directory of a trained run")
+_RUNS = flags.DEFINE_list("runs", None, "compare: directories of evaluated runs")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
@@ -83,7 +85,15 @@ def _evaluate() -> None:
     result.show()
 
 
-COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate}
+def _compare() -> None:
+    from flowlm.evaluation import compare
+
+    if not _RUNS.value:
+        raise ValueError("flowlm compare needs --runs=DIR,DIR, directories of evaluated runs")
+    compare(_RUNS.value)
+
+
+COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "compare": _compare}
 
 
 def _check_experiment(argv: list[str]) -> None:

@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
     if state is None:
-        init = partial(train_state.init_state, experiment.net, experiment.optimizer, config.seed)
+        init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
         state = jax.jit(init, out_shardings=places)(teacher)
     first = int(state.step)
     if first > config.steps:

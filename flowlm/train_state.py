@@ -21,10 +21,17 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class Teacher(NamedTuple):
+    """Frozen parameters in the student's architecture: a flow, and for one target its residual (objectives/residual.py)."""
+
+    flow: Any
+    residual: Any = None
+
+
 class Auxiliary(NamedTuple):
     """What an objective may look at beside the live parameters; absent parts are None."""
 
-    teacher: Any = None
+    teacher: Teacher | None = None
     ema: Any = None
 
 
@@ -33,10 +40,10 @@ def purpose_key(seed: int, step, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def init_state(net, optimizer: optax.GradientTransformation, seed: int, teacher=None) -> TrainState:
-    """A fresh state, or one that starts at a teacher; the moving average starts at the parameters."""
+def init_state(net, family, optimizer: optax.GradientTransformation, seed: int, teacher=None) -> TrainState:
+    """A fresh state, or one that the family makes of a teacher; the moving average starts at the parameters."""
     params = net.init(purpose_key(seed, 0, INIT))
-    params = params if teacher is None else net.adopt(params, teacher)
+    params = params if teacher is None else family.start(net, params, teacher)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
@@ -51,7 +58,7 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
     """step(state, ids [B, L], teacher) -> (state, metrics): one update on a global batch, `accumulation` microbatches at a time.
 
     Times and noise keys are drawn for the global batch before it is split, so accumulating changes no number but rounding.
-    `teacher` are the parameters that aux.teacher shows to the family, or None. Metrics: `loss`, the mean of each named loss
+    `teacher` is what aux.teacher shows to the family, or None. Metrics: `loss`, the mean of each named loss
     and metric over its rows, `grad_norm` before clipping, `param_norm` after the update.
     """
     group, surgery = getattr(family, "group", 1), getattr(family, "surgery", False)

@@ -49,9 +49,9 @@ def test_mean_loss_and_gradients_agree(vocab, width):
         assert np.linalg.norm(error) < 0.1 * np.linalg.norm(theirs.mean(0))
 
 
-def test_ratios_are_flow_over_dense_of_the_same_round():
+def test_ratios_are_of_the_same_round():
     flow = [{"seconds": [1.0, 2.0, 9.0], "step": 10}, {"seconds": [3.0, 3.0, 3.0], "step": 10}]
     dense = [{"seconds": [4.0, 4.0, 4.0], "step": 40}, {"seconds": [5.0, 4.0, 9.0], "step": 50}]
     result = compare(flow, dense)
-    assert result["seconds"] == {"flow": 2.5, "dense": 4.5, "ratio": 2.5 / 4.5, "low": 0.5, "high": 0.6}
+    assert result["seconds"] == {"ours": 2.5, "theirs": 4.5, "ratio": 2.5 / 4.5, "low": 0.5, "high": 0.6}
     assert (result["step"]["low"], result["step"]["high"]) == (0.2, 0.25)

@@ -56,7 +56,7 @@ def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     config = run_config(data_dir, "flow_map", **{"teacher": str(teacher), "model.preview": preview})
     mesh = make_mesh(1)
     student = experiments.build(config, 99)
-    params = experiments.load_teacher(config, shipped("grammar98"), student, mesh)
+    params = experiments.load_teacher(config, shipped("grammar98"), student, mesh).flow
     run = experiments.load_trained(teacher, mesh)
     theirs = run.experiment.net
     z = jax.random.normal(jax.random.key(0), (4, 19, 32)) @ jnp.diag(jnp.linspace(0.1, 1, 32))
@@ -172,7 +172,7 @@ WRONG = {
     ("objective.diagonal=0.37",): "must be a fraction below 1 .* such as 3/8",
     ("objective.boundary=-0.1",): r"objective.boundary must be in \[0, 1\], got -0.1",
     ("objective.target=esd_logit",): "esd_logit is singular at t = 1: set objective.tau_max below 1.*stable form, esd",
-    ("objective.target=teacher_steps", "teacher="): "teacher_steps integrates a teacher: give --config.teacher=RUNDIR",
+    ("objective.target=teacher_steps", "teacher="): "teacher_steps follows a teacher: give --config.teacher=RUNDIR",
     ("model.time_embeddings=1",): "a flow map reads two times: set model.time_embeddings to 2",
     ("model.input=posterior",): "model.input posterior does not show it at s = 0: use both",
     ("batch_size=17",): r"17 is not a multiple of accumulation 1 x 1 devices x groups of 2 rows \(objective.diagonal\)",

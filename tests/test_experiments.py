@@ -15,7 +15,7 @@ from flowlm.config import defaults
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.experiment import abstract_state, build
 from flowlm.sharding import check_batch, make_mesh
-from flowlm.train_state import make_step
+from flowlm.train_state import Teacher, make_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -56,7 +56,7 @@ def test_builds_and_lowers(path, argument):
         dropout=config.model.dropout > 0,
     )
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
-    traced = jax.jit(step, donate_argnums=0).trace(state, ids, state.params if distils else None)
+    traced = jax.jit(step, donate_argnums=0).trace(state, ids, Teacher(state.params) if distils else None)
     new, metrics = traced.out_info
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert shapes(new) == shapes(state)  # or the second step would be another program

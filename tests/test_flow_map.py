@@ -20,7 +20,7 @@ from flowlm.objectives import make_family
 from flowlm.objectives.guidance import Prediction
 from flowlm.time_sampling import pairs
 from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary
+from flowlm.train_state import Auxiliary, Teacher
 
 # V <= D, V > D, and the prior on the simplex.
 FLOWS = {"wide": (GaussianFlow, 6, 8), "narrow": (GaussianFlow, 8, 4), "dirichlet": (DirichletFlow, 5, 6)}
@@ -45,7 +45,7 @@ def exact(name, num=48):
     return SimpleNamespace(
         **dict(s=s, u=u, t=t, z=z, x=x, middle=middle, embedding=flow.embedding, flow=flow),
         **dict(delta=delta, first=first, second=flow.delta(middle, u, t)),
-        **dict(at_start=flow.denoiser(z, s), at_end=flow.denoiser(x, t)),
+        **dict(at_start=flow.denoiser(z, s), at_middle=flow.denoiser(middle, u), at_end=flow.denoiser(x, t)),
         **dict(dt=flow.d_dt(z, s, t), along=flow.d_flow(z, s, t)),
     )
 
@@ -113,10 +113,17 @@ def formulas(e):
     first, second, start, end = map(logits, (e.first, e.second, e.at_start, e.at_end))
     s, u, t = (jnp.asarray(a[:, None], jnp.float32) for a in (e.s, e.u, e.t))
     lam, c, k = semigroup_weight(s, u, t), lagrangian_weight(s, t), eulerian_weight(s, t)
+    bend = lambda delta, d, s, t: jnp.asarray(2 * (delta - d) / column((1 - s) * (t - s)), jnp.float32)
+    bends = bend(e.first, e.at_start, e.s, e.u), bend(e.second, e.at_middle, e.u, e.t)
     return {
         "diagonal": (lambda x: flow_map.diagonal(x, start), logits(e.at_start)),
         "psd": (lambda x: flow_map.psd(x, first, second, lam), logits(e.delta)),
         "psd_squared": (lambda x: flow_map.psd_squared(x, first, second, lam), logits(e.delta)),
+        "residual": (lambda x: flow_map.residual(x, start, bend(e.delta, e.at_start, e.s, e.t), k), logits(e.delta)),
+        "residual_map": (
+            lambda g: flow_map.residual_map(g, *bends, start, logits(e.at_middle), s, u, t),
+            bend(e.delta, e.at_start, e.s, e.t),
+        ),
         "lsd": (lambda x: flow_map.lsd(x, end, c), moving(e.dt)),
         "lsd_logit": (lambda x: flow_map.lsd_logit(x, end, c), moving(e.dt)),
         "csd": (lambda x: flow_map.csd(x, end, s, t), moving(e.dt)),
@@ -126,7 +133,7 @@ def formulas(e):
     }
 
 
-SQUARED = ("psd_squared", "csd", "esd")
+SQUARED = ("psd_squared", "csd", "esd", "residual", "residual_map")
 FIXED_TARGET = ("diagonal", "psd", *SQUARED)
 EXACT = [(n, o) for n in GAUSSIAN for o in ("diagonal", "psd", "lsd", "lsd_logit", "esd_logit", *SQUARED)]
 EXACT += [("dirichlet", o) for o in ("diagonal", "psd", "lsd", *SQUARED)]
@@ -151,7 +158,7 @@ def test_objectives_are_stationary_at_the_exact_map(name, objective):
     assert free.mean() > (0.2 if "logit" in objective else 0.999)
     assert gradient_norm(formula, live)[free].max() < 2e-5
     assert np.asarray(match.distance)[free].max() < 1e-9
-    assert gradient_norm(formula, nudged(live))[free].mean() > 1e-3
+    assert gradient_norm(formula, nudged(live))[free].mean() > 5e-4
     assert np.asarray(formula(nudged(live)).distance)[free].mean() > 1e-5
     if objective in SQUARED:
         assert match.loss.max() < 1e-9
@@ -348,7 +355,7 @@ def rows(fam, flow, num, seed=0):
 
 def judge(fam, net, params, batch, teacher=None):
     """tilt of the live logits -> (losses, metrics, {loss: |gradient of every row in the tilt|})."""
-    aux = Auxiliary(teacher=params if teacher is None else teacher, ema=params)
+    aux = Auxiliary(teacher=Teacher(params if teacher is None else teacher), ema=params)
 
     def losses(tilt):
         losses, metrics = fam.loss(net, {**params, "tilt": tilt}, aux, batch, None)
@@ -421,6 +428,38 @@ def test_student_and_teacher_may_have_different_embeddings(target):
     check_stationary(fam, net, parameters(other), rows(fam, flow, 256), teacher)
 
 
+def test_both_stages_of_the_two_network_map_are_stationary_at_the_oracle():
+    """g = 2 (delta - D_s) / ((1-s)(t-s)): the first stage's residual is zero, and the second's delta is exact."""
+    flow, warp = setting("wide")
+    net, params = network(flow, warp)
+
+    def apply(p, z, tau_s, tau_t, key=None):
+        logits = net.apply(p, z, tau_s, tau_t)
+        k = eulerian_weight(warp.t(tau_s), warp.t(tau_t))[:, None, None]
+        bend = jax.nn.softmax(logits) - jax.nn.softmax(net.apply(p, z, tau_s, tau_s))
+        return jnp.where(p["bends"], p["gain"] * 2 * bend / jnp.maximum(k, 1e-3), logits)
+
+    two = replace(net, apply=apply)
+    flow_params = params | {"bends": False, "gain": 1.0}
+    bends = flow_params | {"bends": True}
+    teacher = Teacher(flow_params, bends)
+    far = lambda batch: np.asarray(eulerian_weight(warp.t(batch["tau_s"]), warp.t(batch["tau_t"])) > 0.02)
+
+    first = make_family(warp=warp, teacher=True, **config.objective("residual").to_dict())
+    batch = rows(first, flow, 256)
+    loss = jax.jit(lambda p: first.loss(two, p, Auxiliary(teacher), batch, None)[0]["residual_map"])
+    exact = np.asarray(loss(bends))[far(batch)]
+    assert far(batch).mean() > 0.8 and exact.max() < 1e-4
+    assert np.asarray(loss(bends | {"gain": 0.5}))[far(batch)].mean() > 100 * exact.mean()
+
+    second = family("wide", target="residual", diagonal=0.0)
+    batch = rows(second, flow, 256)
+    loss = jax.jit(lambda teacher: second.loss(two, flow_params, Auxiliary(teacher), batch, None)[0]["residual"])
+    exact = np.asarray(loss(teacher))[far(batch)]
+    assert exact.max() < 1e-5
+    assert np.asarray(loss(Teacher(flow_params, bends | {"gain": 0.5})))[far(batch)].mean() > 1e-3
+
+
 def test_ecld_is_not_stationary_at_the_oracle():
     flow, warp = setting("wide")
     net, params = network(flow, warp)
@@ -468,7 +507,9 @@ def test_targets_from_the_moving_average():
 
     def distance(fam):
         tilted = {**params, "tilt": jnp.asarray(TILT[:6], jnp.float32)}
-        run = jax.jit(lambda batch: fam.loss(net, tilted, Auxiliary(params, params), batch, None)[1]["distance"])
+        run = jax.jit(
+            lambda batch: fam.loss(net, tilted, Auxiliary(Teacher(params), params), batch, None)[1]["distance"]
+        )
         return np.asarray(run(batch))
 
     z = fam.noised(params["embedding"], off, warp.t(off["tau_s"]))
@@ -514,7 +555,7 @@ def test_which_gradients_pass_through_the_derivative(target, through):
 
     fam = family("wide", target=target)
     batch = rows(fam, setting("wide")[0], 64)
-    loss = lambda p: fam.loss(replace(net, apply=apply), p, Auxiliary(params | {"gain": 0.0}), batch, None)[0][
+    loss = lambda p: fam.loss(replace(net, apply=apply), p, Auxiliary(Teacher(params | {"gain": 0.0})), batch, None)[0][
         target
     ].sum()
     gradient = jax.jit(jax.grad(loss))(params | {"gain": jnp.float32(1)})["gain"]
@@ -540,7 +581,7 @@ def seen_states(size, width, same, num=4096):
     student, teacher = ({"embedding": jnp.asarray(e, jnp.float32)} for e in (one, two))
     fam = make_family(warp=warp, teacher=True, **{**config.objective("flow_map").to_dict(), "train_embedding": True})
     batch = {"ids": jnp.ones((num, 1), jnp.int32), **fam.draw(jax.random.key(0), num)}
-    fam.loss(net, student, Auxiliary(teacher=teacher), batch, None)
+    fam.loss(net, student, Auxiliary(teacher=Teacher(teacher)), batch, None)
     noise = []
     for embedding, z, t in seen[:2]:  # the diagonal's, student first
         t = np.asarray(t, np.float64)[:, None]

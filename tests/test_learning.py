@@ -30,7 +30,7 @@ def test_a_tiny_network_learns_a_finite_law():
         batch = lambda number: table[jax.random.categorical(jax.random.key(number), logits, shape=(BATCH,))]
         return jax.lax.fori_loop(0, STEPS, lambda number, state: step(state, batch(number))[0], state)
 
-    state = jax.jit(lambda: init_state(net, optimizer, seed=0))()
+    state = jax.jit(lambda: init_state(net, family, optimizer, seed=0))()
     fresh, learnt = state.ema, train(state).ema
 
     # Both losses on the same rows, times and noise, which neither has seen. The oracle's embedding does not matter where V < D.

@@ -91,6 +91,10 @@ class Network:
         mute = {k: jnp.zeros_like(v) if k.startswith("time_t/out/") else v for k, v in mine.items()}
         return unflatten_dict(mute | theirs, sep="/")
 
+    def mute(self, params):
+        """params whose logits are zero."""
+        return {**params, **{k: jnp.zeros_like(params[k]) for k in ("unembed_kernel", "unembed_bias")}}
+
     def weighted(self, params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
         """exp(-w) loss + w with the learned w(tau_s, tau_t) where the network has one; [B] each, otherwise as it is."""
         if "loss_weight" not in params:

@@ -7,12 +7,13 @@ A family is a frozen dataclass of its hyperparameters with
     sample(net, params, key, num, steps) -> ids [num, L]
     bound(net, params, batch, key) -> nats [B]                where it has one
 and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `surgery` (project conflicting
-gradients of the losses; False) and `teacher` (whether aux.teacher is needed; False). Means, meshes and microbatches are the
-training step's affair.
+gradients of the losses; False). A family that takes a teacher has start(net, params, teacher) -> the student's first parameters.
+Means, meshes and microbatches are the training step's affair. A family without `sample` is a stage on the way to one that has it.
 """
 
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import FlowMap
+from flowlm.objectives.residual import Residual
 from flowlm.prior import PRIORS
 from flowlm.time_warp import TimeWarp
 
@@ -23,7 +24,7 @@ def _flow(prior, warp, *, teacher, loss, eta, temperature, guidance):
     return Flow(prior, warp, loss, eta, temperature, guidance)
 
 
-FAMILIES = {"flow": _flow, "flow_map": FlowMap}
+FAMILIES = {"flow": _flow, "flow_map": FlowMap, "residual": Residual}
 
 
 def make_family(family: str, warp: TimeWarp, teacher: bool, **settings):

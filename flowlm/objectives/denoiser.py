@@ -23,7 +23,7 @@ TAU_MAX = 0.9999
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoiser:
+class Path:
     """Attributes: prior, warp: the noise and its time warp."""
 
     prior: Gaussian | Dirichlet
@@ -34,6 +34,11 @@ class Denoiser:
         draw = self.prior.sample_joint if joint else self.prior.sample
         z0 = draw(batch["noise"], embedding, batch["ids"].shape[1])
         return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser(Path):
+    """A path and a network that denoises it: `net` at tau_t = tau_s is D_t."""
 
     def bound(self, net, params, batch, key) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B] for batch = {ids [B, L]}."""

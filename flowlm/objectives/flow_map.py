@@ -8,6 +8,7 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
     psd, psd_squared   semigroup    no derivative; from the map itself, cut at u
     teacher_steps      semigroup    m Euler steps of the teacher's flow; no bootstrap
     lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
+    residual           a two-network map, fitted by one (residual.py: the first version of the paper)
     csd, ecld          Lagrangian   2602.12233: squared error through the derivative, and its cross-entropy bound
     esd, esd_logit     Eulerian     what if the jump began a little later?
 
@@ -45,11 +46,15 @@ class Player(NamedTuple):
 
 
 class Game(NamedTuple):
-    """live: the student. map: whose delta targets are made of. flow: whose denoiser. embedding: of the joint state."""
+    """live: the student. map: whose delta targets are made of. flow: whose denoiser. residual: g of residual.py, or None.
+
+    embedding: of the joint state.
+    """
 
     live: Player
     map: Player
     flow: Player
+    residual: Player | None
     embedding: jax.Array
     warp: Any
 
@@ -127,10 +132,18 @@ def _eulerian_and_boundary(self, game: Game, z, rows, key) -> Match:
     return jax.tree.map(lambda a, b: jnp.where(at_end, b, a), inside, boundary)
 
 
+def _residual(self, game: Game, z, rows, key) -> Match:
+    s, t = game.times(rows)
+    live = game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+    others = game.flow.see(z, rows["tau_s"], rows["tau_s"]), game.residual.see(z, rows["tau_s"], rows["tau_t"])
+    return vocab.over_logits(flow_map.residual, (live, *others), (eulerian_weight(s, t),))
+
+
 TARGETS = {
     "psd": _semigroup(flow_map.psd),
     "psd_squared": _semigroup(flow_map.psd_squared),
     "teacher_steps": _teacher_steps,
+    "residual": _residual,
     "lsd": _lagrangian(flow_map.lsd, lambda s, t: (lagrangian_weight(s, t),)),
     "lsd_logit": _lagrangian(flow_map.lsd_logit, lambda s, t: (lagrangian_weight(s, t),)),
     "csd": _lagrangian(flow_map.csd, lambda s, t: (s, t), through=True),
@@ -191,8 +204,8 @@ class FlowMap(Denoiser):
                 f"objective.diagonal {self.diagonal} must be a fraction below 1 with a denominator of at most 16, such as "
                 f"{share if share < 1 else Fraction(15, 16)}: rows are split by exact counts"
             )
-        if self.target == "teacher_steps" and not self.teacher:
-            raise ValueError("objective.target teacher_steps integrates a teacher: give --config.teacher=RUNDIR")
+        if self.target in ("teacher_steps", "residual") and not self.teacher:
+            raise ValueError(f"objective.target {self.target} follows a teacher: give --config.teacher=RUNDIR")
         if self.teacher_steps < 1:
             raise ValueError(f"objective.teacher_steps must be at least 1, got {self.teacher_steps}")
         if not 0 < self.tau_max <= 1:
@@ -202,6 +215,10 @@ class FlowMap(Denoiser):
                 "objective.target esd_logit is singular at t = 1: set objective.tau_max below 1, such as 0.99, or use the "
                 "stable form, esd"
             )
+
+    def start(self, net, params, teacher):
+        """The student's first parameters: those of the flow, so that delta_{s,t} = D_s."""
+        return net.adopt(params, teacher.flow)
 
     @property
     def _split(self) -> tuple[int, int]:
@@ -253,15 +270,17 @@ class FlowMap(Denoiser):
             params = net.with_embedding(params, embedding)
         joint = self.train_embedding and self.teacher
         if joint:
-            embedding = jnp.concatenate([embedding, stop_gradient(net.embedding(aux.teacher))], 1)
+            embedding = jnp.concatenate([embedding, stop_gradient(net.embedding(aux.teacher.flow))], 1)
 
         def player(params, side) -> Player:
             return Player(lambda z, *args: net.apply(params, z[..., side], *args), net.head(params))
 
         mine = slice(0, width)
         model = player(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
-        teacher = player(aux.teacher, slice(-width, None)) if self.teacher else model
-        game = Game(player(params, mine), model, teacher, stop_gradient(embedding), self.warp)
+        frozen = lambda params: player(params, slice(-width, None))
+        flow = frozen(aux.teacher.flow) if self.teacher else model
+        residual = frozen(aux.teacher.residual) if self.target == "residual" else None
+        game = Game(player(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
 
         on, off = self._rows(batch)
         losses = {}

@@ -1,0 +1,68 @@
+"""The two-network flow map of the paper's first version (2602.16813 v1), an ablation.
+
+    X_{s,t}(x) = x + (t-s) b_s(x) + (t-s)^2 g_{s,t}(x) / 2
+
+b is a frozen flow's velocity and g a second network, a free vector rather than a distribution, trained on the squared
+residual of the semigroup X_{s,t} = X_{u,t}(X_{s,u}). This is the first stage, and has no samples of its own; the second fits
+one softmax network to that map (objective.target `residual` of flow_map.py, with this run as its teacher).
+"""
+
+import dataclasses
+
+import jax
+from jax.lax import stop_gradient
+
+from flowlm import flow_map, vocab
+from flowlm.flow_map import transport
+from flowlm.objectives.denoiser import Path
+from flowlm.objectives.flow_map import at
+from flowlm.time_sampling import PAIRS, pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(Path):
+    """Attributes: boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS)."""
+
+    teacher: bool
+    boundary: float
+    pairs: str
+
+    def __post_init__(self):
+        if not self.teacher:
+            raise ValueError("the family residual follows a teacher: give --config.teacher=RUNDIR")
+        if self.pairs not in PAIRS:
+            raise ValueError(f"unknown objective.pairs {self.pairs!r}: choose one of {list(PAIRS)}")
+        if not 0 <= self.boundary <= 1:
+            raise ValueError(f"objective.boundary must be in [0, 1], got {self.boundary}")
+
+    def start(self, net, params, teacher):
+        """The flow's network with an output of zero: the map is one Euler step."""
+        return net.mute(net.adopt(params, teacher.flow))
+
+    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+        """tau_s, tau_t [num], and a noise key for every row."""
+        times, noise = jax.random.split(key)
+        tau_s, tau_t = pairs(times, num, round(num * self.boundary), self.pairs)
+        return {"tau_s": tau_s, "tau_t": tau_t, "noise": jax.random.split(noise, num)}
+
+    def loss(self, net, params, aux, batch, key):
+        """({residual_map: [B]}, {}): u is the midpoint of tau_s and tau_t; the embedding stays the flow's."""
+        embedding = stop_gradient(net.embedding(aux.teacher.flow))
+        params = net.with_embedding(params, embedding)
+        fixed = stop_gradient(params)
+        tau_s, tau_t = batch["tau_s"], batch["tau_t"]
+        tau_u = (tau_s + tau_t) / 2
+        s, u, t = (self.warp.t(tau) for tau in (tau_s, tau_u, tau_t))
+        z = self.noised(embedding, batch, s)
+
+        head, flow_head = net.head(params), net.head(aux.teacher.flow)
+        flow_s = flow_head, net.apply(aux.teacher.flow, z, tau_s, tau_s)
+        first = head, net.apply(fixed, z, tau_s, tau_u)
+        euler = transport(z, vocab.softmax_embed(*flow_s, embedding), at(s), at(u))
+        bend = vocab.over_logits(lambda g: g @ embedding, (first,))
+        middle = stop_gradient(euler + at((u - s) ** 2 / 2) * bend)
+        second = head, net.apply(fixed, middle, tau_u, tau_t)
+        flow_u = flow_head, net.apply(aux.teacher.flow, middle, tau_u, tau_u)
+        live = head, net.apply(params, z, tau_s, tau_t, key)
+        match = vocab.over_logits(flow_map.residual_map, (live, first, second, flow_s, flow_u), (s, u, t))
+        return {"residual_map": match.loss.mean(-1)}, {}
