@@ -6,12 +6,15 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
+from test_bad_input import error_of
 from toy import network, perturbed, run_config, train_only
 
 from flowlm import experiment as experiments
 from flowlm import run_directory, train_state
+from flowlm.evaluation import Evaluation, compare
 from flowlm.metrics import read_metrics
 from flowlm.sharding import make_mesh
 from flowlm.tokenizers import shipped
@@ -122,8 +125,6 @@ def test_surgery_takes_the_conflict_out():
             ones = jnp.ones(batch["ids"].shape[0])
             return {"first": ones * params["x"], "second": ones * (params["y"] - 3 * params["x"])}, {}
 
-    import optax
-
     state = train_state.TrainState(jnp.int32(0), {"x": jnp.float32(0), "y": jnp.float32(0)}, None, None)
     state = state._replace(ema=state.params, opt_state=optax.sgd(1.0).init(state.params))
     step = lambda family: (
@@ -140,8 +141,6 @@ def test_surgery_takes_the_conflict_out():
 def test_a_learned_weight_finds_the_loss():
     """exp(-w) L + w is least at w = log L, for every pair of times."""
     net = network(time_embeddings=2, loss_weight=True)
-    import optax
-
     tau_s, tau_t = jnp.array([0.1, 0.5, 0.9]), jnp.array([0.2, 0.9, 1.0])
     loss = jnp.array([0.1, 1.0, 5.0])
     params = net.init(jax.random.key(0))
@@ -220,3 +219,29 @@ def test_a_teacher_with_another_tokenizer(data_dir, teacher, tmp_path):
 def test_a_flow_has_no_teacher(data_dir, teacher, tmp_path):
     with pytest.raises(ValueError, match="family flow has none, flow_map does"):
         train_only(run_config(data_dir, teacher=str(teacher)), tmp_path / "run")
+
+
+# --- side by side ------------------------------------------------------------------------------------------------
+
+
+def test_compare_shows_every_sampler_of_every_run_once(tmp_path, capsys):
+    """And the held-out rows, which are the same for both, in one last line."""
+    held = {"samples/held_out/entropy": 3.25, "held_out/cross_entropy": 1.0}
+    for name, value in (("flow", 1.125), ("flow_map", 2.375)):
+        (tmp_path / name).mkdir()
+        metrics = {f"samples/map@{n}/entropy": value * n for n in (1, 2)} | held
+        texts = {"map@1": [f"{name} wrote this"], "map@2": ["and this"], "held_out": ["a king"]}
+        Evaluation(3, metrics, texts).save(tmp_path / name)
+    error = error_of("compare", f"--runs={tmp_path}/flow,{tmp_path}/nothing")
+    assert f"{tmp_path}/nothing has no evaluation.json: run `flowlm evaluate" in error
+    compare([str(tmp_path / "flow"), str(tmp_path / "flow_map")])
+    rows = [
+        [c.strip() for c in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
+    assert rows == [
+        ["flow map@1", "1.125", "flow wrote this"],
+        ["flow map@2", "2.250", "and this"],
+        ["flow map map@1", "2.375", "flow_map wrote this"],
+        ["flow map map@2", "4.750", "and this"],
+        ["held out", "3.250", "a king"],
+    ]

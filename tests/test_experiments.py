@@ -65,6 +65,21 @@ def test_builds_and_lowers(path, argument):
         assert traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.parametrize("target", ["psd", "teacher_steps", "lsd", "csd", "esd", "esd_logit"])
+def test_every_kind_of_flow_map_step_lowers_for_tpus(target):
+    """Derivatives go through the attention that is used. Compiling needs the libtpu wheel, lowering does not."""
+    config = load(ROOT / "experiments/grammar.py").get_config("flow_map")
+    config.objective.update(target=target, tau_max=0.99)
+    config.teacher = "its run directory"
+    experiment = build(config, 99)
+    state = abstract_state(experiment, make_mesh(8))
+    settings = dict(seed=0, ema_decay=0.999, accumulation=1, dropout=False)
+    step = make_step(experiment.net, experiment.family, experiment.optimizer, **settings)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
+    traced = jax.jit(step).trace(state, ids, Teacher(state.params))
+    assert "tanh" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_docstring_states_the_command(path):
     command = f"flowlm train --config=experiments/{path.name}"
