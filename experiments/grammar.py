@@ -41,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, b2=0.99, weight_decay=0.4, decay_pattern="mix_raw")
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
     if arg == "flow_map":
-        config.steps = 6000
+        config.steps = 4500
+        config.objective.target = "csd"
         config.model.update(input="both", preview=True, time_embeddings=2)
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))

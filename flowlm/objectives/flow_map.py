@@ -10,7 +10,7 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
     lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
     residual           a two-network map, fitted by one (residual.py: the first version of the paper)
     csd, ecld          Lagrangian   2602.12233: squared error through the derivative, and its cross-entropy bound
-    esd, esd_logit     Eulerian     what if the jump began a little later?
+    esd, esd_logit     Eulerian     what if the jump began a little later? the semigroup at t = 1
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
@@ -113,23 +113,22 @@ def _lagrangian(match, weights, through=False):
     return target
 
 
-def _eulerian(match):
+def _eulerian(match, at_end):
+    """At t = 1 the identity says nothing of delta (squared form) or is singular (logit form): those rows learn by `at_end`."""
+
     def target(self, game: Game, z, rows, key) -> Match:
         s, t = game.times(rows)
         flow = game.flow.see(z, rows["tau_s"], rows["tau_s"])
         step = lambda tau, z: game.live.apply(z, tau, rows["tau_t"], key)
         hidden, tangent = flow_map.d_flow(step, game.warp, s, z, stop_gradient(game.mean(flow)))
         moving = game.live.head, hidden, stop_gradient(tangent)
-        return vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
+        inside = vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
+        if self.boundary == 0:
+            return inside
+        ends = rows["tau_t"][:, None] == 1
+        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), _semigroup(at_end)(self, game, z, rows, key), inside)
 
     return target
-
-
-def _eulerian_and_boundary(self, game: Game, z, rows, key) -> Match:
-    """The logit form is singular at t = 1: those rows learn by the semigroup."""
-    inside, boundary = (target(self, game, z, rows, key) for target in (_eulerian(flow_map.esd_logit), TARGETS["psd"]))
-    at_end = rows["tau_t"][:, None] == 1
-    return jax.tree.map(lambda a, b: jnp.where(at_end, b, a), inside, boundary)
 
 
 def _residual(self, game: Game, z, rows, key) -> Match:
@@ -148,8 +147,8 @@ TARGETS = {
     "lsd_logit": _lagrangian(flow_map.lsd_logit, lambda s, t: (lagrangian_weight(s, t),)),
     "csd": _lagrangian(flow_map.csd, lambda s, t: (s, t), through=True),
     "ecld": _lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True),
-    "esd": _eulerian(flow_map.esd),
-    "esd_logit": _eulerian_and_boundary,
+    "esd": _eulerian(flow_map.esd, flow_map.psd_squared),
+    "esd_logit": _eulerian(flow_map.esd_logit, flow_map.psd),
 }
 
 
