@@ -30,7 +30,7 @@ class Checkpoints:
     def __init__(
         self, directory, *, every: int = 1, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False
     ):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()  # Orbax refuses relative paths, and only when it writes
         self._read_only = read_only
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(

@@ -177,7 +177,10 @@ def csd(moving, flow, s, t) -> Match:
 
 
 def ecld(moving, flow, s, t) -> Match:
-    """Cross-entropy to D_t(X_{s,t}) plus |(t-s)/(1-s) d_t delta|^2: an upper bound of `csd` (2602.12233)."""
+    """Cross-entropy to D_t(X_{s,t}) plus |(t-s)/(1-s) d_t delta|^2 (2602.12233).
+
+    Twice this, less the target's entropy, bounds `csd` from above (Cauchy and Pinsker); it is not stationary at the exact map.
+    """
     match = diagonal(moving[0], flow)
     _, slope = _slope(*moving)
     return match._replace(loss=match.loss + jnp.sum(((t - s) / (1 - s))[..., None] ** 2 * slope**2, -1))

@@ -274,3 +274,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run(workdir, data_dir):
     with pytest.raises(FloatingPointError, match="loss nan"):
         train_only(run_config(data_dir, steps=STEPS, log_every=1000), workdir)
     assert steps_in(workdir / "checkpoints") == [3, 6]
+
+
+def test_a_relative_directory(data_dir, tmp_path, monkeypatch):
+    """Saved where it says, by a run that is started and taken up from inside."""
+    monkeypatch.chdir(tmp_path)
+    for steps in (3, 6):
+        train_only(run_config(data_dir, steps=steps), Path("here/run"))
+    assert steps_in(tmp_path / "here/run/checkpoints") == [3, 6]
