@@ -32,18 +32,21 @@ from flowlm import config as settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is the network's input (raw, scaled, posterior, white or both, the default), or `flow_map` for a student."""
-    config = settings.defaults("flow_map" if arg == "flow_map" else "flow")
+    """`arg` is the network's input (raw, scaled, posterior, white or both, the default), or a student: `flow_map`, `residual`."""
+    student = arg in ("flow_map", "residual")
+    config = settings.defaults(arg if student else "flow")
     config.update(steps=3600, batch_size=128)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19)
-    config.model.update(vocab_size=99, input=arg or "both", time_scale=1000.0, gate_init=1.0, learned_positions=True)
+    config.model.update(vocab_size=99, time_scale=1000.0, gate_init=1.0, learned_positions=True)
+    config.model.input = "both" if student else arg or "both"
     # Only the matrix of the input's raw part decays: it overfits the noise (see above).
     config.optimizer.update(learning_rate=2e-3, b2=0.99, weight_decay=0.4, decay_pattern="mix_raw")
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
-    if arg == "flow_map":
+    if student:
         config.steps = 4500
-        config.objective.target = "csd"
-        config.model.update(input="both", preview=True, time_embeddings=2)
+        config.model.update(preview=True, time_embeddings=2)
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
+    if arg == "flow_map":
+        config.objective.target = "csd"
     return config

@@ -112,6 +112,26 @@ def test_resume_is_exact(student, tmp_path):
         student("cut", teacher=None)
 
 
+def test_the_two_stages_of_the_two_network_map(student, teacher, data_dir, tmp_path):
+    """The first stage starts at g = 0 and moves; the second needs it and starts at the flow; nothing else takes it as a teacher."""
+    first = tmp_path / "first"
+    train_only(
+        run_config(data_dir, "residual", **{"steps": STEPS, "checkpoint.every": 1, "teacher": str(teacher)}), first
+    )
+    kernels = [saved(first, step)["params"]["unembed_kernel"] for step in (1, STEPS)]
+    assert 0 < np.abs(kernels[0]).max() < np.abs(kernels[1]).max() < 1e-2 * STEPS
+    second = student("second", **{"teacher": str(first), "objective.target": "residual"})
+    theirs = saved(teacher, 4)["ema"]
+    ours = saved(second, 1)["params"]
+    np.testing.assert_allclose(ours["unembed_kernel"], theirs["unembed_kernel"], atol=2e-3)  # one step away
+    with pytest.raises(ValueError, match="is of the family 'residual'; here a flow is wanted"):
+        student("third", teacher=str(first))
+    with pytest.raises(ValueError, match="is of the family 'flow'; here a residual is wanted"):
+        student("fourth", **{"objective.target": "residual"})
+    with pytest.raises(ValueError, match="family residual follows a teacher"):
+        train_only(run_config(data_dir, "residual"), tmp_path / "fifth")
+
+
 def test_surgery_takes_the_conflict_out():
     """Of two losses pulling in opposite directions along x the second loses its pull, and keeps it along y."""
 

@@ -19,7 +19,10 @@ from flowlm.train_state import Teacher, make_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
-ARGUMENTS = {"grammar": ("raw", "scaled", "posterior", "both", "white", "flow_map"), "quickstart": ("flow_map",)}
+ARGUMENTS = {
+    "grammar": ("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
+    "quickstart": ("flow_map",),
+}
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
 
@@ -39,7 +42,7 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
-    distils = config.objective.family == "flow_map"
+    distils = config.objective.family != "flow"
     config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 
@@ -135,7 +138,7 @@ def unused(config):
 
 
 def test_every_setting_is_used():
-    assert unused(defaults()) == set() == unused(defaults("flow_map"))
+    assert all(unused(defaults(family)) == set() for family in objectives.FAMILIES)
     config = defaults().unlock()
     added = {"colour": 1, "brand": {"new": 1}}
     for name in ("data", "model", "objective", "optimizer", "mesh", "checkpoint", "evaluation"):

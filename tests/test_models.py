@@ -69,7 +69,7 @@ def test_white_input(monkeypatch, vocab, width):
     net, params, z, tau = case(vocab, width, input="white")
     e, z64 = np.asarray(params["embedding"], np.float64), np.asarray(z, np.float64)
     t = np.asarray(toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau), np.float64)
-    posterior = softmax(own_position(e, z, t)) @ e
+    posterior = softmax(own_position(e, z, t) + np.asarray(params["log_prior"])) @ e
     mixed = body_input(monkeypatch, net, params, z, tau) - posterior
     white = mixed @ np.linalg.pinv(np.asarray(params["mix_raw"]["kernel"], np.float64))
     x = z64 @ np.linalg.pinv(e) / np.sqrt(t**2 / vocab + (1 - t) ** 2)[:, None, None]

@@ -53,7 +53,7 @@ def run_config(data_dir, family="flow", **changes):
     config.update(steps=6, batch_size=16, log_every=1)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
-    if family == "flow_map":
+    if family != "flow":
         config.model.update(input="both", time_embeddings=2)
     config.optimizer.update(schedule="constant", warmup_steps=2)
     config.mesh.data = 1

@@ -7,8 +7,8 @@ the one thing that is known exactly, the own-position log-likelihood of every to
             scaled     z / sqrt( t^2 mean_v |E_v|^2 / D + (1 - t)^2 tr(G) / D )
             posterior  softmax( own-position log-likelihood ) @ E: bounded, sharp, blind to the noise at t = 0
             both       posterior + scaled z through a second D x D matrix
-            white      posterior + z @ whiten / sqrt( t^2 / V + (1 - t)^2 ) through a second matrix, white as in prior.Geometry:
-                       the likelihood is linear in it, and no direction of the noise is too weak to be seen
+            white      posterior under a learnt prior over tokens + z @ whiten / sqrt( t^2 / V + (1 - t)^2 ) through a second
+                       matrix, white as in prior.Geometry: the likelihood is linear in it, no direction too weak to be seen
     output  plain            soft-capped logits
             likelihood_skip  soft-capped logits + own-position log-likelihood (at tau_s)
 
@@ -122,8 +122,8 @@ def _readout(dtype, kernel, bias, matrix, hidden):
     return logits
 
 
-def _own_position_logits(matrix, features):
-    return jnp.matmul(features, matrix, precision=HIGHEST)
+def _own_position_logits(matrix, prior, features):
+    return jnp.matmul(features, matrix, precision=HIGHEST) + prior
 
 
 def make_network(
@@ -198,6 +198,8 @@ def make_network(
         raw = z[..., : min(vocab_size, width)] if input == "white" else z
         extra = (raw,) * (input in ("both", "white")) + (z,) * preview
         params = module.init(key, z, extra, tau, tau, True)["params"]
+        if input == "white":
+            params["log_prior"] = jnp.zeros((vocab_size,))
         if loss_weight:
             params["loss_weight"] = LossWeight().init(key, tau, tau)["params"]
         return params
@@ -219,7 +221,7 @@ def make_network(
         if knows_noise:
             geo = geometry(frozen)
             features = own_position_features(geo, z, t)
-            posterior = Partial(_own_position_logits, own_position_matrix(geo))
+            posterior = Partial(_own_position_logits, own_position_matrix(geo), params.get("log_prior", 0.0))
         if input in ("raw", "scaled"):
             x = z if input == "raw" else scaled(frozen, z, t)
         else:
