@@ -1,17 +1,24 @@
-"""The quickstart: a small flow language model on the State of the Union speeches, from nothing to scored text.
+"""The quickstart: a small flow language model on the State of the Union speeches, and its flow map, from nothing to scored text.
 
-    flowlm train --config=experiments/quickstart.py --workdir=DIR        (bash launch/quickstart.sh does it from a fresh machine)
+    flowlm train --config=experiments/quickstart.py --workdir=DIR        (bash launch/quickstart.sh does both from a fresh machine)
+    flowlm train --config=experiments/quickstart.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus. Expected on 2 CPU
-cores: 6.5 minutes of training and under a minute of sampling and scoring. Expected numbers are in README.md and
-results/quickstart.json. Tried at the same budget, seed 0, 512
-samples at 64 ancestral steps, with the posterior mean in place of draws (the setting of the temperature removed):
+512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus; then 600 of
+distillation. Expected on 2 CPU cores: 7 minutes of training, 3 of distillation, 3 of sampling and scoring. Expected numbers
+are in README.md and results/quickstart*.json. Tried at the same budget, seed 0, 512 samples at 64 ancestral steps:
 
-    vocabulary, warp            cross-entropy mean (context-free)   nats per character   distinct-2 (held out)
-    512, ambient                2.26 (2.50)                         2.86                 .50 (.38)
-    512, embedded               0.72 (0.99), above it at tau .05    2.94                 .48 (.38)
-    112 letters, ambient        1.73 (1.87)                         3.49                 .34 (.20)
+    input, vocabulary, warp     cross-entropy mean (context-free)   at tau .05    nats per character   distinct-2 (held out)
+    with the posterior mean in place of draws
+    both, 512, ambient          2.26 (2.50)                         .08 above     2.86                 .50 (.38)
+    both, 512, embedded         0.72 (0.99)                         above         2.94                 .48 (.38)
+    both, 112 letters, ambient  1.73 (1.87)                         .01 above     3.49                 .34 (.20)
+    with draws at temperature 0.7 (0.6 in the last line)
+    both, 512, ambient          2.26 (2.50)                         .08 above     2.80                 .40 (.38)
+    the same, learnt prior      2.24 (2.52)                         .04 above     2.83                 .42 (.38)
+    white without the prior     2.39 (2.65)                         .01 below     2.97                 .43 (.38)
+    the same at 0.6             2.35 (2.61)                         .01 above     2.87                 .39 (.38)
 
+The two last lines are one setting, whose rounding differed in the scale of the input: a run's luck is worth .02 at tau .05.
 Where V > D the network makes the embeddings of frequent tokens long, so they can be read early: in embedded time most of it is over
 by tau .05, and few-step samples fall for rare bytes.
 """
