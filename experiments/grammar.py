@@ -40,8 +40,8 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, ± .009 to .016
 
 What helped most is a time embedding of t that is smooth. The other targets were only run on the tests' small law.
 
-The two-network map takes two runs: `:residual` with the flow as its teacher, then `:flow_map` with --config.objective.target=residual and
-the first as its teacher.
+The two-network map takes two runs: `:residual` with the flow as its teacher, then `:flow_map` with
+--config.objective.target=residual and the first run as its teacher.
 """
 
 from ml_collections import ConfigDict
