@@ -89,7 +89,7 @@ def test_the_teacher_stays_out_of_the_checkpoint(student, teacher, data_dir):
 # --- the same guarantees as for any run --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["psd", "lsd", "esd"])
+@pytest.mark.parametrize("target", ["psd", "lsd"])
 def test_eight_devices_distil_as_one(student, target):
     """And in two microbatches of four: the exact counts of diagonal rows hold in each."""
     changes = {"objective.target": target}
@@ -118,7 +118,9 @@ def test_the_two_stages_of_the_two_network_map(student, teacher, data_dir, tmp_p
     train_only(
         run_config(data_dir, "residual", **{"steps": STEPS, "checkpoint.every": 1, "teacher": str(teacher)}), first
     )
-    kernels = [saved(first, step)["params"]["unembed_kernel"] for step in (1, STEPS)]
+    kernels = [
+        saved(first, step)["params"]["unembed_kernel"] for step in (2, STEPS)
+    ]  # the first step has a rate of zero
     assert 0 < np.abs(kernels[0]).max() < np.abs(kernels[1]).max() < 1e-2 * STEPS
     second = student("second", **{"teacher": str(first), "objective.target": "residual"})
     theirs = saved(teacher, 4)["ema"]
