@@ -117,7 +117,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
     step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
     ids = jax.random.randint(jax.random.key(1), (batch, length), 0, vocab, dtype=jnp.int32)
-    state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, optimizer, 0))())
+    state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, family, optimizer, 0))())
 
     teacher = train_state.Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
     compiled = jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile()
