@@ -164,7 +164,7 @@ class FlowMap(Denoiser):
     teacher_steps: m of the target of that name.
     adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
     surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
-    train_embedding: otherwise the student keeps the embedding that it started with.
+    train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
     gamma, temperature, top_p, guidance: of the sampler; temperature None decodes the last step by argmax, a number draws.
     """
 
@@ -264,7 +264,7 @@ class FlowMap(Denoiser):
         """({diagonal: [B1], TARGET: [B2]}, metrics) for batch = {ids [B, L]} | draw(...), B1 + B2 = B."""
         embedding = net.embedding(params)
         width = embedding.shape[1]
-        if not self.train_embedding:
+        if self.teacher and not self.train_embedding:
             embedding = stop_gradient(embedding)
             params = net.with_embedding(params, embedding)
         joint = self.train_embedding and self.teacher
