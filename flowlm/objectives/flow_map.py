@@ -8,9 +8,9 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
     psd, psd_squared   semigroup    no derivative; from the map itself, cut at u
     teacher_steps      semigroup    m Euler steps of the teacher's flow; no bootstrap
     lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
-    residual           a two-network map, fitted by one (residual.py: the first version of the paper)
     csd, ecld          Lagrangian   2602.12233: squared error through the derivative; a cross-entropy bounding it
     esd, esd_logit     Eulerian     what if the jump began a little later? the semigroup at t = 1
+    residual           a two-network map, fitted by one (residual.py: the first version of the paper)
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
