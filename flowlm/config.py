@@ -14,7 +14,7 @@ def model(size: str) -> ConfigDict:
             dropout=0.0,
             input="raw",  # raw | scaled | posterior | both | white
             preview=False,  # for flow maps: also what the posterior will be a little later
-            output="plain",  # plain | likelihood_skip
+            output="plain",  # plain | likelihood_skip | early_skip
             time_embeddings=1,  # 2 for a flow map
             time_scale=1.0,  # multiplies tau_s in the sinusoids
             end_time_scale=1.0,  # and tau_t; what is differentiated with respect to t should be smooth in it

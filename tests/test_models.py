@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toy
 
-from flowlm.models import PREVIEW, dit
+from flowlm.models import PREVIEW, PRIOR_SCALE, dit
 
 SHAPES = [(12, 16), (40, 16)]  # V < D and V > D
 
@@ -69,7 +69,9 @@ def test_white_input(monkeypatch, vocab, width):
     net, params, z, tau = case(vocab, width, input="white")
     e, z64 = np.asarray(params["embedding"], np.float64), np.asarray(z, np.float64)
     t = np.asarray(toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau), np.float64)
-    posterior = softmax(own_position(e, z, t) + np.asarray(params["log_prior"])) @ e
+    prior = np.linspace(-0.2, 0.2, vocab)
+    params["log_prior"] = jnp.asarray(prior, jnp.float32)
+    posterior = softmax(own_position(e, z, t) + PRIOR_SCALE * prior) @ e
     mixed = body_input(monkeypatch, net, params, z, tau) - posterior
     white = mixed @ np.linalg.pinv(np.asarray(params["mix_raw"]["kernel"], np.float64))
     x = z64 @ np.linalg.pinv(e) / np.sqrt(t**2 / vocab + (1 - t) ** 2)[:, None, None]
@@ -97,6 +99,19 @@ def test_likelihood_skip_adds_the_own_position_term(vocab, width):
     added = np.asarray(logits) - np.asarray(plain.unembed(params, plain.apply(params, z, tau)))
     expected = own_position(params["embedding"], z, t)
     np.testing.assert_allclose(added, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
+def test_early_skip_is_a_context_free_posterior_that_fades():
+    """With silent blocks an early state's logits are prior + nearly all of the likelihood; late ones' the prior alone."""
+    net, params, z, _ = case(12, 16, input="white", output="early_skip")
+    tau = jnp.array([0.05, 0.2, 0.9])
+    params = {**params, "log_prior": jnp.linspace(-0.2, 0.2, 12), "unembed_kernel": jnp.zeros((16, 12))}
+    params["unembed_bias"] = jnp.zeros((12,))
+    logits = net.unembed(params, net.apply(params, z, tau))
+    t = toy.TimeWarp("gaussian", "ambient", 12, 16).t(tau)
+    weight = np.array([1 - 1 / 16, 0, 0])[:, None, None]
+    expected = PRIOR_SCALE * np.linspace(-0.2, 0.2, 12) + weight * own_position(params["embedding"], z, t)
+    np.testing.assert_allclose(logits, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["posterior", "both"])

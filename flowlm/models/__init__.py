@@ -11,6 +11,10 @@ the one thing that is known exactly, the own-position log-likelihood of every to
                        matrix, white as in prior.Geometry: the likelihood is linear in it, no direction too weak to be seen
     output  plain            soft-capped logits
             likelihood_skip  soft-capped logits + own-position log-likelihood (at tau_s)
+            early_skip       the same, weighted max(0, 1 - (tau_s / EARLY)^2): where a sampler's state is nearly all noise, hence
+                             distributed as in training, what its own position says can be taken at its word
+
+    With `white` the learnt prior over tokens is in the logits too.
 
     preview            adds what `posterior` will be at warped time PREVIEW, before that time, through a matrix of its own:
                        a flow map at s = 0 must act on the noise, and this says which token it leans to
@@ -37,7 +41,9 @@ from flowlm.time_warp import TimeWarp
 
 INPUTS = ("raw", "scaled", "posterior", "both", "white")
 PREVIEW = 0.2
-OUTPUTS = ("plain", "likelihood_skip")
+OUTPUTS = ("plain", "likelihood_skip", "early_skip")
+EARLY = 0.2
+PRIOR_SCALE = 10.0  # of the learnt prior's parameter, which would take too long to reach its size by itself
 WEAK_DROPOUT = 0.1
 SIZES = {
     "test": dict(width=32, blocks=2, heads=2, cond=32),
@@ -93,7 +99,8 @@ class Network:
 
     def mute(self, params):
         """params whose logits are zero."""
-        return {**params, **{k: jnp.zeros_like(params[k]) for k in ("unembed_kernel", "unembed_bias")}}
+        silent = ("unembed_kernel", "unembed_bias", "log_prior")
+        return {**params, **{k: jnp.zeros_like(params[k]) for k in silent if k in params}}
 
     def weighted(self, params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
         """exp(-w) loss + w with the learned w(tau_s, tau_t) where the network has one; [B] each, otherwise as it is."""
@@ -113,10 +120,14 @@ class Network:
         return self.head(params)(hidden)
 
 
-def _readout(dtype, kernel, bias, matrix, hidden):
+def _log_prior(params):
+    return PRIOR_SCALE * params["log_prior"] if "log_prior" in params else 0.0
+
+
+def _readout(dtype, kernel, bias, prior, matrix, hidden):
     width = kernel.shape[0]
     out = jnp.matmul(hidden[..., :width].astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
-    logits = soft_cap(out + bias, LOGIT_CAP)
+    logits = soft_cap(out + bias, LOGIT_CAP) + prior
     if matrix is not None:
         logits = logits + jnp.matmul(hidden[..., width:], matrix, precision=HIGHEST)
     return logits
@@ -221,7 +232,7 @@ def make_network(
         if knows_noise:
             geo = geometry(frozen)
             features = own_position_features(geo, z, t)
-            posterior = Partial(_own_position_logits, own_position_matrix(geo), params.get("log_prior", 0.0))
+            posterior = Partial(_own_position_logits, own_position_matrix(geo), _log_prior(params))
         if input in ("raw", "scaled"):
             x = z if input == "raw" else scaled(frozen, z, t)
         else:
@@ -236,13 +247,16 @@ def make_network(
         tau_t = tau_s if tau_t is None else tau_t
         rngs = {} if key is None else {"dropout": key}
         hidden = module.apply({"params": params}, x, extra, tau_s, tau_t, key is None, rngs=rngs)
-        if output == "likelihood_skip":
+        if output == "early_skip":
+            features = features * jnp.maximum(0.0, 1 - (tau_s / EARLY) ** 2)[:, None, None]
+        if output != "plain":
             hidden = jnp.concatenate([hidden, features], -1)
         return hidden
 
     def head(params):
-        matrix = own_position_matrix(geometry(params["embedding"])) if output == "likelihood_skip" else None
-        return Partial(functools.partial(_readout, compute), params["unembed_kernel"], params["unembed_bias"], matrix)
+        matrix = None if output == "plain" else own_position_matrix(geometry(params["embedding"]))
+        kernel, bias = params["unembed_kernel"], params["unembed_bias"]
+        return Partial(functools.partial(_readout, compute), kernel, bias, _log_prior(params), matrix)
 
     weak = module.clone(dropout=max(dropout, WEAK_DROPOUT))
     return Network(init, functools.partial(run, module), functools.partial(run, weak), head, vocab_size, length, width)
