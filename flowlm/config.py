@@ -51,6 +51,7 @@ def objective(family: str) -> ConfigDict:
             tau_max=1.0,  # upper end of the others' tau_t
             cut="midpoint",  # midpoint | uniform
             teacher_steps=4,  # of the target of that name
+            teacher_temperature=1.0,  # below 1: the flow of softmax(logits / temperature), less diverse and more coherent
             adaptive=0.0,  # exponent of the adaptive weight
             surgery=False,  # project conflicting gradients
             train_embedding=False,

@@ -48,13 +48,13 @@ def make_judges(dataset: Dataset) -> list[Judge]:
 
 
 def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: Euler and ancestral, where the family has both."""
+    """The family's samplers by name: Euler's method on the flow itself, and where the family is set to it ancestral."""
     if not hasattr(family, "sample"):
         return {}
     if not hasattr(family, "eta"):
         return {"map": family}
-    out = {"euler": replace(family, eta=0.0)}
-    if family.eta > 0:
+    out = {"euler": replace(family, eta=0.0, temperature=None)}
+    if family.eta > 0 or family.temperature is not None:
         out["ancestral" if family.eta == 1 else f"eta {family.eta}"] = family
     return out
 

@@ -189,6 +189,11 @@ WRONG = {
     ("objective.targets_from=teacher",): "unknown objective.targets_from 'teacher'",
     ("objective.cut=middle",): "unknown objective.cut 'middle'",
     ("objective.pairs=diff",): "unknown objective.pairs 'diff'",
+    ("objective.teacher_temperature=0.0",): "teacher_temperature must be above 0, got 0.0",
+    (
+        "objective.teacher_temperature=0.5",
+        "teacher=",
+    ): "teacher_temperature sharpens a frozen flow: it needs --config.teacher",
     ("objective.diagonal=1.5",): r"objective.diagonal must be in \[0, 1\], got 1.5",
     ("objective.diagonal=1.0",): "must be a fraction below 1",
     ("objective.diagonal=0.37",): "must be a fraction below 1 .* such as 3/8",

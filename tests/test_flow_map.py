@@ -519,6 +519,20 @@ def test_targets_from_the_moving_average():
     assert np.abs(distance(replace(fam, targets_from="student")) - error).max() > 1e-2
 
 
+def test_teacher_temperature_sharpens_the_flow_and_nothing_else():
+    flow, warp = setting("wide")
+    net, params = network(flow, warp)
+    fam = family("wide", target="teacher_steps", teacher_steps=1, teacher_temperature=0.5)
+    batch = rows(fam, flow, 128)
+    tilted = {**params, "tilt": jnp.asarray(TILT[:6], jnp.float32)}
+    losses, _ = jax.jit(lambda batch: fam.loss(net, tilted, Auxiliary(Teacher(params), params), batch, None))(batch)
+    for part, name, end in zip(fam._rows(batch), ("diagonal", "teacher_steps"), ("tau_s", "tau_t"), strict=True):
+        z = fam.noised(params["embedding"], part, warp.t(part["tau_s"]))
+        taught = jax.nn.softmax(jax.jit(net.apply)(params, z, part["tau_s"], part["tau_s"]) / 0.5)
+        mine = jax.nn.log_softmax(jax.jit(net.apply)(params, z, part["tau_s"], part[end]) + TILT[:6])
+        np.testing.assert_allclose(losses[name], -(taught * mine).sum(-1).mean(-1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("target", ["esd", "lsd"])
 def test_the_boundary_pair_alone_is_finite_and_stationary(target):
     flow, warp = setting("wide")

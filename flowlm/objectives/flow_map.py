@@ -14,8 +14,9 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
-The teacher is frozen; the student keeps its embedding, and so sees the same states. With `train_embedding` both see one
-x0 through their own embeddings: a state is then [z @ E_student, z @ E_teacher].
+With `teacher_temperature` the flow is that of the teacher's softmax(logits / temperature): one jump cannot be sharpened by
+drawing, its flow can. The teacher is frozen; the student keeps its embedding, and so sees the same states. With
+`train_embedding` both see one x0 through their own embeddings: a state is then [z @ E_student, z @ E_teacher].
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+from jax.tree_util import Partial
 
 from flowlm import flow_map, vocab
 from flowlm.flow_map import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
@@ -43,6 +45,14 @@ class Player(NamedTuple):
     def see(self, *args):
         """(head, hidden), what `vocab.over_logits` reads."""
         return self.head, self.apply(*args)
+
+    def tempered(self, temperature: float) -> "Player":
+        """The same network with softmax(logits / temperature) for its distribution."""
+        return self if temperature == 1 else self._replace(head=Partial(_tempered, self.head, temperature))
+
+
+def _tempered(head, temperature, hidden):
+    return head(hidden) / temperature
 
 
 class Game(NamedTuple):
@@ -177,6 +187,7 @@ class FlowMap(Denoiser):
     tau_max: float
     cut: str
     teacher_steps: int
+    teacher_temperature: float
     adaptive: float
     surgery: bool
     train_embedding: bool
@@ -207,6 +218,13 @@ class FlowMap(Denoiser):
             raise ValueError(f"objective.target {self.target} follows a teacher: give --config.teacher=RUNDIR")
         if self.teacher_steps < 1:
             raise ValueError(f"objective.teacher_steps must be at least 1, got {self.teacher_steps}")
+        if not self.teacher_temperature > 0:
+            raise ValueError(f"objective.teacher_temperature must be above 0, got {self.teacher_temperature}")
+        if self.teacher_temperature != 1 and (not self.teacher or self.target == "residual"):
+            raise ValueError(
+                "objective.teacher_temperature sharpens a frozen flow: it needs --config.teacher and another target than residual, "
+                "whose first stage learnt the flow as it is"
+            )
         if not 0 < self.tau_max <= 1:
             raise ValueError(f"objective.tau_max must be in (0, 1], got {self.tau_max}")
         if self.target == "esd_logit" and self.tau_max == 1:
@@ -277,7 +295,7 @@ class FlowMap(Denoiser):
         mine = slice(0, width)
         model = player(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
         frozen = lambda params: player(params, slice(-width, None))
-        flow = frozen(aux.teacher.flow) if self.teacher else model
+        flow = frozen(aux.teacher.flow).tempered(self.teacher_temperature) if self.teacher else model
         residual = frozen(aux.teacher.residual) if self.target == "residual" else None
         game = Game(player(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
 
