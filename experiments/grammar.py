@@ -66,5 +66,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
     if arg == "flow_map":
-        config.objective.target = "csd"
+        config.objective.update(target="csd", noise_scale=0.5)
     return config

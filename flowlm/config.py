@@ -34,6 +34,7 @@ def objective(family: str) -> ConfigDict:
         temperature=config_dict.placeholder(
             float
         ),  # of drawn tokens in place of the posterior mean (flow), argmax (map)
+        noise_scale=1.0,  # of every draw of noise; below 1: less diverse and more coherent
         guidance=1.0,  # 1: none; more: away from the same network with dropout
     )
     sections = dict(

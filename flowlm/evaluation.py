@@ -48,15 +48,17 @@ def make_judges(dataset: Dataset) -> list[Judge]:
 
 
 def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: Euler's method on the flow itself, and where the family is set to it ancestral."""
+    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs."""
     if not hasattr(family, "sample"):
         return {}
+    scale = f" noise {family.noise_scale:g}" if family.noise_scale != 1 else ""
     if not hasattr(family, "eta"):
-        return {"map": family}
-    out = {"euler": replace(family, eta=0.0, temperature=None)}
-    if family.eta > 0 or family.temperature is not None:
-        out["ancestral" if family.eta == 1 else f"eta {family.eta}"] = family
-    return out
+        return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
+    out = {"euler": replace(family, eta=0.0, temperature=None, noise_scale=1.0)}
+    name = "ancestral" if family.eta == 1 else f"eta {family.eta:g}" if family.eta else "euler"
+    if family.temperature is not None:
+        name += f" temperature {family.temperature:g}"
+    return out | {name + scale: family}
 
 
 class Sampler:

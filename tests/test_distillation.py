@@ -194,6 +194,7 @@ WRONG = {
         "objective.teacher_temperature=0.5",
         "teacher=",
     ): "teacher_temperature sharpens a frozen flow: it needs --config.teacher",
+    ("objective.noise_scale=0.0",): r"objective.noise_scale must be in \(0, 1\], got 0.0",
     ("objective.diagonal=1.5",): r"objective.diagonal must be in \[0, 1\], got 1.5",
     ("objective.diagonal=1.0",): "must be a fraction below 1",
     ("objective.diagonal=0.37",): "must be a fraction below 1 .* such as 3/8",

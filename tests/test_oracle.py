@@ -45,6 +45,30 @@ def test_a_drawn_token_in_place_of_the_mean_also_reaches_the_law():
     assert oracle.total_variation(cold, sequences, weights) > 0.1
 
 
+def test_the_noise_scale_shrinks_every_draw_of_noise():
+    """Where the data are one sequence, states of the ancestral sampler are (1 - t) scale z0 + t E[ids]."""
+    net, params, family, *_ = case(5, 8)
+    seen = []
+
+    def one(params, z, tau_s, *args, **kwargs):
+        jax.debug.callback(lambda *a: seen.append(a), z, tau_s[0], ordered=True)
+        return jnp.full((*z.shape[:2], 5), -1e3).at[..., 2].set(0.0)
+
+    net = replace(net, apply=one, head=lambda params: jax.tree_util.Partial(lambda logits: logits))
+    family = replace(family, eta=1.0, noise_scale=0.5)
+    family.sample(net, params, jax.random.key(0), 5_000, 4)
+    jax.effects_barrier()
+    e = np.asarray(params["embedding"], np.float64)
+    assert len(seen) == 4
+    for z, tau in seen:
+        t = float(family.warp.t(tau))
+        noise = ((np.asarray(z, np.float64) - t * e[2]) / (1 - t)).reshape(-1, 8)
+        products = noise[:, :, None] * noise[:, None, :]
+        np.testing.assert_array_less(
+            np.abs(products.mean(0) - e.T @ e / 4), 5 * products.std(0) / len(noise) ** 0.5 + 1e-5
+        )
+
+
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_a_step_is_one_network_call(steps):
     net, params, family, *_ = case(5, 8)

@@ -18,10 +18,10 @@ from flowlm.prior import PRIORS
 from flowlm.time_warp import TimeWarp
 
 
-def _flow(prior, warp, *, teacher, loss, eta, temperature, guidance):
+def _flow(prior, warp, *, teacher, loss, eta, temperature, noise_scale, guidance):
     if teacher:
         raise ValueError("config.teacher is for distillation: the family flow has none, flow_map does")
-    return Flow(prior, warp, loss, eta, temperature, guidance)
+    return Flow(prior, warp, loss, eta, temperature, noise_scale, guidance)
 
 
 FAMILIES = {"flow": _flow, "flow_map": FlowMap, "residual": Residual}

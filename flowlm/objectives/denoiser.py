@@ -22,6 +22,12 @@ from flowlm.time_warp import TimeWarp
 TAU_MAX = 0.9999
 
 
+def check_noise_scale(scale: float) -> None:
+    """Raises ValueError for what is not a sampler's noise scale."""
+    if not 0 < scale <= 1:
+        raise ValueError(f"objective.noise_scale must be in (0, 1], got {scale}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Path:
     """Attributes: prior, warp: the noise and its time warp."""
@@ -34,6 +40,12 @@ class Path:
         draw = self.prior.sample_joint if joint else self.prior.sample
         z0 = draw(batch["noise"], embedding, batch["ids"].shape[1])
         return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
+
+    def fresh(self, net, params, key, num: int, scale: float) -> jax.Array:
+        """z0 [num, L, D] for a sampler, its distance from the prior's mean multiplied by `scale`."""
+        embedding = net.embedding(params)
+        z0, mean = self.prior.sample(jax.random.split(key, num), embedding, net.length), self.prior.mean(embedding)
+        return mean + scale * (z0 - mean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jax.tree_util import Partial
 
 from flowlm import flow_map, vocab
 from flowlm.flow_map import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
-from flowlm.objectives.denoiser import Denoiser
+from flowlm.objectives.denoiser import Denoiser, check_noise_scale
 from flowlm.objectives.guidance import Predictor
 from flowlm.time_sampling import PAIRS, pairs, stratified
 
@@ -193,6 +193,7 @@ class FlowMap(Denoiser):
     train_embedding: bool
     gamma: float
     temperature: float | None
+    noise_scale: float
     top_p: float
     guidance: float
 
@@ -208,6 +209,7 @@ class FlowMap(Denoiser):
         for name, value in (("diagonal", self.diagonal), ("boundary", self.boundary), ("gamma", self.gamma)):
             if not 0 <= value <= 1:
                 raise ValueError(f"objective.{name} must be in [0, 1], got {value}")
+        check_noise_scale(self.noise_scale)
         share = Fraction(self.diagonal).limit_denominator(16)
         if abs(float(share) - self.diagonal) > 1e-6 or share == 1:
             raise ValueError(
@@ -325,7 +327,7 @@ class FlowMap(Denoiser):
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         embedding, predict = net.embedding(params), Predictor(net, params, self.guidance)
         start, rest = jax.random.split(key)
-        z = self.prior.sample(jax.random.split(start, num), embedding, net.length)
+        z = self.fresh(net, params, start, num, self.noise_scale)
         tau = jnp.linspace(0.0, 1.0, steps + 1)
         center = self.prior.mean(embedding)
 
@@ -337,7 +339,7 @@ class FlowMap(Denoiser):
             to = jnp.full((num,), self.warp.tau(1 - kept))
             mean = predict(z, jnp.full((num,), tau), to, weak_key).mean(embedding)
             z = transport(z, mean, s, 1 - kept) + (kept - sigma) * mean
-            fresh = self.prior.sample(jax.random.split(fresh_key, num), embedding, net.length)
+            fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
             return z + self.gamma * sigma * (fresh - center) + (sigma - kept) * center, None
 
         keys = jax.random.split(rest, steps)
