@@ -40,6 +40,12 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, ± .009 to .016
 
 What helped most is a time embedding of t that is smooth. The other targets were only run on the tests' small law.
 
+    flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
+    flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)
+
+The discrete baselines on the same network, data and optimizer. Distillation goes in rounds: each is a run of its own, with the last
+one as its teacher and twice its jump.
+
 The two-network map takes two runs: `:residual` with the flow as its teacher, then `:flow_map` with
 --config.objective.target=residual and the first run as its teacher.
 """
@@ -48,23 +54,33 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
+STUDENTS = {"flow_map": "flow_map", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+BASELINES = ("autoregressive", "masked", "uniform")
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is the network's input (raw, scaled, posterior, white or both, the default), or a student: `flow_map`, `residual`."""
-    student = arg in ("flow_map", "residual")
-    config = settings.defaults(arg if student else "flow")
+    """`arg` is a flow's input (raw, scaled, posterior, white or both, the default), one of BASELINES or one of STUDENTS."""
+    family = STUDENTS.get(arg, arg if arg in BASELINES else "flow")
+    config = settings.defaults(family)
     config.update(steps=3600, batch_size=128)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19)
     config.model.update(vocab_size=99, time_scale=1000.0, gate_init=1.0, learned_positions=True)
-    config.model.input = "both" if student else arg or "both"
     # Only the matrix of the input's raw part decays: it overfits the noise (see above).
     config.optimizer.update(learning_rate=2e-3, b2=0.99, weight_decay=0.4, decay_pattern="mix_raw")
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
-    if student:
+    if family in ("flow", "flow_map", "residual"):
+        config.model.input = "both" if arg in STUDENTS else arg or "both"
+    if family == "autoregressive":
+        config.objective.start = 98
+        config.evaluation.steps = (18,)
+    if arg in STUDENTS:
         config.steps = 4500
-        config.model.update(preview=True, time_embeddings=2)
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
+    if arg in ("flow_map", "residual"):
+        config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":
         config.objective.update(target="csd", noise_scale=0.5)
+    if arg in ("sdtt", "dcd"):
+        config.objective.greedy = True
     return config

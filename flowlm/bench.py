@@ -108,6 +108,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         end_time_scale=1.0,
         gate_init=0.0,
         learned_positions=False,
+        mask_token=False,
         causal=False,
         remat=remat,
         dtype="float32",

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict, config_dict
 
 from flowlm.models import SIZES
+from flowlm.objectives import NEEDS
 
 
 def model(size: str) -> ConfigDict:
@@ -15,11 +16,12 @@ def model(size: str) -> ConfigDict:
             input="raw",  # raw | scaled | posterior | both | white
             preview=False,  # for flow maps: also what the posterior will be a little later
             output="plain",  # plain | likelihood_skip | early_skip
-            time_embeddings=1,  # 2 for a flow map
+            time_embeddings=1,  # 2 for a flow map, 0 for what knows no time
             time_scale=1.0,  # multiplies tau_s in the sinusoids
             end_time_scale=1.0,  # and tau_t; what is differentiated with respect to t should be smooth in it
             gate_init=0.0,  # residual branches start at this weight
             learned_positions=False,
+            mask_token=False,  # for masked diffusion
             causal=False,
             remat="none",  # none | dots | full: what the backward pass recomputes, for memory
             dtype="float32",  # or bfloat16: products only; parameters, norms and losses stay float32
@@ -29,7 +31,7 @@ def model(size: str) -> ConfigDict:
 
 
 def objective(family: str) -> ConfigDict:
-    """The `objective` section of a family: flow, flow_map, residual."""
+    """The `objective` section of a family: flow, flow_map, residual, autoregressive, masked, uniform."""
     sampler = dict(
         temperature=config_dict.placeholder(
             float
@@ -37,6 +39,8 @@ def objective(family: str) -> ConfigDict:
         noise_scale=1.0,  # of every draw of noise; below 1: less diverse and more coherent
         guidance=1.0,  # 1: none; more: away from the same network with dropout
     )
+    draws = dict(temperature=1.0, top_p=1.0)  # sampler
+    jump = 1 / 32  # of a student: the step in time that it learns to take at once
     sections = dict(
         flow=dict(
             loss="cross_entropy",  # cross_entropy | squared_error
@@ -61,6 +65,16 @@ def objective(family: str) -> ConfigDict:
             **sampler,
         ),
         residual=dict(boundary=1 / 32, pairs="uniform_diff"),
+        autoregressive=dict(start=0, **draws),  # the tokenizer's start token: a check, as model.vocab_size is
+        masked=dict(jump=jump, greedy=False, **draws),  # greedy: the sampler's last step takes the likeliest tokens
+        uniform=dict(
+            jump=jump,
+            divergence="forward",  # forward | reverse: of a student from its teacher
+            curriculum_steps=0,  # steps that show soft latents in place of tokens
+            curriculum_temperature=0.05,
+            greedy=False,
+            **draws,
+        ),
     )
     if family not in sections:
         raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(sections)}")
@@ -68,7 +82,7 @@ def objective(family: str) -> ConfigDict:
 
 
 def defaults(family: str = "flow") -> ConfigDict:
-    """Every setting of a run. Locked: a key that is not here is an error."""
+    """Every setting of a run of a family. Locked: a key that is not here is an error."""
     config = ConfigDict(
         dict(
             seed=0,
@@ -106,4 +120,5 @@ def defaults(family: str = "flow") -> ConfigDict:
             tensorboard=False,
         )
     )
+    config.model.update(NEEDS.get(family, {}))
     return config.lock()

@@ -51,6 +51,8 @@ def samplers(family) -> dict[str, object]:
     """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs."""
     if not hasattr(family, "sample"):
         return {}
+    if hasattr(family, "sampler"):
+        return {family.sampler: family}
     scale = f" noise {family.noise_scale:g}" if family.noise_scale != 1 else ""
     if not hasattr(family, "eta"):
         return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
@@ -167,7 +169,7 @@ class Evaluation:
         for row in ("cross_entropy", "context_free"):
             if row in held:
                 grid.add_row(row.replace("_", " "), *(f"{held[f'{row}@{t}']:.3f}" for t in taus), f"{held[row]:.3f}")
-        tables = [grid]
+        tables = [grid] if taus else []
         if "bound_nats_per_token" in held:
             bound = Table(title="Likelihood bound")
             bound.add_column("nats per token", justify="right")
@@ -205,7 +207,8 @@ class Evaluator:
         self._held_out = self._reference = self._judges = None
         self._bound = jax.jit(partial(getattr(family, "bound", None), net)) if self._has_bound() else None
         self._denoising = jax.jit(partial(family.denoising, net)) if hasattr(family, "denoising") else None
-        self._context_free = jax.jit(partial(family.context_free, net)) if self._has_bound() else None
+        context_free = hasattr(family, "context_free") and self._has_bound()
+        self._context_free = jax.jit(partial(family.context_free, net)) if context_free else None
 
     def _has_bound(self) -> bool:
         prior = getattr(self._family, "prior", None)

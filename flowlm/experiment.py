@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from flowlm import run_directory, sharding, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.models import Network, make_network
-from flowlm.objectives import make_family
+from flowlm.objectives import NEEDS, make_family
 from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.time_warp import TimeWarp
 from flowlm.tokenizers import Tokenizer
@@ -26,11 +26,14 @@ class Experiment(NamedTuple):
     schedule: optax.Schedule
 
 
-def build(config: ConfigDict, vocab_size: int) -> Experiment:
+def build(config: ConfigDict, vocab_size: int, start: int | None = None) -> Experiment:
     """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
 
+    Args:
+      vocab_size, start: the tokenizer's; an objective that is told its start token is checked against it.
+
     Raises:
-      ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's `vocab_size`.
+      ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's.
     """
     counts = {
         "steps": config.steps,
@@ -49,6 +52,12 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
             f"model.vocab_size is {model['vocab_size']}, but the tokenizer {config.data.tokenizer!r} has {vocab_size} tokens: "
             f"set --config.model.vocab_size={vocab_size} or choose another tokenizer"
         )
+    told = config.objective.to_dict().get("start")
+    if start is not None and told not in (None, start):
+        raise ValueError(
+            f"objective.start is {told}, but the start token of {config.data.tokenizer!r} is {start}: "
+            f"set --config.objective.start={start}"
+        )
     warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
     net = make_network(length=config.data.length, warp=warp, **model)
     family = make_family(warp=warp, teacher=bool(config.teacher), **config.objective.to_dict())
@@ -58,6 +67,12 @@ def build(config: ConfigDict, vocab_size: int) -> Experiment:
         if config.model.input == "posterior":
             raise ValueError(
                 "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both or white"
+            )
+    for key, value in NEEDS.get(config.objective.family, {"mask_token": False}).items():
+        if model[key] != value:
+            raise ValueError(
+                f"the family {config.objective.family} needs model.{key}={value!r}, but it is {model[key]!r}: "
+                f"set --config.model.{key}={value}"
             )
     settings = config.optimizer.to_dict()
     schedule = make_schedule(
@@ -100,6 +115,9 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     if differ:
         shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
         raise ValueError(f"the teacher {config.teacher} is another network: {shown}")
+    ours, taught = config.objective.family, theirs.objective.family
+    if ours != taught and {ours, taught} & {"masked", "uniform", "autoregressive"}:
+        raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
     if (theirs.objective.family == "residual") != (wanted == "residual"):
         raise ValueError(
@@ -128,7 +146,7 @@ def load_trained(directory, mesh: jax.sharding.Mesh) -> Trained:
       FileNotFoundError: not a run directory, or nothing was saved yet.
     """
     config, tokenizer = run_directory.load(directory)
-    experiment = build(config, tokenizer.vocab_size)
+    experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, mesh))
     checkpoints.close()

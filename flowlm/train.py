@@ -27,12 +27,12 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     # ---- Everything that can be wrong is found here, before anything is prepared, written or compiled.
     data = config.data
-    experiment = build(config, tokenizers.shipped(data.tokenizer, data.dir).vocab_size)
+    tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
+    experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     mesh = sharding.make_mesh(config.mesh.data)
     sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), mesh)
     teacher = None
     if config.teacher:
-        tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
         teacher = load_teacher(config, tokenizer, experiment, mesh)
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)

@@ -22,17 +22,18 @@ class TrainState(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """Frozen parameters in the student's architecture: a flow, and for one target its residual (objectives/residual.py)."""
+    """Frozen parameters in the student's architecture: a flow (or discrete diffusion), and for one target its residual."""
 
     flow: Any
     residual: Any = None
 
 
 class Auxiliary(NamedTuple):
-    """What an objective may look at beside the live parameters; absent parts are None."""
+    """What an objective may look at beside the live parameters; absent parts are None. step: the step that is made, int32 []."""
 
     teacher: Teacher | None = None
     ema: Any = None
+    step: jax.Array | None = None
 
 
 def purpose_key(seed: int, step, purpose: int) -> jax.Array:
@@ -78,7 +79,7 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
     def step(state: TrainState, ids: jax.Array, teacher=None):
         batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
         key = purpose_key(seed, state.step, DROPOUT) if dropout else None
-        aux = Auxiliary(teacher=teacher, ema=state.ema)
+        aux = Auxiliary(teacher, state.ema, state.step)
         if accumulation == 1:
             metrics, grads = gradients(state.params, aux, batch, key)
         else:

@@ -29,13 +29,16 @@ def _span(batch: int, length: int, size: int) -> int:
     return max(1, min(CHUNK // batch, -(-length // PARTS)))
 
 
-def _by_chunk(fn: Callable, head: Head, arrays: tuple, span: int | None) -> Any:
+def _by_chunk(fn: Callable, head: Head | int, arrays: tuple, span: int | None) -> Any:
     """fn(index, *arrays) over chunks of `span` positions along axis 1 of every array; results are joined again.
 
-    One chunk is computed directly. Of several, each is recomputed in the backward pass.
+    `head`, or V where there is none, says how large a chunk's logits are. One chunk is computed directly. Of several, each
+    is recomputed in the backward pass.
     """
     batch, length = arrays[0].shape[:2]
-    span = span or _span(batch, length, jax.eval_shape(head, arrays[0][:1, :1]).shape[-1])
+    if span is None:
+        size = head if isinstance(head, int) else jax.eval_shape(head, arrays[0][:1, :1]).shape[-1]
+        span = _span(batch, length, size)
     if span >= length:
         return fn(0, *arrays)
     count = -(-length // span)
@@ -143,17 +146,59 @@ def categorical(
     key: jax.Array,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    kernel: Callable = lambda logits: logits,
+    arrays: tuple = (),
     span: int | None = None,
 ) -> jax.Array:
-    """A draw from softmax(logits / temperature), ids [B, L]; `top_p` < 1 leaves out the least likely tokens.
+    """A draw from softmax(kernel(logits / temperature, *arrays)), ids [B, L]; `top_p` < 1 leaves out the least likely tokens.
 
     The Gumbel noise has an exact tail (`mode="high"`): plain float32 draws cut it off, which quietly lowers the
     temperature of whatever is sampled with them.
+
+    Args:
+      key: one for all, or one for each row, [B]; a row's draw then depends on its own key alone, not on chunks.
+      arrays: [B, L], handed to the kernel chunk by chunk.
     """
+    gumbel = lambda key, logits: jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
-    def draw(index, h):
-        part = jax.random.fold_in(key, index)
-        logits = nucleus(head(h) / temperature, top_p)
-        return jax.random.categorical(part, logits, mode="high").astype(jnp.int32)
+    def draw(index, h, position, *parts):
+        logits = nucleus(kernel(head(h) / temperature, *parts), top_p)
+        if key.ndim == 0:
+            return gumbel(jax.random.fold_in(key, index), logits)
+        each = jax.vmap(lambda key, row, at: jax.vmap(gumbel)(jax.vmap(jax.random.fold_in, (None, 0))(key, at), row))
+        return each(key, logits, position)
 
-    return _by_chunk(draw, head, (hidden,), span)
+    position = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
+    return _by_chunk(draw, head, (hidden, position, *arrays), span)
+
+
+def gaussian_latents(
+    keys: jax.Array,
+    ids: jax.Array,
+    embedding: jax.Array,
+    times: tuple[jax.Array, ...],
+    temperature: float | None = None,
+    span: int | None = None,
+) -> list[jax.Array]:
+    """What is seen of w = (t one_hot(ids) + (1 - t) eps) / sqrt(t^2 + (1 - t)^2), eps ~ N(0, I_V) the same at every time.
+
+    Args:
+      keys: [B], one for each row. ids: [B, L]. embedding: [V, D]. times: t [B] each.
+
+    Returns:
+      for each time argmax w, ids [B, L]; with a temperature softmax(w / temperature) @ E, [B, L, D].
+    """
+    size = embedding.shape[0]
+
+    def see(_, y, position):
+        row = lambda key, at: jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (size,)))(at)
+        eps, clean = jax.vmap(row)(keys, position), jax.nn.one_hot(y, size)
+        out = []
+        for t in times:
+            t = t[:, None, None]
+            w = (t * clean + (1 - t) * eps) / jnp.sqrt(t**2 + (1 - t) ** 2)
+            soft = None if temperature is None else jax.nn.softmax(w / temperature) @ embedding
+            out.append(jnp.argmax(w, -1).astype(jnp.int32) if soft is None else soft)
+        return out
+
+    return _by_chunk(see, size, (ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)), span)

@@ -20,7 +20,10 @@ from flowlm.train_state import Teacher, make_step
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.py"))
 ARGUMENTS = {
-    "grammar": ("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
+    "grammar": (
+        *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
+        *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
+    ),
     "quickstart": ("flow_map",),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
@@ -42,7 +45,7 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
-    distils = config.objective.family != "flow"
+    distils = argument in ("flow_map", "residual", "sdtt", "dcd")
     config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 

@@ -37,7 +37,7 @@ def body_input(monkeypatch, net, params, z, tau):
     """What reaches the transformer's first block, by replacing the blocks with nothing."""
     seen = {}
 
-    def spy(self, x, cond, deterministic):
+    def spy(self, x, cond, deterministic, cache, position):
         jax.debug.callback(lambda x: seen.setdefault("x", np.asarray(x)), x)
         return x, None
 

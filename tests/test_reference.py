@@ -74,6 +74,7 @@ def test_logits_match_the_reference(name, times):
         end_time_scale=1.0,
         gate_init=0.0,
         learned_positions=False,
+        mask_token=False,
         causal=False,
         remat="none",
         dtype="float32",

@@ -24,6 +24,7 @@ FIELDS = dict(
     end_time_scale=1.0,
     gate_init=1.0,
     learned_positions=False,
+    mask_token=False,
     causal=False,
     remat="none",
     dtype="float32",

@@ -61,6 +61,8 @@ class Network:
       apply: (params, z [B, L, D], tau_s [B], tau_t [B] | None, key | None) -> hidden [B, L, F]. Dropout only with a key.
       weak: `apply` with dropout of at least WEAK_DROPOUT; needs the key. For autoguidance.
       head: params -> a pytree mapping hidden [..., F] to float32 logits [..., V] (what vocab.py works on).
+      decode: (params, cache, ids [B]) -> (cache, hidden [B, 1, F]): `apply` on one more token of a causal network.
+      empty_cache: B -> the cache before the first token.
       vocab: V. length: L. width: D.
     """
 
@@ -71,9 +73,11 @@ class Network:
     vocab: int
     length: int
     width: int
+    decode: Callable[..., tuple[Any, jax.Array]] | None = None
+    empty_cache: Callable[[int], Any] | None = None
 
     def embedding(self, params) -> jax.Array:
-        """E [V, D]."""
+        """E [V, D]; with a mask token [V + 1, D], the last row is the mask's."""
         return params["embedding"]
 
     def with_embedding(self, params, embedding: jax.Array):
@@ -155,6 +159,7 @@ def make_network(
     end_time_scale: float,
     gate_init: float,
     learned_positions: bool,
+    mask_token: bool,
     causal: bool,
     remat: str,
     dtype: str,
@@ -174,11 +179,13 @@ def make_network(
         raise ValueError(f"unknown model.dtype {dtype!r}: choose float32 or bfloat16")
     if remat not in ("none", "dots", "full"):
         raise ValueError(f"unknown model.remat {remat!r}: choose none, dots or full")
-    if time_embeddings not in (1, 2):
-        raise ValueError(f"model.time_embeddings is 1 (flow) or 2 (flow map), got {time_embeddings}")
+    if time_embeddings not in (0, 1, 2):
+        raise ValueError(f"model.time_embeddings is 0 (no time), 1 (flow) or 2 (flow map), got {time_embeddings}")
     if width % (2 * heads):
         raise ValueError(f"model.width {width} must be a multiple of twice model.heads {heads} (rotary attention)")
     knows_noise = input not in ("raw", "scaled") or output != "plain" or preview
+    if mask_token and (knows_noise or input == "scaled"):
+        raise ValueError("model.mask_token is for discrete diffusion: use input 'raw', output 'plain' and no preview")
     if knows_noise and warp.prior != "gaussian":
         raise ValueError(
             f"model.input {input!r} with model.output {output!r} and model.preview {preview} needs the gaussian prior, not "
@@ -187,6 +194,7 @@ def make_network(
     compute = jnp.dtype(dtype)
     module = DiT(
         vocab=vocab_size,
+        mask_token=mask_token,
         length=length,
         width=width,
         blocks=blocks,
@@ -258,5 +266,21 @@ def make_network(
         kernel, bias = params["unembed_kernel"], params["unembed_bias"]
         return Partial(functools.partial(_readout, compute), kernel, bias, _log_prior(params), matrix)
 
+    def empty_cache(num):
+        shape = (blocks, num, length, heads, width // heads)
+        return {
+            "position": jnp.zeros((), jnp.int32),
+            "keys": jnp.zeros(shape, compute),
+            "values": jnp.zeros(shape, compute),
+        }
+
+    def decode(params, cache, ids):
+        z, position, time = params["embedding"][ids[:, None]], cache["position"], jnp.zeros(ids.shape)
+        filled = cache["keys"], cache["values"]
+        hidden, (keys, values) = module.apply({"params": params}, z, (), time, time, True, filled, position)
+        return {"position": position + 1, "keys": keys, "values": values}, hidden
+
     weak = module.clone(dropout=max(dropout, WEAK_DROPOUT))
-    return Network(init, functools.partial(run, module), functools.partial(run, weak), head, vocab_size, length, width)
+    apply, weak = functools.partial(run, module), functools.partial(run, weak)
+    streams = (decode, empty_cache) if causal and input == "raw" else (None, None)
+    return Network(init, apply, weak, head, vocab_size, length, width, *streams)

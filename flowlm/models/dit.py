@@ -3,8 +3,9 @@
     block   x <- x + g1 * Attention( LN(x) (1 + s1) + b1 );   x <- x + g2 * MLP( LN(x) (1 + s2) + b2 )
     head    logits = 30 tanh( (LN(x) (1 + s) + b) W / 30 ),   attention scores 50 tanh( q.k / sqrt(d) / 50 )
 
-with (b, s, g) = Linear(cond), cond = SiLU( temb_s(tau_s) + temb_t(tau_t) ). Parameters and normalisation are float32, products
-run in `dtype`. The embedding and the output matrix live here too, but are applied by `models/__init__.py` and `vocab.py`.
+with (b, s, g) = Linear(cond), cond = SiLU( temb_s(tau_s) + temb_t(tau_t) ); without time embeddings they are (0, 0, 1).
+Parameters and normalisation are float32, products run in `dtype`. The embedding and the output matrix live here too, but are
+applied by `models/__init__.py` and `vocab.py`.
 """
 
 import functools
@@ -23,21 +24,21 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap)
 
 
-def rotary(x: jax.Array, base: float = 1e4) -> jax.Array:
-    """Rotates the halves of each head of x [B, L, H, d] by angles proportional to position (2104.09864)."""
+def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.Array:
+    """Rotates the halves of each head of x [B, L, H, d] by angles proportional to position first, first + 1, .. (2104.09864)."""
     length, half = x.shape[1], x.shape[-1] // 2
-    angle = jnp.arange(length)[:, None] / base ** (jnp.arange(half) / half)[None, :]
+    angle = (first + jnp.arange(length))[:, None] / base ** (jnp.arange(half) / half)[None, :]
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     left, right = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """Soft-capped softmax attention over [B, L, H, d]; scores and softmax in float32."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+    """Soft-capped softmax attention over [B, L, H, d]; scores and softmax in float32. visible: [L, M] keys a query sees."""
     scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     scores = soft_cap(scores, ATTENTION_CAP)
-    if causal:
-        scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
     return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
@@ -84,7 +85,10 @@ class Modulation(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on x [B, L, width] (written for `nn.scan`: returns (x, None))."""
+    """One transformer block on x [B, L, width], written for `nn.scan`: returns (x, cache).
+
+    With a cache (k, v) [B, M, heads, d], x are the tokens from `position` on, which see what the cache holds up to them.
+    """
 
     width: int
     heads: int
@@ -94,35 +98,45 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, cond, deterministic):
+    def __call__(self, x, cond, deterministic, cache, position):
         batch, length, _ = x.shape
         dense = functools.partial(TokenDense, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, use_bias=False, epsilon=1e-5)
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.width, name="modulation")(cond)
+        half = (0.0, 0.0, 1 - self.gate_init)
+        modulation = half + half if cond is None else Modulation(6, self.width, name="modulation")(cond)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
         h = (norm(name="norm1")(x) * (1 + scale1) + shift1).astype(self.dtype)
         qkv = dense(3 * self.width, use_bias=False, name="qkv")(h)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, -1), 2, 0)
-        out = attention(rotary(q), rotary(k), v, self.causal).reshape(batch, length, self.width)
+        q, k = rotary(q, position), rotary(k, position)
+        if cache is not None:
+            k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(a, b, position, 1) for a, b in zip(cache, (k, v)))
+        visible = jnp.arange(k.shape[1]) <= position + jnp.arange(length)[:, None] if self.causal else None
+        out = attention(q, k, v, visible).reshape(batch, length, self.width)
         x = x + (self.gate_init + gate1) * drop(dense(self.width, use_bias=False, name="out")(out))
 
         h = (norm(name="norm2")(x) * (1 + scale2) + shift2).astype(self.dtype)
         h = dense(self.width, name="mlp_out")(nn.gelu(dense(4 * self.width, name="mlp_in")(h)))
-        return x + (self.gate_init + gate2) * drop(h), None
+        return x + (self.gate_init + gate2) * drop(h), cache
 
 
 class DiT(nn.Module):
-    """Everything with parameters. `__call__` maps inputs [B, L, width] and warped times [B] to hidden [B, L, width]."""
+    """Everything with parameters. `__call__` maps inputs [B, L, width] and warped times [B] to hidden [B, L, width].
+
+    With a cache of every block's keys and values, (k, v) [blocks, B, M, heads, d], it returns (hidden, cache).
+    """
 
     vocab: int
+    mask_token: bool  # one more row of the embedding, which stands for no token
     length: int
     width: int
     blocks: int
     heads: int
     cond: int
     dropout: float
-    time_embeddings: int  # 1: conditioned on tau_s; 2: on (tau_s, tau_t)
+    time_embeddings: int  # 0: not conditioned on time; 1: on tau_s; 2: on (tau_s, tau_t)
     time_scale: float
     end_time_scale: float
     gate_init: float
@@ -133,9 +147,9 @@ class DiT(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, z, extra, tau_s, tau_t, deterministic):
+    def __call__(self, z, extra, tau_s, tau_t, deterministic, cache=None, position=0):
         uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
-        self.param("embedding", uniform, (self.vocab, self.width))
+        self.param("embedding", uniform, (self.vocab + self.mask_token, self.width))
         self.param("unembed_kernel", nn.initializers.zeros, (self.width, self.vocab))
         self.param("unembed_bias", nn.initializers.zeros, (self.vocab,))
 
@@ -144,11 +158,14 @@ class DiT(nn.Module):
             # From zero: unit-sized noise through a random matrix would drown the posterior, whose scale is E's.
             x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name=f"mix_{name}")(y)
         if self.learned_positions:
-            x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
-        cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)
-        if self.time_embeddings == 2:
+            positions = self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
+            x = x + jax.lax.dynamic_slice_in_dim(positions, position, x.shape[1])
+        cond = None
+        if self.time_embeddings > 0:
+            cond = TimeEmbedding(self.cond, self.time_scale, name="time_s")(tau_s)
+        if self.time_embeddings > 1:
             cond = cond + TimeEmbedding(self.cond, self.end_time_scale, name="time_t")(tau_t)
-        cond = nn.silu(cond)
+        cond = None if cond is None else nn.silu(cond)
 
         block = Block
         if self.remat != "none":
@@ -158,13 +175,13 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=self.blocks,
             unroll=1,
         )
-        x, _ = stack(self.width, self.heads, self.dropout, self.gate_init, self.causal, self.dtype, name="blocks")(
-            x, cond, deterministic
-        )
+        stack = stack(self.width, self.heads, self.dropout, self.gate_init, self.causal, self.dtype, name="blocks")
+        x, filled = stack(x, cond, deterministic, cache, position)
 
-        shift, scale = Modulation(2, self.width, name="modulation")(cond)
-        return nn.LayerNorm(use_bias=False, epsilon=1e-5, name="norm")(x) * (1 + scale) + shift
+        shift, scale = (0.0, 0.0) if cond is None else Modulation(2, self.width, name="modulation")(cond)
+        hidden = nn.LayerNorm(use_bias=False, epsilon=1e-5, name="norm")(x) * (1 + scale) + shift
+        return hidden if cache is None else (hidden, filled)

@@ -11,9 +11,12 @@ gradients of the losses; False). A family that takes a teacher has start(net, pa
 Means, meshes and microbatches are the training step's affair. A family without `sample` is a stage on the way to one that has it.
 """
 
+from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import FlowMap
+from flowlm.objectives.masked import Masked
 from flowlm.objectives.residual import Residual
+from flowlm.objectives.uniform import Uniform
 from flowlm.prior import PRIORS
 from flowlm.time_warp import TimeWarp
 
@@ -24,7 +27,34 @@ def _flow(prior, warp, *, teacher, loss, eta, temperature, noise_scale, guidance
     return Flow(prior, warp, loss, eta, temperature, noise_scale, guidance)
 
 
-FAMILIES = {"flow": _flow, "flow_map": FlowMap, "residual": Residual}
+def _autoregressive(prior, warp, *, teacher, start, temperature, top_p):
+    if teacher:
+        raise ValueError("config.teacher is for distillation: the family autoregressive has none")
+    return Autoregressive(start, temperature, top_p)
+
+
+def _masked(prior, warp, *, teacher, jump, temperature, top_p, greedy):
+    return Masked(teacher, jump, temperature, top_p, greedy)
+
+
+def _uniform(
+    prior, warp, *, teacher, jump, divergence, curriculum_steps, curriculum_temperature, temperature, top_p, greedy
+):
+    curriculum = curriculum_steps, curriculum_temperature
+    return Uniform(warp, teacher, jump, divergence, *curriculum, temperature, top_p, greedy)
+
+
+FAMILIES = {
+    "flow": _flow,
+    "flow_map": FlowMap,
+    "residual": Residual,
+    "autoregressive": _autoregressive,
+    "masked": _masked,
+    "uniform": _uniform,
+}
+
+# What a family asks of the settings of its network.
+NEEDS = {f.__name__.lower(): f.needs for f in (Autoregressive, Masked, Uniform)}
 
 
 def make_family(family: str, warp: TimeWarp, teacher: bool, **settings):

@@ -1,0 +1,70 @@
+"""The autoregressive model: one token for each network call, exact likelihood.
+
+loss    -log p(token | tokens before it)
+sample  from the start token on, one call a token, with a cache of keys and values
+
+The network is causal, reads no time, and predicts at every position the token after it.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from flowlm import vocab
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoregressive:
+    """Attributes:
+    start: the token that begins every row; it is given, not predicted.
+    temperature, top_p: of the draws; temperature 0 takes the likeliest token.
+    """
+
+    start: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    needs: ClassVar[dict] = dict(input="raw", causal=True, time_embeddings=0)
+    sampler: ClassVar[str] = "draws"
+
+    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+        """Nothing is random."""
+        return {}
+
+    def _nats(self, net, params, ids, key=None):
+        """-log p of every token but the first: [B, L - 1]."""
+        time = jnp.zeros(ids.shape[0])
+        hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, key=key)
+        return vocab.cross_entropy(net.head(params), hidden, ids[:, 1:])
+
+    def loss(self, net, params, aux, batch, key):
+        """({cross_entropy: [B]}, {}), nats per predicted token, for batch = {ids [B, L]}."""
+        return {"cross_entropy": self._nats(net, params, batch["ids"], key).mean(-1)}, {}
+
+    def bound(self, net, params, batch, key) -> jax.Array:
+        """-log p(ids) given the start token: nats [B], exact."""
+        return self._nats(net, params, batch["ids"]).sum(-1)
+
+    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by L - 1 network calls. Raises ValueError for another number of steps."""
+        if steps != net.length - 1:
+            raise ValueError(
+                f"an autoregressive sample of {net.length} tokens takes {net.length - 1} steps, got {steps}: set "
+                f"evaluation.steps or --steps to {net.length - 1}"
+            )
+        head = net.head(params)
+
+        def step(carry, key):
+            cache, ids = carry
+            cache, hidden = net.decode(params, cache, ids)
+            if self.temperature == 0:
+                ids = vocab.argmax(head, hidden)[:, 0]
+            else:
+                ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
+            return (cache, ids), ids
+
+        first = jnp.full((num,), self.start, jnp.int32)
+        _, ids = jax.lax.scan(step, (net.empty_cache(num), first), jax.random.split(key, steps))
+        return jnp.concatenate([first[:, None], ids.T], 1)

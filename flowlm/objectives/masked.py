@@ -1,0 +1,142 @@
+"""Masked discrete diffusion, MDLM (2406.07524), and its distillation, SDTT (2410.21035).
+
+Time r is the share of tokens that are masked, data at r = 0 and noise at r = 1. An unmasked token is its own prediction, the
+mask is never predicted (SUBS), and what is predicted of a masked one does not depend on r: the network is shown no time.
+
+    loss    (1 / r) sum over masked positions of -log p(token);   r ~ U[EPS, 1] stratified over the global batch
+    sample  r -> r' unmasks every masked token with probability (r - r') / r, drawn from its own prediction
+    bound   the loss with r ~ U[0, 1], summed over positions: E >= -log p
+
+SDTT: the teacher takes two such steps of size `jump` / 2. A position's target is the teacher's prediction at the step that
+unmasked it, at the second where neither did; the student learns it for one step of `jump`: KL(target || student). In the next
+round the student teaches and the jump doubles.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from flowlm import vocab
+from flowlm.time_sampling import stratified
+
+EPS = 1e-3
+
+
+def unmask(
+    uniform: jax.Array, ids: jax.Array, mask: int, drawn: jax.Array, r: jax.Array, r_next: jax.Array
+) -> jax.Array:
+    """ids [B, L] after the step from r to r_next: each masked token becomes the drawn one with probability (r - r_next) / r.
+
+    Args:
+      uniform: U[0, 1] draws [B, L]. r, r_next: shapes that broadcast against them.
+    """
+    return jnp.where((ids == mask) & (uniform < (r - r_next) / r), drawn, ids)
+
+
+def rows(keys: jax.Array, purpose: int, length: int) -> jax.Array:
+    """U[0, 1] draws [B, L], each row from its own key."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose), (length,)))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Attributes:
+    teacher: distil one (SDTT).
+    jump: the step that the student learns to take at once, in r.
+    temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
+    """
+
+    teacher: bool = False
+    jump: float = 1 / 32
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
+    sampler: ClassVar[str] = "ancestral"
+
+    def __post_init__(self):
+        if not 0 < self.jump <= 1:
+            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
+
+    def start(self, net, params, teacher):
+        """The student begins as its teacher."""
+        return net.adopt(params, teacher.flow)
+
+    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+        """r [num], and a noise key for every row."""
+        times, noise = jax.random.split(key)
+        return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}
+
+    def _see(self, net, params, ids, key=None):
+        """(head, hidden) of tokens and masks [B, L]."""
+        return net.head(params), net.apply(params, net.embed(params, ids), jnp.zeros(ids.shape[0]), key=key)
+
+    def noised(self, net, batch):
+        """ids [B, L] with each token masked with probability r."""
+        return jnp.where(rows(batch["noise"], 0, net.length) < batch["r"][:, None], net.vocab, batch["ids"])
+
+    def _diffusion(self, net, params, batch, key=None):
+        noised = self.noised(net, batch)
+        nats = vocab.cross_entropy(*self._see(net, params, noised, key), batch["ids"])
+        return jnp.where(noised == net.vocab, nats / batch["r"][:, None], 0.0)
+
+    def loss(self, net, params, aux, batch, key):
+        """({diffusion or sdtt: [B]}, {}), nats per token."""
+        if not self.teacher:
+            return {"diffusion": self._diffusion(net, params, batch, key).mean(-1)}, {}
+        noised = self.noised(net, batch)
+        target = self.two_steps(net, aux.teacher.flow, noised, batch["r"], batch["noise"])
+        live = self._see(net, params, noised, key)
+        divergence = vocab.over_logits(kl, (target, live))
+        masked = noised == net.vocab
+        count = jnp.maximum(masked.sum(-1), 1)
+        return {"sdtt": jnp.where(masked, divergence, 0.0).sum(-1) / count}, {}
+
+    def two_steps(self, net, params, ids, r, keys):
+        """(head, hidden): what the teacher predicted of each masked position when it was unmasked, or last."""
+        first = self._see(net, params, ids)
+        half = jnp.maximum(r - self.jump / 2, 0)
+        drawn = vocab.categorical(*first, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
+        after = unmask(rows(keys, 2, net.length), ids, net.vocab, drawn, r[:, None], half[:, None])
+        second = self._see(net, params, after)
+        return first[0], jnp.where((after == net.vocab)[..., None], second[1], first[1])
+
+    def bound(self, net, params, batch, key) -> jax.Array:
+        """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B]."""
+        times, noise = jax.random.split(key)
+        num = batch["ids"].shape[0]
+        r = jnp.maximum(stratified(times, num), 1e-6)
+        rows = {"ids": batch["ids"], "r": r, "noise": jax.random.split(noise, num)}
+        return self._diffusion(net, params, rows).sum(-1)
+
+    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by at most `steps` network calls: a prediction is kept for as long as no token of the batch changes."""
+        if steps < 1:
+            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        ids = jnp.full((num, net.length), net.vocab, jnp.int32)
+        hidden = self._see(net, params, ids)[1]
+        head, r = net.head(params), jnp.linspace(1.0, 0.0, steps + 1)
+
+        def step(carry, inputs):
+            ids, hidden, stale = carry
+            r, r_next, key = inputs
+            pick, draw = jax.random.split(key)
+            hidden = jax.lax.cond(stale, lambda: self._see(net, params, ids)[1], lambda: hidden)
+            drawn = vocab.categorical(head, hidden, draw, self.temperature, self.top_p)
+            if self.greedy:
+                drawn = jnp.where(r_next > 0, drawn, vocab.argmax(head, hidden))
+            after = unmask(jax.random.uniform(pick, ids.shape), ids, net.vocab, drawn, r, r_next)
+            return (after, hidden, jnp.any(after != ids)), None
+
+        carry = ids, hidden, jnp.array(False)
+        (ids, *_), _ = jax.lax.scan(step, carry, (r[:-1], r[1:], jax.random.split(key, steps)))
+        return ids
+
+
+def kl(target: jax.Array, logits: jax.Array) -> jax.Array:
+    """KL(softmax(target) || softmax(logits)): nats [...] for logits [..., V]."""
+    log_p, log_q = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)

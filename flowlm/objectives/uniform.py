@@ -1,0 +1,196 @@
+"""Uniform-state discrete diffusion, UDLM with Duo's curriculum, and its distillation, DCD (2412.10193; 2506.10892).
+
+Time r goes from data at 0 to noise at 1. A token survives with probability alpha(r) = 1 - (1 - EPS) r, otherwise it is replaced
+by one drawn from all V. The network is conditioned on alpha. With xbar = V alpha x + 1 - alpha and p its prediction in place of x:
+
+    loss    alpha' / (V alpha) [ V / xbar_y - V / xbar^p_y - sum_j (xbar_j / xbar_y) log( xbar^p_y xbar_j / (xbar^p_j xbar_y) ) ]
+            of the noised token y;   r ~ U[EPS, 1] stratified over the global batch
+    sample  r -> r':  P(j | y) ~ [ a 1[j = y] + (1 - a) / V ] [ alpha(r') p_j + (1 - alpha(r')) / V ],   a = alpha(r) / alpha(r')
+            The loss is least where p is what the other tokens say of this one: its own noised value enters through the kernel.
+    bound   the loss integrated over [EPS, 1] + E -log P(x | y at EPS) + KL( noised at r = 1 || uniform )
+
+Curriculum: a uniform token at alpha is the argmax of a Gaussian latent w on a one-hot at t, tau(t) = alpha (time_warp.py). In the
+first steps the network is shown softmax(w / temperature) @ E in its place: a soft hint of the clean token.
+DCD: one latent path gives y at r and y' at r - jump; the student at (y, r) learns what the teacher predicts at (y', r - jump). In
+the next round the student teaches and the jump doubles.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from flowlm import vocab
+from flowlm.objectives.masked import kl, rows
+from flowlm.time_sampling import stratified
+from flowlm.time_warp import TimeWarp
+
+EPS = 1e-3
+# The curriculum's range of alpha; beyond it a latent says all or nothing.
+CURRICULUM = (0.03, 0.97)
+
+
+def alpha_of(r: jax.Array) -> jax.Array:
+    """The probability that a token survives until r."""
+    return 1 - (1 - EPS) * r
+
+
+def diffusion(logits: jax.Array, x: jax.Array, y: jax.Array, alpha: jax.Array, slope: jax.Array) -> jax.Array:
+    """The loss of one token in nats: clean x [...], noised y [...], logits [..., V], alpha and d alpha / dr [...]."""
+    size = logits.shape[-1]
+    at = lambda a, i: jnp.take_along_axis(a, i[..., None], -1)[..., 0]
+    same, other = size * alpha + 1 - alpha, 1 - alpha  # xbar_x and the rest of xbar
+    mine = jnp.log(size * alpha[..., None] * jax.nn.softmax(logits) + 1 - alpha[..., None])
+    here = jnp.where(x == y, same, other)
+    entropy = same * jnp.log(same) + (size - 1) * other * jnp.log(other)
+    cross = other * mine.sum(-1) + (same - other) * at(mine, x)
+    ratios = size * (at(mine, y) - jnp.log(here)) + entropy - cross
+    return slope / (size * alpha) * (size / here - size * jnp.exp(-at(mine, y)) - ratios / here)
+
+
+def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.Array) -> jax.Array:
+    """log P(j | y) [..., V] up to a constant of the step from alpha to alpha_next >= alpha: y, alpha, alpha_next [...]."""
+    size, keep = logits.shape[-1], alpha / alpha_next
+    stay = jnp.where(jax.nn.one_hot(y, size) > 0, keep[..., None], 0) + (1 - keep[..., None]) / size
+    clean = alpha_next[..., None] * jax.nn.softmax(logits) + (1 - alpha_next[..., None]) / size
+    return jnp.log(jnp.maximum(stay, 1e-30)) + jnp.log(jnp.maximum(clean, 1e-30))
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Attributes:
+    warp: what relates a latent's time to alpha.
+    teacher: distil one (DCD).
+    jump: the step in r that the student learns to take at once.
+    divergence: `forward`, KL(teacher || student), or `reverse`.
+    curriculum_steps: steps of training that show soft latents. curriculum_temperature: how soft.
+    temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
+    """
+
+    warp: TimeWarp
+    teacher: bool = False
+    jump: float = 1 / 32
+    divergence: str = "forward"
+    curriculum_steps: int = 0
+    curriculum_temperature: float = 0.05
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=1, mask_token=False)
+    sampler: ClassVar[str] = "ancestral"
+
+    def __post_init__(self):
+        if not 0 < self.jump <= 1:
+            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
+        if self.divergence not in ("forward", "reverse"):
+            raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
+        if self.warp.prior != "gaussian" or self.warp.kind != "ambient":
+            raise ValueError(
+                "the family uniform has gaussian latents on one-hot tokens: set prior to gaussian, time_warp to ambient"
+            )
+        if self.curriculum_steps and self.teacher:
+            raise ValueError("objective.curriculum_steps is for training from data, not for a student: set it to 0")
+
+    def start(self, net, params, teacher):
+        """The student begins as its teacher."""
+        return net.adopt(params, teacher.flow)
+
+    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+        """r [num], and a noise key for every row."""
+        times, noise = jax.random.split(key)
+        return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}
+
+    def _see(self, net, params, z, alpha, key=None):
+        """(head, hidden) of states z [B, L, D], or of tokens [B, L]."""
+        z = net.embed(params, z) if z.ndim == 2 else z
+        return net.head(params), net.apply(params, z, alpha, key=key)
+
+    def noised(self, net, ids, keys, alpha):
+        """ids [B, L], each replaced by a uniform token with probability 1 - alpha [B]."""
+        fresh = jnp.floor(rows(keys, 1, net.length) * net.vocab).astype(jnp.int32)
+        return jnp.where(rows(keys, 0, net.length) < alpha[:, None], ids, jnp.minimum(fresh, net.vocab - 1))
+
+    def latent_times(self, r):
+        """(t, alpha, d alpha / dr) [B] of the curriculum: log((1 - t) / t) linear in r, over CURRICULUM."""
+        low, high = (self.warp.t(jnp.float32(tau)) for tau in CURRICULUM)
+        first, last = jnp.log(high / (1 - high)), jnp.log(low / (1 - low))
+        t = jax.nn.sigmoid(first + (last - first) * r)
+        return t, self.warp.tau(t), self.warp.dtau_dt(t) * t * (1 - t) * (last - first)
+
+    def _diffusion(self, net, params, batch, y, z, alpha, slope, key=None):
+        """Nats [B, L], where z is what the network is shown of the noised tokens y."""
+        return vocab.over_logits(diffusion, (self._see(net, params, z, alpha, key),), (batch["ids"], y, alpha, slope))
+
+    def loss(self, net, params, aux, batch, key):
+        """({diffusion or dcd: [B]}, {}), nats per token."""
+        ids, r, keys = batch["ids"], batch["r"], batch["noise"]
+        if self.teacher:
+            return {"dcd": self._consistency(net, params, aux.teacher.flow, batch, key).mean(-1)}, {}
+        embedding, slope = net.embedding(params), jnp.full(r.shape, EPS - 1)
+
+        def hard():
+            alpha = alpha_of(r)
+            y = self.noised(net, ids, keys, alpha)
+            return y, embedding[y], alpha, slope
+
+        def soft():
+            t, alpha, slope = self.latent_times(r)
+            (y,), (z,) = (
+                vocab.gaussian_latents(keys, ids, embedding, (t,), T) for T in (None, self.curriculum_temperature)
+            )
+            return y, z, alpha, slope
+
+        shown = hard() if self.curriculum_steps == 0 else jax.lax.cond(aux.step < self.curriculum_steps, soft, hard)
+        return {"diffusion": self._diffusion(net, params, batch, *shown, key).mean(-1)}, {}
+
+    def _consistency(self, net, params, teacher, batch, key):
+        alpha, alpha_next = alpha_of(batch["r"]), alpha_of(jnp.maximum(batch["r"] - self.jump, 0))
+        times = self.warp.t(alpha), self.warp.t(alpha_next)
+        y, y_next = vocab.gaussian_latents(batch["noise"], batch["ids"], net.embedding(params), times)
+        live, target = self._see(net, params, y, alpha, key), self._see(net, teacher, y_next, alpha_next)
+        return vocab.over_logits(kl, (target, live) if self.divergence == "forward" else (live, target))
+
+    def bound(self, net, params, batch, key) -> jax.Array:
+        """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B]."""
+        ids, num = batch["ids"], batch["ids"].shape[0]
+        times, path, last = jax.random.split(key, 3)
+        r, slope = EPS + (1 - EPS) * stratified(times, num), jnp.full((num,), EPS - 1)
+        y = self.noised(net, ids, jax.random.split(path, num), alpha_of(r))
+        nats = (1 - EPS) * self._diffusion(net, params, batch, y, y, alpha_of(r), slope)
+
+        near, done = alpha_of(jnp.full((num,), EPS)), jnp.ones((num,))
+        y = self.noised(net, ids, jax.random.split(last, num), near)
+
+        def decode(logits, x, y, alpha, alpha_next):
+            log_p = jax.nn.log_softmax(reverse(logits, y, alpha, alpha_next))
+            return -jnp.take_along_axis(log_p, x[..., None], -1)[..., 0]
+
+        nats += vocab.over_logits(decode, (self._see(net, params, y, near),), (ids, y, near, done))
+        one = EPS + (1 - EPS) / net.vocab
+        prior = one * math.log(one * net.vocab) + (1 - one) * math.log1p(-EPS)
+        return nats.sum(-1) + prior * net.length
+
+    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by exactly `steps` network calls."""
+        if steps < 1:
+            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        start, rest = jax.random.split(key)
+        y = jax.random.randint(start, (num, net.length), 0, net.vocab, jnp.int32)
+        alpha = alpha_of(jnp.linspace(1.0, 0.0, steps + 1))
+
+        def step(y, inputs, greedy=False):
+            alpha, alpha_next, key = inputs
+            shown = self._see(net, params, y, jnp.full((num,), alpha))
+            arrays = y, jnp.full(y.shape, alpha), jnp.full(y.shape, alpha_next)
+            if greedy:
+                return vocab.over_logits(
+                    lambda *a: jnp.argmax(reverse(*a), -1).astype(jnp.int32), (shown,), arrays
+                ), None
+            return vocab.categorical(*shown, key, self.temperature, self.top_p, reverse, arrays), None
+
+        inputs = alpha[:-1], alpha[1:], jax.random.split(rest, steps)
+        y, _ = jax.lax.scan(step, y, jax.tree.map(lambda a: a[:-1], inputs))
+        return step(y, jax.tree.map(lambda a: a[-1], inputs), self.greedy)[0]
