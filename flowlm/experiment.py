@@ -104,6 +104,9 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     """
     run = load_trained(config.teacher, mesh)
     theirs = run.config
+    ours, taught = config.objective.family, theirs.objective.family
+    if ours != taught and {ours, taught} & set(NEEDS):
+        raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
             f"the teacher {config.teacher} has the tokenizer {theirs.data.tokenizer!r}, not {config.data.tokenizer!r}"
@@ -115,9 +118,6 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     if differ:
         shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
         raise ValueError(f"the teacher {config.teacher} is another network: {shown}")
-    ours, taught = config.objective.family, theirs.objective.family
-    if ours != taught and {ours, taught} & {"masked", "uniform", "autoregressive"}:
-        raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
     if (theirs.objective.family == "residual") != (wanted == "residual"):
         raise ValueError(

@@ -7,6 +7,7 @@ import pytest
 from flowlm import config as settings
 from flowlm import evaluation
 from flowlm.models import make_network
+from flowlm.objectives import NEEDS
 from flowlm.time_warp import TimeWarp
 from flowlm.train import train
 
@@ -54,12 +55,16 @@ def run_config(data_dir, family="flow", **changes):
     config.update(steps=6, batch_size=16, log_every=1)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
-    if family != "flow":
+    config.model.update(NEEDS.get(family, {}))
+    if family in ("flow_map", "residual"):
         config.model.update(input="both", time_embeddings=2)
+    if family == "autoregressive":
+        config.objective.start = 98
     config.optimizer.update(schedule="constant", warmup_steps=2)
     config.mesh.data = 1
     config.checkpoint.update(every=3, keep_latest=100)
-    config.evaluation.update(held_out=16, taus=(0.5,), steps=(1,), samples=16, final_samples=16)
+    steps = 18 if family == "autoregressive" else 1
+    config.evaluation.update(held_out=16, taus=(0.5,), steps=(steps,), samples=16, final_samples=16)
     config.update_from_flattened_dict(changes)
     return config
 
