@@ -65,7 +65,7 @@ def draw_evaluation(directory) -> None:
         sampler, _, steps = group.removeprefix("samples/").partition("@")
         if steps:
             panels[panel][sampler].append((int(steps), value))
-        else:
+        elif sampler == "held_out":
             real[panel] = value
 
     def finish(axes, panel):

@@ -5,6 +5,7 @@ Metrics are one flat dict:
     held_out/bound_nats_per_token, held_out/bound_bits_per_token   the likelihood bound, over the tokens after the start token
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
+    samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
 """
 
 import json
@@ -25,26 +26,30 @@ from rich.console import Console
 from rich.table import Table
 
 from flowlm.curves import draw_evaluation
-from flowlm.data import Dataset
+from flowlm.data import Dataset, naive
 from flowlm.experiment import Experiment
 from flowlm.judges import Judge, score_all
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.ngrams import NGrams
 from flowlm.judges.statistics import Statistics, words
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # rows in one call of a jitted function
+UNSHOWN = ("ngram_distance_1", "ngram_distance_3", "ngram_distance_5")  # in evaluation.json all the same
 SHOWN = 16  # samples of each kind in samples.txt
 MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
+MAX_ROWS = 20_000  # that counts are taken of
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: statistics always; the grammar's exact law, or a 5-gram character model and a word list."""
+    """The judges that fit the data: counts always; the grammar's exact law, or a 5-gram character model and a word list."""
     start = dataset.tokenizer.start
+    held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
     if dataset.grammar is not None:
-        return [Statistics(None, start), GrammarJudge(dataset.grammar, start)]
+        return [Statistics(None, start), GrammarJudge(dataset.grammar, start), NGrams(held_out, start)]
     text = dataset.train.text(MAX_CHARS)
-    return [Statistics(frozenset(words(text)), start), KneserNey.fit(text)]
+    return [Statistics(frozenset(words(text)), start), KneserNey.fit(text), NGrams(held_out, start)]
 
 
 def samplers(family) -> dict[str, object]:
@@ -92,7 +97,7 @@ class Sampler:
 def judged_table(
     runs: Mapping[str, Mapping[str, float]], samples: Mapping[str, Mapping[str, str]] | None = None
 ) -> Table:
-    """One line for each sampler of each run, the held-out rows last; with one sample of each if given.
+    """One line for each sampler of each run, tokens without a model and held-out rows last; with one sample of each if given.
 
     Args:
       runs: {name of the run: metrics of an evaluation}. samples: {name of the run: {sampler: text}}.
@@ -102,15 +107,15 @@ def judged_table(
         for key, value in metrics.items():
             if key.startswith("samples/"):
                 _, name, metric = key.split("/")
-                lines.setdefault(("", name) if name == "held_out" else (run, name), {})[metric] = value
-    columns = [m for m in next(iter(lines.values()), {}) if not m.endswith("_stderr")]
+                lines.setdefault((run if "@" in name else "", name), {})[metric] = value
+    columns = [m for m in next(iter(lines.values()), {}) if not m.endswith("_stderr") and m not in UNSHOWN]
     table = Table(title="Samples before the judges")
     table.add_column("sampler @ steps")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     if samples is not None:
         table.add_column("one sample", overflow="fold")
-    for (run, name), row in sorted(lines.items(), key=lambda line: line[0][1] == "held_out"):
+    for (run, name), row in sorted(lines.items(), key=lambda line: "@" not in line[0][1]):
         show = lambda v: "" if v is None else f"{v:.3f}"
         text = [] if samples is None else [samples[run or next(iter(samples))].get(name, "")]
         table.add_row(f"{run} {name}".strip().replace("_", " "), *(show(row.get(c)) for c in columns), *text)
@@ -224,11 +229,13 @@ class Evaluator:
             texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
             scores = score_all(self._judges, ids, texts[name]) | {"seconds_per_100": sampler.seconds}
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
-        # As many held-out rows as samples, where there are: distinct-n depends on the number.
-        rows = self._reference_rows(num_samples)
-        real = [self._dataset.tokenizer.decode(row) for row in rows]
-        metrics |= {f"samples/held_out/{k}": v for k, v in score_all(self._judges, rows, real).items()}
-        texts["held_out"] = real
+        # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
+        train = self._dataset.train
+        rows = train.rows(0, min(MAX_ROWS, len(train)))
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naive.SAMPLERS.items()}
+        for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
+            texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
+            metrics |= {f"samples/{name}/{k}": v for k, v in score_all(self._judges, ids, texts[name]).items()}
         return Evaluation(step, metrics, texts)
 
     def _prepare(self) -> None:
