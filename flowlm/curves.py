@@ -13,7 +13,7 @@ from flowlm.metrics import read_metrics
 COLUMNS = 4
 
 
-def _save(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
+def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
     """One small plot a panel, one line a label; `finish(axes, panel)` has the last word on each."""
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
@@ -49,7 +49,7 @@ def draw_curves(workdir) -> None:
                 label = group.removeprefix("samples/")
             panels[panel][label].append((line["step"], value))
     if panels:
-        _save(epath.Path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
+        draw_panels(epath.Path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
 
 
 def draw_evaluation(directory) -> None:
@@ -74,4 +74,4 @@ def draw_evaluation(directory) -> None:
             axes.axhline(real[panel], linestyle="--", color="grey", linewidth=1, label="held out")
 
     if panels:
-        _save(directory / "evaluation.png", panels, "sampling steps (network calls)", finish)
+        draw_panels(directory / "evaluation.png", panels, "sampling steps (network calls)", finish)

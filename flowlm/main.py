@@ -1,14 +1,16 @@
 """The one command.
 
 flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
-flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=euler|ancestral] [--seed=N]
+flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
 flowlm compare --runs=DIR,DIR,...
+flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
 """
 
 import difflib
 import itertools
 import re
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +24,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment
 _WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "sample, evaluate: the directory of a trained run")
 _RUNS = flags.DEFINE_list("runs", None, "compare: directories of evaluated runs")
+_STUDY = flags.DEFINE_string("study", None, "study: the file that lists its runs, with an argument behind a colon")
+_RESULTS = flags.DEFINE_string("results", None, "study: where its table and pictures go")
+_EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
@@ -93,7 +98,20 @@ def _compare() -> None:
     compare(_RUNS.value)
 
 
-COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "compare": _compare}
+def _study() -> None:
+    from flowlm.study import carry_out
+
+    if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
+        raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")
+    path, _, argument = _STUDY.value.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
+    carry_out(
+        runpy.run_path(path)["get_study"](argument), Path(_WORKDIR.value), Path(_RESULTS.value), _EXTRA.value or []
+    )
+
+
+COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "compare": _compare, "study": _study}
 
 
 def _check_experiment(argv: list[str]) -> None:

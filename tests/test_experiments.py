@@ -18,7 +18,7 @@ from flowlm.sharding import check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "experiments").glob("*.py"))
+FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.stem != "study")
 ARGUMENTS = {
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),

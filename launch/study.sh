@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All methods under one budget, to one table; taken up where it was when run again.
+# usage: bash launch/study.sh [grammar [WORKDIR [RESULTS]]]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+study=${1:-grammar}
+.venv/bin/flowlm study --study="experiments/study.py:$study" --workdir="${2:-runs/study/$study}" --results="${3:-results/study/$study}"

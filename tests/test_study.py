@@ -1,0 +1,141 @@
+"""A study is ordinary runs in order: what is done is left alone, and its table is their evaluations."""
+
+import csv
+import json
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowlm import study
+from flowlm.experiment import build
+from flowlm.study import Run, Study, carry_out
+
+ROOT = Path(__file__).parents[1]
+RUNS = [
+    Run("teacher", "experiments/a.py", {"steps": 7}),
+    Run("student", "experiments/a.py:flow_map", {"objective.jump": 0.5}, "teacher", (0, 1)),
+]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands that would have been run; a run but for seed 9 of the teacher writes an evaluation whose numbers are known."""
+    lines = []
+
+    def run(line, check):
+        lines.append(line)
+        if "teacher/seed9" in line[-1]:
+            return subprocess.CompletedProcess(line, 1)
+        workdir = Path(line[-1].removeprefix("--workdir="))
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps({"steps": 7}))
+        seed = int(re.search(r"config.seed=(\d)", " ".join(line))[1])
+        metrics = {"samples/map@4/entropy": 2.0 + seed, "samples/map@4/entropy_stderr": 0.25}
+        metrics |= {
+            "samples/map@4/seconds_per_100": 3.0,
+            "samples/held_out/entropy": 3.0,
+            "held_out/bound_nats_per_token": 1.5,
+        }
+        (workdir / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return lines
+
+
+def test_runs_in_order_and_only_what_is_left(commands, tmp_path):
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r", ["--config.x=1"])
+    assert [line[-1].split("/w/")[1] for line in commands] == ["teacher/seed0", "student/seed0", "student/seed1"]
+    assert "--config.steps=7" in commands[0] and "--config.x=1" in commands[2]
+    # Of seed 1 there is no teacher: the student learns from seed 0's.
+    assert f"--config.teacher={tmp_path}/w/teacher/seed0" in commands[2]
+    assert commands[2][3:5] == ["train", "--config=experiments/a.py:flow_map"]
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r")
+    assert len(commands) == 3
+    # Evaluated in its middle only, a run is not done.
+    path = tmp_path / "w/student/seed1/evaluation.json"
+    path.write_text(path.read_text().replace('"step": 7', '"step": 4'))
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r")
+    assert len(commands) == 4
+
+
+def test_the_table_is_the_evaluations(commands, tmp_path):
+    carry_out(Study(RUNS, ["entropy", "grammatical"]), tmp_path / "w", tmp_path / "r")
+    lines = (tmp_path / "r/study.md").read_text().splitlines()
+    assert lines[0] == "| method | steps | seeds | entropy | grammatical |"
+    assert lines[2:] == [
+        "| teacher, map | 4 | 1 | 2.000 ± 0.250 | - |",
+        f"| student, map | 4 | 2 | 2.500 ± {np.sqrt(0.5):.3f} | - |",
+        "| held_out |  | 1 | 3.000 | - |",
+    ]
+    with (tmp_path / "r/study.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert [(r["method"], r["seed"], r["steps"], r["entropy"]) for r in records][2] == ("student", "1", "4", "3.0")
+    assert [r["bound_nats_per_token"] for r in records] == ["1.5"] * 3 + [""]
+    for name in ("study.png", "study_time.png"):
+        assert (tmp_path / "r" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
+    runs = [
+        Run(name, "experiments/a.py", {}, teacher, (9,))
+        for name, teacher in (("teacher", None), ("student", "teacher"))
+    ]
+    runs.append(Run("other", "experiments/a.py", seeds=(9,)))
+    with pytest.raises(
+        RuntimeError, match=r"these runs failed.*teacher/seed9, .*student/seed9 \(without its teacher\)$"
+    ):
+        carry_out(Study(runs, ["entropy"]), tmp_path / "w", tmp_path / "r")
+    assert len(commands) == 2
+    with pytest.raises(ValueError, match=r"the teacher 'x' of 'y' is no earlier run: there are \[\]"):
+        carry_out(Study([Run("y", "experiments/a.py", teacher="x")], ["entropy"]), tmp_path / "w", tmp_path / "r")
+
+
+def test_the_shipped_study_builds(monkeypatch):
+    """Every run's settings are real ones, and the budgets are equal: so many steps from data, so many of distillation."""
+    monkeypatch.chdir(ROOT)
+    runs = runpy.run_path("experiments/study.py")["get_study"]("grammar").runs
+    steps = {}
+    for run in runs:
+        path, _, argument = run.config.partition(":")
+        config = runpy.run_path(path)["get_config"](argument)
+        changes = {k: tuple(map(int, v.split(","))) if k == "evaluation.steps" else v for k, v in run.settings.items()}
+        config.update_from_flattened_dict(changes)
+        config.teacher = run.teacher
+        build(config, 99, 98)
+        family = run.name.split("_")[0] if run.teacher and run.name != "flow_map" else run.name
+        steps[family] = steps.get(family, 0) + config.steps
+    assert {name: steps[name] for name in ("autoregressive", "masked", "uniform", "flow")} == dict.fromkeys(
+        ("autoregressive", "masked", "uniform", "flow"), 3600
+    )
+    assert steps["flow_map"] == steps["sdtt"] == steps["dcd"] == 4500
+
+
+def test_two_real_runs(tmp_path, data_dir, monkeypatch):
+    """A teacher and its student by the command itself."""
+    monkeypatch.chdir(ROOT)
+    tiny = [
+        "model.width=16",
+        "model.blocks=1",
+        "model.heads=2",
+        "steps=2",
+        "batch_size=8",
+        "log_every=1",
+        "optimizer.schedule=constant",
+        f"data.dir={data_dir}",
+    ]
+    tiny += ["evaluation.final_samples=8", "evaluation.held_out=8", "evaluation.steps=1,2", "mesh.data=1"]
+    runs = [
+        Run("masked", "experiments/grammar.py:masked"),
+        Run("sdtt", "experiments/grammar.py:sdtt", {"objective.jump": 0.5}, "masked"),
+    ]
+    carry_out(Study(runs, ["grammatical"]), tmp_path / "w", tmp_path / "r", [f"--config.{flag}" for flag in tiny])
+    lines = (tmp_path / "r/study.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        *("masked, ancestral", "masked, ancestral", "sdtt, ancestral", "sdtt, ancestral"),
+        *("unigram", "trigram", "held_out"),
+    ]
