@@ -115,6 +115,7 @@ def defaults(family: str = "flow") -> ConfigDict:
                 steps=(1, 8, 64),
                 samples=256,  # for each number of steps
                 final_samples=1024,  # after the last step
+                language_models=(),  # judges beside the usual ones: smollm2, hf:NAME, run:DIRECTORY of an autoregressive run
             ),
             log_every=20,
             tensorboard=False,

@@ -27,12 +27,14 @@ from rich.table import Table
 
 from flowlm.curves import draw_evaluation
 from flowlm.data import Dataset, naive
-from flowlm.experiment import Experiment
-from flowlm.judges import Judge, score_all
+from flowlm.experiment import Experiment, load_trained
+from flowlm.judges import Judge, hugging_face, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.statistics import Statistics, words
+from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # rows in one call of a jitted function
@@ -40,6 +42,43 @@ UNSHOWN = ("ngram_distance_1", "ngram_distance_3", "ngram_distance_5")  # in eva
 SHOWN = 16  # samples of each kind in samples.txt
 MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
 MAX_ROWS = 20_000  # that counts are taken of
+
+
+def make_language_models(names: Sequence[str], length: int, data_dir: str, mesh: Mesh) -> list[Judge]:
+    """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
+
+    Args:
+      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`. data_dir: where smollm2's file is.
+
+    Raises:
+      ValueError: another name. FileNotFoundError, ImportError: what a judge needs is not here, and how to get it.
+    """
+    judges = []
+    for name in names:
+        kind, _, rest = name.partition(":")
+        if name == "smollm2":
+            judges.append(smollm2.make_judge(data_dir, length))
+        elif kind == "hf" and rest:
+            judges.append(hugging_face.make_judge(rest, length))
+        elif kind == "run" and rest:
+            judges.append(run_judge(rest, length, mesh))
+        else:
+            raise ValueError(f"unknown evaluation.language_models {name!r}: choose smollm2, hf:NAME or run:DIRECTORY")
+    return judges
+
+
+def run_judge(directory: str, length: int, mesh: Mesh) -> LanguageModel:
+    """An autoregressive run of ours as a judge of text, under the name of its directory."""
+    run = load_trained(directory, mesh)
+    family, net = run.experiment.family, run.experiment.net
+    if not isinstance(family, Autoregressive):
+        raise ValueError(
+            f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
+        )
+    nats = jax.jit(lambda ids: family.nats(net, run.params, ids))
+    encode = lambda texts: [run.tokenizer.encode(text) for text in texts]
+    name = epath.Path(directory).resolve().name
+    return LanguageModel(name, encode, lambda ids: nats(jnp.asarray(ids)), family.start, min(length, net.length - 1))
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
@@ -189,7 +228,7 @@ class Evaluator:
     """evaluator(params, step, num_samples) -> Evaluation; everything slow is compiled or fitted once, on the first call.
 
     Args:
-      settings: the experiments' `evaluation` section.
+      settings: the experiments' `evaluation` section. data_dir: `data.dir`.
       only_steps: numbers of sampling steps instead of `settings.steps`.
     """
 
@@ -200,6 +239,7 @@ class Evaluator:
         mesh: Mesh,
         seed: int,
         settings: ConfigDict,
+        data_dir: str,
         only_steps: Sequence[int] | None = None,
     ):
         net, family = experiment.net, experiment.family
@@ -210,6 +250,8 @@ class Evaluator:
             f"{name}@{n}": Sampler(net, variant, n, mesh) for n in steps for name, variant in samplers(family).items()
         }
         self._held_out = self._reference = self._judges = None
+        # At once, unlike all else that is slow: a judge that is not here is an error before the training, not after it.
+        self._language_models = make_language_models(settings.language_models, dataset.length, data_dir, mesh)
         self._bound = jax.jit(partial(getattr(family, "bound", None), net)) if self._has_bound() else None
         self._denoising = jax.jit(partial(family.denoising, net)) if hasattr(family, "denoising") else None
         context_free = hasattr(family, "context_free") and self._has_bound()
@@ -243,7 +285,7 @@ class Evaluator:
         self._held_out = split.rows(0, min(self._settings.held_out, len(split)))
         if self._context_free is not None:
             self._log_marginals = jnp.asarray(self._dataset.train.log_marginals(self._dataset.tokenizer.vocab_size))
-        self._judges = make_judges(self._dataset)
+        self._judges = make_judges(self._dataset) + self._language_models
 
     def _reference_rows(self, num: int) -> np.ndarray:
         split = self._dataset.test

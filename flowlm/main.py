@@ -4,6 +4,7 @@ flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
 flowlm compare --runs=DIR,DIR,...
+flowlm prepare judge [--data_dir=DIR]
 flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
 """
 
@@ -27,6 +28,7 @@ _RUNS = flags.DEFINE_list("runs", None, "compare: directories of evaluated runs"
 _STUDY = flags.DEFINE_string("study", None, "study: the file that lists its runs, with an argument behind a colon")
 _RESULTS = flags.DEFINE_string("results", None, "study: where its table and pictures go")
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
+_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
@@ -84,7 +86,7 @@ def _evaluate() -> None:
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
-    evaluator = Evaluator(run.experiment, dataset, mesh, run.config.seed, settings, counts)
+    evaluator = Evaluator(run.experiment, dataset, mesh, run.config.seed, settings, data.dir, counts)
     result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
     result.save(_CHECKPOINT.value)
     result.show()
@@ -96,6 +98,12 @@ def _compare() -> None:
     if not _RUNS.value:
         raise ValueError("flowlm compare needs --runs=DIR,DIR, directories of evaluated runs")
     compare(_RUNS.value)
+
+
+def _prepare() -> None:
+    from flowlm.judges import smollm2
+
+    print(smollm2.prepare(_DATA_DIR.value))
 
 
 def _study() -> None:
@@ -111,7 +119,14 @@ def _study() -> None:
     )
 
 
-COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "compare": _compare, "study": _study}
+COMMANDS = {
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "study": _study,
+    "prepare judge": _prepare,
+}
 
 
 def _check_experiment(argv: list[str]) -> None:
@@ -141,12 +156,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[1] not in COMMANDS:
-        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {' '.join(argv[1:]) or 'nothing'}\n{__doc__}")
+    name = " ".join(argv[1:])
+    if name not in COMMANDS:
+        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {name or 'nothing'}\n{__doc__}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
     try:
-        COMMANDS[argv[1]]()
+        COMMANDS[name]()
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())  # --verbosity=1 shows it
         sys.exit(f"flowlm: {error}")

@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     )
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     rows = dataset.train.shuffled(config.seed)
-    evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation)
+    evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation, data.dir)
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard)
     progress = tqdm(total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True)
 

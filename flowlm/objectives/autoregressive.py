@@ -33,7 +33,7 @@ class Autoregressive:
         """Nothing is random."""
         return {}
 
-    def _nats(self, net, params, ids, key=None):
+    def nats(self, net, params, ids, key=None):
         """-log p of every token but the first: [B, L - 1]."""
         time = jnp.zeros(ids.shape[0])
         hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, key=key)
@@ -41,11 +41,11 @@ class Autoregressive:
 
     def loss(self, net, params, aux, batch, key):
         """({cross_entropy: [B]}, {}), nats per predicted token, for batch = {ids [B, L]}."""
-        return {"cross_entropy": self._nats(net, params, batch["ids"], key).mean(-1)}, {}
+        return {"cross_entropy": self.nats(net, params, batch["ids"], key).mean(-1)}, {}
 
     def bound(self, net, params, batch, key) -> jax.Array:
         """-log p(ids) given the start token: nats [B], exact."""
-        return self._nats(net, params, batch["ids"]).sum(-1)
+        return self.nats(net, params, batch["ids"]).sum(-1)
 
     def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
         """ids [num, L] by L - 1 network calls. Raises ValueError for another number of steps."""

@@ -1,0 +1,51 @@
+"""Generative perplexity: how surprised a pretrained language model is by the samples (the protocol of 2602.16813 and its peers).
+
+A sample is decoded, tokenised anew by the judge, cut to the L tokens that the model's own rows have, and read from <|endoftext|>
+on. Targets are all tokens that are not end-of-text, and the first that is one. Over all samples
+
+    nats_per_token = total nats / total targets,   perplexity = exp(nats_per_token)
+
+A loop scores better than real text: never read it without entropy and repetition beside it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flowlm.judges import mean_with_stderr
+
+ROWS = 32  # texts read at once
+
+
+class LanguageModel:
+    """Metrics: NAME_nats_per_token, its _stderr, and NAME_perplexity.
+
+    Attributes:
+      name: of the judge in the metrics.
+      length: tokens of a text that are read.
+    """
+
+    def __init__(self, name: str, encode: Callable, nats: Callable, end: int, length: int):
+        """encode: texts -> lists of ids. nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1]."""
+        self.name, self.length = name, length
+        self._encode, self._nats, self._end = encode, nats, end
+
+    def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
+        every = [tokens[: self.length] for tokens in self._encode(list(texts))]
+        # One shape for all, so that it compiles once; what is padded is not counted.
+        length = min(-(-max(map(len, every)) // 8) * 8, self.length)
+        for first in range(0, len(texts), ROWS):
+            rows = every[first : first + ROWS]
+            batch = np.full((ROWS, length + 1), self._end, np.int32)
+            counted = np.zeros((ROWS, length), bool)
+            for row, tokens in enumerate(rows):
+                batch[row, 1 : len(tokens) + 1] = tokens
+                ends = np.asarray(tokens) == self._end
+                counted[row, : len(tokens)] = ~ends | (np.cumsum(ends) == 1)
+            nats = np.where(counted, np.asarray(self._nats(batch), np.float64), 0)
+            size = len(rows)
+            totals[first : first + size], counts[first : first + size] = nats.sum(1)[:size], counted.sum(1)[:size]
+        scores = mean_with_stderr(f"{self.name}_nats_per_token", totals, counts)
+        mean = scores[f"{self.name}_nats_per_token"]
+        return scores | {f"{self.name}_perplexity": float(np.exp(mean))}

