@@ -130,6 +130,19 @@ def test_samples_reach_the_law_as_steps_grow_and_one_step_draws_every_token_by_i
     assert oracle.total_variation(draw(1), SEQUENCES, WEIGHTS) > 0.3
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_one_step_mixes_pairs_as_independent_draws_do(kind):
+    """new york, san diego: a draw of both words at once is wrong half of the time, if each is right by itself."""
+    pairs = np.array([[0, 1, 4], [2, 3, 4]])
+    net, params = exact(pairs, np.array([0.5, 0.5]), kind)
+    ids = np.asarray(jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, 20_000, 1))(jax.random.key(0)))
+    assert (ids[:, 2] == 4).mean() > 0.99
+    possible = (ids[:, None, :2] == pairs[:, :2]).all(-1).any(-1)
+    assert abs(possible.mean() - 0.5) < 0.02
+    many = np.asarray(jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, 4_000, 256))(jax.random.key(0)))
+    assert (many[:, None, :2] == pairs[:, :2]).all(-1).any(-1).mean() > 0.97
+
+
 def test_a_masked_prediction_is_kept_while_nothing_changes():
     net, params = exact(SEQUENCES, WEIGHTS, "masked")
     calls = []
