@@ -1,10 +1,12 @@
-"""Memory and time of one training step against another's.
+"""Memory and time of one training step, or one draw of samples, against another's.
 
     python -m flowlm.bench [--pairs=flow/dense,psd/flow] [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--out=FILE]
 
     flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
     dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
     psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
+    sample  a batch of token rows by a flow map in one step, from key to ids
+    forward the network and its output layer alone: ids of a state that is given
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
 loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a
@@ -33,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowlm import train_state
+from flowlm import vocab as vocabulary
 from flowlm.config import objective
 from flowlm.models import make_network
 from flowlm.objectives import make_family
@@ -49,7 +52,8 @@ flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of bot
 flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1)
 flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON")
-FORMULATIONS = ["flow", "dense", *TARGETS]
+SAMPLING = ["sample", "forward"]
+FORMULATIONS = ["flow", "dense", *TARGETS, *SAMPLING]
 flags.DEFINE_list("pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}")
 flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON")
 FLAGS = flags.FLAGS
@@ -82,12 +86,35 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def _training(net, family, batch: int, distils: bool):
+    """(compiled step, its state, its other arguments)."""
+    schedule = optax.constant_schedule(3e-4)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
+    step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
+    ids = jax.random.randint(jax.random.key(1), (batch, net.length), 0, net.vocab, dtype=jnp.int32)
+    state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, family, optimizer, 0))())
+    teacher = train_state.Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
+    return jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile(), state, (ids, teacher)
+
+
+def _sampling(formulation: str, net, family, batch: int):
+    """(compiled draw, the parameters, its other argument)."""
+    params = jax.jit(net.init)(jax.random.key(0))
+    if formulation == "sample":
+        draw, argument = lambda params, key: family.sample(net, params, key, batch, 1), jax.random.key(1)
+    else:
+        time = jnp.zeros((batch,))
+        draw = lambda params, z: vocabulary.argmax(net.head(params), net.apply(params, z, time, time + 1))
+        argument = jax.random.normal(jax.random.key(1), (batch, net.length, net.width))
+    return jax.jit(draw).lower(params, argument).compile(), params, (argument,)
+
+
 def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, repeats: int) -> dict:
-    """Compiles and runs the training step here: {seconds: [repeats], and bytes for each view of memory}."""
+    """Compiles and runs the step or draw here: {seconds: [repeats], and bytes for each view of memory}."""
     warp = TimeWarp("gaussian", "ambient", vocab, width)
     distils = formulation in TARGETS
-    if distils:
-        fields = objective("flow_map").to_dict() | {"target": formulation, "tau_max": 0.99}
+    if distils or formulation in SAMPLING:
+        fields = objective("flow_map").to_dict() | {"target": formulation if distils else "psd", "tau_max": 0.99}
         family = make_family(warp=warp, teacher=True, **fields)
     else:
         family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
@@ -103,7 +130,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         input="raw",
         preview=False,
         output="plain",
-        time_embeddings=2 if distils else 1,
+        time_embeddings=1 if formulation in ("flow", "dense") else 2,
         time_scale=1.0,
         end_time_scale=1.0,
         gate_init=0.0,
@@ -114,20 +141,18 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         dtype="float32",
         loss_weight=False,
     )
-    schedule = optax.constant_schedule(3e-4)
-    optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
-    step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
-    ids = jax.random.randint(jax.random.key(1), (batch, length), 0, vocab, dtype=jnp.int32)
-    state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, family, optimizer, 0))())
-
-    teacher = train_state.Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
-    compiled = jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile()
+    compiled, state, more = (
+        _sampling(formulation, net, family, batch)
+        if formulation in SAMPLING
+        else _training(net, family, batch, distils)
+    )
     _reset_peak()
     before, seconds = _resident("VmRSS"), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, ids, teacher))
+        out = jax.block_until_ready(compiled(state, *more))
         seconds.append(time.perf_counter() - start)
+        state = state if formulation in SAMPLING else out[0]
     account = compiled.memory_analysis()
     held = account.argument_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
     return {
@@ -152,7 +177,7 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
 
 def _show(results: dict, title: str) -> None:
     table = Table(title=title)
-    for column in ("one training step", "first", "second", "first / second", "over rounds"):
+    for column in ("one step or draw", "first", "second", "first / second", "over rounds"):
         table.add_column(column, justify="right")
     for pair, result in results.items():
         for name, line in result.items():
@@ -180,7 +205,7 @@ def _main(argv: list[str]) -> None:
         for name, results in runs.items():
             child = subprocess.run([*command, f"--formulation={name}"], stdout=subprocess.PIPE, text=True)
             if child.returncode:
-                sys.exit(f"flowlm.bench: the {name} step failed, see above; was it out of memory?")
+                sys.exit(f"flowlm.bench: {name} failed, see above; was it out of memory?")
             results.append(json.loads(child.stdout.splitlines()[-1]))
     results = {pair: compare(*(runs[name] for name in names)) for pair, names in pairs.items()}
     _show(results, ", ".join(f"{name} {settings[name]}" for name in (*SETTINGS, "remat")))

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import toy
 
+from flowlm import bench
 from flowlm.bench import DenseFlow, compare
+from flowlm.config import objective
+from flowlm.objectives import make_family
 from flowlm.objectives.flow import Flow
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
@@ -55,3 +58,18 @@ def test_ratios_are_of_the_same_round():
     result = compare(flow, dense)
     assert result["seconds"] == {"ours": 2.5, "theirs": 4.5, "ratio": 2.5 / 4.5, "low": 0.5, "high": 0.6}
     assert (result["step"]["low"], result["step"]["high"]) == (0.2, 0.25)
+
+
+def test_one_step_sampling_is_the_bare_forward_of_its_noise():
+    """What the two sides of sample/forward share: all but the draw of the noise."""
+    fields = {**objective("flow_map").to_dict(), "teacher": True}
+    warp = TimeWarp("gaussian", "ambient", 12, 16)
+    family, net = make_family(warp=warp, **fields), toy.network(time_embeddings=2)
+    sample, params, (key,) = bench._sampling("sample", net, family, 4)
+    forward, _, (z,) = bench._sampling("forward", net, family, 4)
+    params = toy.perturbed(params)
+    noise = family.fresh(net, params, jax.random.split(key)[0], 4, 1.0)
+    assert z.shape == noise.shape
+    ids = np.asarray(sample(params, key))
+    np.testing.assert_array_equal(ids, forward(params, noise))
+    assert len(np.unique(ids)) > 3
