@@ -24,7 +24,7 @@ ARGUMENTS = {
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
-    "quickstart": ("flow_map",),
+    "quickstart": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
