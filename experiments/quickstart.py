@@ -28,8 +28,8 @@ are in README.md and results/quickstart*.json. Tried at the same budget, seed 0,
 A prior ten times as quick to learn and also added to the logits, and there the own-position likelihood in the first fifth of time
 (`early_skip`), are what brought the network below the line; without them a run's luck decided (.02 at tau .05).
 
-The flow map in one step, by the temperature of its teacher and the noise it starts from, in 500 steps (1,200 in the first block; its
-figures at 400 and 800 are no different), nats per character and distinct-2:
+The flow map in one step, by the temperature of its teacher and the noise it starts from, in 500 steps (1,200 in the first line; at
+400 and 800 it was no different), nats per character and distinct-2:
 
     teacher temperature 1       noise 1     3.32 .56    noise 0.6   3.12 .56    noise 0.4   3.34 .53
     teacher temperature 0.5     noise 1     3.48 .41    noise 0.6   3.32 .42    noise 0.4   3.24 .40
