@@ -99,7 +99,7 @@ def _training(net, family, batch: int, distils: bool):
 
 def _sampling(formulation: str, net, family, batch: int):
     """(compiled draw, the parameters, its other argument)."""
-    params = jax.jit(net.init)(jax.random.key(0))
+    params = jax.jit(lambda key: net.prepared(net.init(key)))(jax.random.key(0))
     if formulation == "sample":
         draw, argument = lambda params, key: family.sample(net, params, key, batch, 1), jax.random.key(1)
     else:

@@ -120,10 +120,12 @@ class Sampler:
             lambda params, key: family.sample(net, params, key, rows, steps),
             out_shardings=NamedSharding(mesh, P("data")),
         )
+        self._prepare = jax.jit(net.prepared) if hasattr(family, "prior") else lambda params: params
         self._compiled = None
 
     def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num."""
+        params = self._prepare(params)
         if self._compiled is None:
             self._compiled = self._sample.lower(params, key).compile()
         calls = -(-num // self._rows)
@@ -185,6 +187,7 @@ class Evaluation:
     def save(self, directory) -> None:
         """Writes evaluation.json, evaluation.png and samples.txt."""
         directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
         report = {
             "step": self.step,

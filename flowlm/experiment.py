@@ -1,5 +1,6 @@
 """From settings to things: the network, the family and the optimizer of a run, and a trained run from its directory."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -139,13 +140,26 @@ def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
 
-def load_trained(directory, mesh: jax.sharding.Mesh) -> Trained:
+def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run, read only.
+
+    Args:
+      objective: settings of the run's `objective` section to replace, such as those of its sampler.
 
     Raises:
       FileNotFoundError: not a run directory, or nothing was saved yet.
+      ValueError: a setting that its objective has not, or not so.
     """
     config, tokenizer = run_directory.load(directory)
+    for key, value in (objective or {}).items():
+        if key not in config.objective:
+            raise ValueError(
+                f"the objective of {directory} has no {key!r}: it has {', '.join(sorted(config.objective))}"
+            )
+        try:
+            config.objective[key] = value
+        except TypeError as error:
+            raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, mesh))

@@ -1,13 +1,14 @@
 """The one command.
 
 flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
-flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N]
-flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N]
+flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
+flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
 flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
 """
 
+import ast
 import difflib
 import itertools
 import re
@@ -25,8 +26,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment
 _WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "sample, evaluate: the directory of a trained run")
 _RUNS = flags.DEFINE_list("runs", None, "compare: directories of evaluated runs")
+_OBJECTIVE = flags.DEFINE_list(
+    "objective", [], "sample, evaluate: settings in place of the run's, as temperature=0.8,gamma=1"
+)
 _STUDY = flags.DEFINE_string("study", None, "study: the file that lists its runs, with an argument behind a colon")
-_RESULTS = flags.DEFINE_string("results", None, "study: where its table and pictures go")
+_RESULTS = flags.DEFINE_string(
+    "results", None, "study, evaluate: where the results go (evaluate: in place of the run's directory)"
+)
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
@@ -50,6 +56,19 @@ def _step_counts(default: list[str]) -> list[int]:
     return [int(c) for c in counts]
 
 
+def _objective() -> dict[str, object]:
+    changes = {}
+    for change in _OBJECTIVE.value:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--objective takes KEY=VALUE,..., got {change!r}")
+        try:
+            changes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key] = value
+    return changes
+
+
 def _sample() -> None:
     from flowlm.evaluation import Sampler, samplers
     from flowlm.experiment import load_trained
@@ -59,7 +78,7 @@ def _sample() -> None:
         raise ValueError("flowlm sample needs --checkpoint=DIR, the directory of a trained run")
     counts, num = _step_counts(["64"]), _NUM.value or 8
     mesh = make_mesh(-1)
-    run = load_trained(_CHECKPOINT.value, mesh)
+    run = load_trained(_CHECKPOINT.value, mesh, _objective())
     choices = samplers(run.experiment.family)
     name = _SAMPLER.value or list(choices)[-1]
     if name not in choices:
@@ -79,8 +98,12 @@ def _evaluate() -> None:
 
     if _CHECKPOINT.value is None:
         raise ValueError("flowlm evaluate needs --checkpoint=DIR, the directory of a trained run")
+    if _OBJECTIVE.value and not _RESULTS.value:
+        raise ValueError(
+            "--objective changes what is evaluated: give --results=DIR, so that the run keeps its own results"
+        )
     mesh = make_mesh(-1)
-    run = load_trained(_CHECKPOINT.value, mesh)
+    run = load_trained(_CHECKPOINT.value, mesh, _objective())
     data, settings = run.config.data, run.config.evaluation
     counts = _step_counts([str(n) for n in settings.steps])
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
@@ -88,7 +111,7 @@ def _evaluate() -> None:
         raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
     evaluator = Evaluator(run.experiment, dataset, mesh, run.config.seed, settings, data.dir, counts)
     result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
-    result.save(_CHECKPOINT.value)
+    result.save(_RESULTS.value or _CHECKPOINT.value)
     result.show()
 
 

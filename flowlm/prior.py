@@ -55,6 +55,10 @@ def geometry(embedding: jax.Array) -> Geometry:
     return Geometry(factor.T, whiten, jnp.matmul(embedding, whiten, precision=HIGHEST))
 
 
+def _white(keys: jax.Array, length: int, size: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, (length, size)))(keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
     """x0 ~ N(0, I_V): the paper's prior."""
@@ -74,8 +78,12 @@ class Gaussian:
         geo = geometry(embedding)
         return self._sample(keys, embedding, length, geo.color, geo.codes)
 
+    def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
+        """The value of `sample` without its gradient, for geo = geometry(embedding) that is at hand."""
+        return jnp.matmul(_white(keys, length, geo.color.shape[0]), geo.color, precision=HIGHEST)
+
     def sample_joint(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
-        """The same for two embeddings side by side, [E, E'] [V, 2D], which are equal when a student starts at its teacher.
+        """`sample` for two embeddings side by side, [E, E'] [V, 2D], which are equal when a student starts at its teacher.
 
         Their Gram matrix is then singular; a QR factor, slower on accelerators, is exact all the same.
         """
@@ -83,7 +91,7 @@ class Gaussian:
         return self._sample(keys, embedding, length, color, codes)
 
     def _sample(self, keys, embedding, length, color, codes):
-        xi = jax.vmap(lambda key: jax.random.normal(key, (length, color.shape[0])))(keys)
+        xi = _white(keys, length, color.shape[0])
         value = jnp.matmul(xi, color, precision=HIGHEST)
         carrier = xi @ jnp.matmul(codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
         return stop_gradient(value) + carrier - stop_gradient(carrier)
@@ -121,6 +129,10 @@ class Dirichlet:
         parts = (jnp.arange(chunks), padded.reshape(chunks, chunk, width), real)
         (weighted, total), _ = jax.lax.scan(add, zero, parts)
         return weighted / total
+
+    def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
+        """`sample`; it needs no geometry."""
+        return self.sample(keys, embedding, length)
 
     sample_joint = sample
 

@@ -36,7 +36,7 @@ from jax.tree_util import Partial
 from flowlm import vocab
 from flowlm.interpolant import MIN_NOISE, own_position_features, own_position_matrix
 from flowlm.models.dit import LOGIT_CAP, DiT, LossWeight, soft_cap
-from flowlm.prior import HIGHEST, geometry
+from flowlm.prior import HIGHEST, Geometry, geometry
 from flowlm.time_warp import TimeWarp
 
 INPUTS = ("raw", "scaled", "posterior", "both", "white")
@@ -80,6 +80,14 @@ class Network:
         """E [V, D]; with a mask token [V + 1, D], the last row is the mask's."""
         return params["embedding"]
 
+    def geometry(self, params) -> Geometry:
+        """prior.geometry of E; what `prepared` has put there, if it has."""
+        return _geometry(params)
+
+    def prepared(self, params):
+        """params that carry the geometry of E, so that a sampler of many steps or calls computes it once."""
+        return {**params, "geometry": _geometry(params)}
+
     def with_embedding(self, params, embedding: jax.Array):
         """params with another E [V, D]."""
         return {**params, "embedding": embedding}
@@ -122,6 +130,10 @@ class Network:
     def unembed(self, params, hidden: jax.Array) -> jax.Array:
         """Logits [B, L, V]; for small cases and tests: training and sampling go through vocab.py."""
         return self.head(params)(hidden)
+
+
+def _geometry(params):
+    return params["geometry"] if "geometry" in params else geometry(params["embedding"])
 
 
 def _log_prior(params):
@@ -238,7 +250,7 @@ def make_network(
         embedding = params["embedding"]
         frozen, t, extra, features = stop_gradient(embedding), warp.t(tau_s), (), None
         if knows_noise:
-            geo = geometry(frozen)
+            geo = _geometry(params)
             features = own_position_features(geo, z, t)
             posterior = Partial(_own_position_logits, own_position_matrix(geo), _log_prior(params))
         if input in ("raw", "scaled"):
@@ -262,7 +274,7 @@ def make_network(
         return hidden
 
     def head(params):
-        matrix = None if output == "plain" else own_position_matrix(geometry(params["embedding"]))
+        matrix = None if output == "plain" else own_position_matrix(_geometry(params))
         kernel, bias = params["unembed_kernel"], params["unembed_bias"]
         return Partial(functools.partial(_readout, compute), kernel, bias, _log_prior(params), matrix)
 

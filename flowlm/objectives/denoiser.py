@@ -43,8 +43,8 @@ class Path:
 
     def fresh(self, net, params, key, num: int, scale: float) -> jax.Array:
         """z0 [num, L, D] for a sampler, its distance from the prior's mean multiplied by `scale`."""
-        embedding = net.embedding(params)
-        z0, mean = self.prior.sample(jax.random.split(key, num), embedding, net.length), self.prior.mean(embedding)
+        embedding, mean = net.embedding(params), self.prior.mean(net.embedding(params))
+        z0 = self.prior.draw(jax.random.split(key, num), embedding, net.geometry(params), net.length)
         return mean + scale * (z0 - mean)
 
 

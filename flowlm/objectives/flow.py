@@ -70,6 +70,7 @@ class Flow(Denoiser):
         """ids [num, L] by exactly `steps` network calls on a uniform grid of tau, the last of which is decoded by argmax."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        params = net.prepared(params)
         embedding, predict = net.embedding(params), Predictor(net, params, self.guidance)
         start, rest = jax.random.split(key)
         z = self.fresh(net, params, start, num, self.noise_scale)

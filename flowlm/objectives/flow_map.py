@@ -325,6 +325,7 @@ class FlowMap(Denoiser):
         """ids [num, L] by exactly `steps` jumps; one step does not depend on gamma."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        params = net.prepared(params)
         embedding, predict = net.embedding(params), Predictor(net, params, self.guidance)
         start, rest = jax.random.split(key)
         z = self.fresh(net, params, start, num, self.noise_scale)
