@@ -10,13 +10,14 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from flowlm.curves import draw_panels
+from flowlm.matching import Point, at_entropy
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Run:
     Attributes:
       name: of the method, the same for all seeds.
       config: `experiments/NAME.py[:arg]`.
-      settings: {key: value} over the experiment's own.
+      settings: {key: value} over the experiment's own; "{workdir}" in one is the study's directory.
       teacher: name of another run of the study, which comes before this one.
+      sweep: settings of its sampler, each of which is evaluated too, for the table at equal entropy.
       seeds: training seeds; a student's teacher has the same one, or its first where it has not that.
     """
 
@@ -36,18 +38,25 @@ class Run:
     settings: Mapping[str, object] = field(default_factory=dict)
     teacher: str | None = None
     seeds: tuple[int, ...] = (0,)
+    sweep: tuple[Mapping[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """runs, teachers first; metrics: what the table and the pictures show."""
+    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal entropy, in nats."""
 
     runs: Sequence[Run]
     metrics: Sequence[str]
+    matched: Sequence[str] = ()
 
 
 def directory(workdir: Path, run: Run, seed: int) -> Path:
     return workdir / run.name / f"seed{seed}"
+
+
+def swept(path: Path, setting: Mapping[str, object]) -> Path:
+    """Where the evaluation of the run in `path` with another setting of its sampler goes."""
+    return path / "sweep" / ",".join(f"{key}={value}" for key, value in setting.items())
 
 
 def finished(path: Path) -> bool:
@@ -67,14 +76,14 @@ def teacher_of(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run]) -> P
 def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> list[str]:
     """The command line of one run."""
     line = [sys.executable, "-m", "flowlm.main", "train", f"--config={run.config}", f"--config.seed={seed}"]
-    line += [f"--config.{key}={value}" for key, value in run.settings.items()]
+    line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in run.settings.items()]
     if run.teacher is not None:
         line.append(f"--config.teacher={teacher_of(run, seed, workdir, runs)}")
     return [*line, *extra, f"--workdir={directory(workdir, run, seed)}"]
 
 
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = ()) -> None:
-    """Runs what is left of the study and writes `results`/study.{csv,md,png} and study_time.png, anew after every run.
+    """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
 
     Args:
       extra: further flags of every run, such as --config.steps=10.
@@ -97,31 +106,46 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                 print(f"== {path}", file=sys.stderr, flush=True)
                 if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
                     failed.append(str(path))
-                write(study, workdir, results)
+            if not finished(path):
+                continue
+            for place in (swept(path, setting) for setting in run.sweep):
+                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+                line += [f"--objective={place.name}", f"--results={place}"]
+                if not (place / "evaluation.json").exists() and subprocess.run(line, check=False).returncode:
+                    failed.append(str(place))
+            write(study, workdir, results)
     write(study, workdir, results)
     if failed:
         raise RuntimeError(f"these runs failed, their own errors are above: {', '.join(failed)}")
 
 
-def gather(study: Study, workdir: Path) -> list[dict]:
-    """One record for each finished run, sampler and number of steps, and one for each row of reference of seed 0."""
-    records = []
+def evaluations(study: Study, workdir: Path) -> Iterator[tuple[Run, int, str, Path]]:
+    """(run, seed, setting of the sampler or "", evaluation.json) of all that is there."""
     for run in study.runs:
         for seed in run.seeds:
             path = directory(workdir, run, seed)
-            if not finished(path):
-                continue
-            metrics = json.loads((path / "evaluation.json").read_text())["metrics"]
-            samples: dict[str, dict] = defaultdict(dict)
-            for key, value in metrics.items():
-                if key.startswith("samples/"):
-                    _, sampler, metric = key.split("/")
-                    samples[sampler][metric] = value
-            bound = {"bound_nats_per_token": metrics.get("held_out/bound_nats_per_token")}
-            for sampler, values in samples.items():
-                name, _, steps = sampler.partition("@")
-                record = {"method": run.name, "seed": seed, "sampler": name, "steps": int(steps or 0)}
-                records.append(record | (bound if steps else {}) | values)
+            if finished(path):
+                yield run, seed, "", path / "evaluation.json"
+                for setting in run.sweep:
+                    if (swept(path, setting) / "evaluation.json").exists():
+                        yield run, seed, swept(path, setting).name, swept(path, setting) / "evaluation.json"
+
+
+def gather(study: Study, workdir: Path) -> list[dict]:
+    """One record for each finished run, setting, sampler and number of steps, and one for each row of reference of seed 0."""
+    records = []
+    for run, seed, setting, path in evaluations(study, workdir):
+        metrics = json.loads(path.read_text())["metrics"]
+        samples: dict[str, dict] = defaultdict(dict)
+        for key, value in metrics.items():
+            if key.startswith("samples/"):
+                _, sampler, metric = key.split("/")
+                samples[sampler][metric] = value
+        bound = {"bound_nats_per_token": metrics.get("held_out/bound_nats_per_token")}
+        for sampler, values in samples.items():
+            name, _, steps = sampler.partition("@")
+            record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
+            records.append(record | (bound if steps else {}) | values)
     references = {}
     for record in records:
         if record["steps"] == 0:
@@ -142,7 +166,7 @@ def write(study: Study, workdir: Path, results: Path) -> None:
         writer.writerows(records)
 
     cells: dict[tuple, list[dict]] = defaultdict(list)
-    for record in records:
+    for record in (record for record in records if not record["setting"]):
         cells[record["method"], record["sampler"], record["steps"]].append(record)
     head = ["method", "steps", "seeds", *study.metrics]
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in head)} |", "|---" * len(head) + "|"]
@@ -165,8 +189,33 @@ def write(study: Study, workdir: Path, results: Path) -> None:
         name = f"{method}, {sampler}" if sampler else method
         lines.append(f"| {name} | {steps or ''} | {len(group)} | {' | '.join(shown)} |")
     (results / "study.md").write_text("\n".join(lines) + "\n")
+    if study.matched:
+        (results / "study_matched.md").write_text("\n".join(matched_table(study, records)) + "\n")
     for panels, name, label in (
         (steps_panels, "study.png", "sampling steps (network calls)"),
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log"))
+
+
+def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
+    """Lines of a table: each method's metrics at the entropy of held-out rows, or (at ENTROPY) at the nearest it reached."""
+    target = next(record["entropy"] for record in records if record["method"] == "held_out")
+    curves: dict[tuple, list[dict]] = defaultdict(list)
+    for record in (record for record in records if record["steps"]):
+        curves[record["method"], record["sampler"].split(" ")[0], record["steps"]].append(record)
+    lines = [f"| method | steps | {' | '.join(name.replace('_', ' ') for name in study.matched)} |"]
+    lines.append("|---" * (2 + len(study.matched)) + "|")
+    for (method, sampler, steps), group in curves.items():
+        shown = []
+        for metric in study.matched:
+            rows = [r for r in group if r.get(metric) is not None and r.get("entropy") is not None]
+            if not rows:
+                shown.append("-")
+                continue
+            points = [Point(r["entropy"], r[metric], r.get(f"{metric}_stderr") or 0.0) for r in rows]
+            point = at_entropy(points, target)
+            reached = "" if point.entropy == target else f" (at {point.entropy:.2f})"
+            shown.append(f"{point.value:.3f} ± {point.stderr:.3f}{reached}")
+        lines.append(f"| {method}, {sampler} | {steps} | {' | '.join(shown)} |")
+    return [f"Held-out entropy {target:.3f} nats.", "", *lines]

@@ -36,6 +36,7 @@ def test_which_targets_count():
     assert len(seen) == 1 and seen[0].shape[1] == 6
     many = judge.score(None, ["a", "b", ""] * 40)
     np.testing.assert_allclose(many["x_nats_per_token"], (7 + 111) / 5)
+    assert np.isnan(judge.score(None, ["", ""])["x_nats_per_token"])
 
 
 CONFIG = {"heads": 6, "key_heads": 2, "base": 100.0, "epsilon": 1e-5}

@@ -28,6 +28,16 @@ def commands(monkeypatch):
 
     def run(line, check):
         lines.append(line)
+        if line[3] == "evaluate":
+            place, heat = Path(line[-1].removeprefix("--results=")), float(line[-2].rpartition("=")[2])
+            place.mkdir(parents=True)
+            metrics = {
+                "samples/map heat@4/entropy": 2 + heat,
+                "samples/map heat@4/nats": 5 * heat,
+                "samples/map heat@4/nats_stderr": 0.3,
+            }
+            (place / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
+            return subprocess.CompletedProcess(line, 0)
         if "teacher/seed9" in line[-1]:
             return subprocess.CompletedProcess(line, 1)
         workdir = Path(line[-1].removeprefix("--workdir="))
@@ -80,6 +90,27 @@ def test_the_table_is_the_evaluations(commands, tmp_path):
         assert (tmp_path / "r" / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
+    """Half way between two settings that lie around it; beyond all of them the nearest, with its own entropy."""
+    sweeps = {"near": (0.9, 0.5, 1.1), "far": (0.25, 0.5)}
+    runs = [Run(name, "experiments/a.py", sweep=tuple({"heat": h} for h in heats)) for name, heats in sweeps.items()]
+    carry_out(Study(runs, ["entropy"], ["nats"]), tmp_path / "w", tmp_path / "r")
+    assert commands[1][3:6] == ["evaluate", f"--checkpoint={tmp_path}/w/near/seed0", "--objective=heat=0.9"]
+    assert (tmp_path / "r/study_matched.md").read_text().splitlines() == [
+        "Held-out entropy 3.000 nats.",
+        "",
+        "| method | steps | nats |",
+        "|---|---|---|",
+        f"| near, map | 4 | 5.000 ± {0.3 * np.sqrt(0.5):.3f} |",
+        "| far, map | 4 | 2.500 ± 0.300 (at 2.50) |",
+    ]
+    # The other table is of the runs themselves.
+    assert "heat" not in (tmp_path / "r/study.md").read_text()
+    count = len(commands)
+    carry_out(Study(runs, ["entropy"], ["nats"]), tmp_path / "w", tmp_path / "r")
+    assert len(commands) == count == 7
+
+
 def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
     runs = [
         Run(name, "experiments/a.py", {}, teacher, (9,))
@@ -95,24 +126,27 @@ def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
         carry_out(Study([Run("y", "experiments/a.py", teacher="x")], ["entropy"]), tmp_path / "w", tmp_path / "r")
 
 
-def test_the_shipped_study_builds(monkeypatch):
+@pytest.mark.parametrize(("name", "training", "distillation"), [("grammar", 3600, 4500), ("text", 8000, 4000)])
+def test_the_shipped_studies_build(name, training, distillation, monkeypatch):
     """Every run's settings are real ones, and the budgets are equal: so many steps from data, so many of distillation."""
     monkeypatch.chdir(ROOT)
-    runs = runpy.run_path("experiments/study.py")["get_study"]("grammar").runs
+    runs = runpy.run_path("experiments/study.py")["get_study"](name).runs
+    vocab, start = (99, 98) if name == "grammar" else (512, 0)
     steps = {}
     for run in runs:
         path, _, argument = run.config.partition(":")
         config = runpy.run_path(path)["get_config"](argument)
-        changes = {k: tuple(map(int, v.split(","))) if k == "evaluation.steps" else v for k, v in run.settings.items()}
-        config.update_from_flattened_dict(changes)
+        config.update_from_flattened_dict(run.settings)
         config.teacher = run.teacher
-        build(config, 99, 98)
+        build(config, vocab, start)
+        for setting in run.sweep:
+            config.objective.update(setting)
+            build(config, vocab, start)
         family = run.name.split("_")[0] if run.teacher and run.name != "flow_map" else run.name
         steps[family] = steps.get(family, 0) + config.steps
-    assert {name: steps[name] for name in ("autoregressive", "masked", "uniform", "flow")} == dict.fromkeys(
-        ("autoregressive", "masked", "uniform", "flow"), 3600
+    assert steps == dict.fromkeys(("autoregressive", "masked", "uniform", "flow"), training) | dict.fromkeys(
+        ("flow_map", "sdtt", "dcd"), distillation
     )
-    assert steps["flow_map"] == steps["sdtt"] == steps["dcd"] == 4500
 
 
 def test_two_real_runs(tmp_path, data_dir, monkeypatch):
@@ -128,14 +162,23 @@ def test_two_real_runs(tmp_path, data_dir, monkeypatch):
         "optimizer.schedule=constant",
         f"data.dir={data_dir}",
     ]
-    tiny += ["evaluation.final_samples=8", "evaluation.held_out=8", "evaluation.steps=1,2", "mesh.data=1"]
+    tiny += ["evaluation.final_samples=8", "evaluation.held_out=8", "mesh.data=1"]
+    steps = {"evaluation.steps": (1, 2)}
+    judged = steps | {"objective.jump": 0.5, "evaluation.language_models": ("run:{workdir}/autoregressive/seed0",)}
     runs = [
-        Run("masked", "experiments/grammar.py:masked"),
-        Run("sdtt", "experiments/grammar.py:sdtt", {"objective.jump": 0.5}, "masked"),
+        Run("autoregressive", "experiments/grammar.py:autoregressive"),
+        Run("masked", "experiments/grammar.py:masked", steps),
+        Run("sdtt", "experiments/grammar.py:sdtt", judged, "masked", sweep=({"temperature": 0.5},)),
     ]
-    carry_out(Study(runs, ["grammatical"]), tmp_path / "w", tmp_path / "r", [f"--config.{flag}" for flag in tiny])
+    study = Study(runs, ["grammatical"], ["seed0_nats_per_token"])
+    carry_out(study, tmp_path / "w", tmp_path / "r", [f"--config.{flag}" for flag in tiny])
     lines = (tmp_path / "r/study.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "autoregressive, draws",
         *("masked, ancestral", "masked, ancestral", "sdtt, ancestral", "sdtt, ancestral"),
         *("unigram", "trigram", "held_out"),
     ]
+    matched = (tmp_path / "r/study_matched.md").read_text().splitlines()[4:]
+    cells = {tuple(c.strip() for c in line.split("|")[1:3]): line.split("|")[3] for line in matched}
+    assert cells["masked, ancestral", "1"].strip() == "-"
+    assert re.match(r" \d\.\d{3} ± \d", cells["sdtt, ancestral", "2"])

@@ -34,7 +34,7 @@ class LanguageModel:
         totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
         every = [tokens[: self.length] for tokens in self._encode(list(texts))]
         # One shape for all, so that it compiles once; what is padded is not counted.
-        length = min(-(-max(map(len, every)) // 8) * 8, self.length)
+        length = min(max(8, -(-max(map(len, every)) // 8) * 8), self.length)
         for first in range(0, len(texts), ROWS):
             rows = every[first : first + ROWS]
             batch = np.full((ROWS, length + 1), self._end, np.int32)
