@@ -45,6 +45,7 @@ def grammar() -> Study:
         *rounds(GRAMMAR, "dcd", "uniform", 4500, few),
     ]
     shown = ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy", "ngram_distance_1", "ngram_distance_2")
+    shown += ("bound_nats_per_token",)
     return Study(runs, shown)
 
 
@@ -67,7 +68,11 @@ def text() -> Study:
         *rounds(QUICKSTART, "dcd", "uniform", 4000, judged, drawn),
     ]
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token")
-    return Study(runs, (*matched, "entropy", "distinct_2", "ngram_distance_2", "words_in_corpus"), matched)
+    return Study(
+        runs,
+        (*matched, "entropy", "distinct_2", "ngram_distance_2", "words_in_corpus", "bound_nats_per_token"),
+        matched,
+    )
 
 
 def get_study(arg: str = "grammar") -> Study:

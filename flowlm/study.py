@@ -141,7 +141,7 @@ def gather(study: Study, workdir: Path) -> list[dict]:
             if key.startswith("samples/"):
                 _, sampler, metric = key.split("/")
                 samples[sampler][metric] = value
-        bound = {"bound_nats_per_token": metrics.get("held_out/bound_nats_per_token")}
+        bound = {key: metrics.get(f"held_out/{key}") for key in ("bound_nats_per_token", "bound_nats_per_token_stderr")}
         for sampler, values in samples.items():
             name, _, steps = sampler.partition("@")
             record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
