@@ -134,6 +134,8 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         time_scale=1.0,
         end_time_scale=1.0,
         gate_init=0.0,
+        attention_cap=50.0,
+        logit_cap=30.0,
         learned_positions=False,
         mask_token=False,
         causal=False,

@@ -20,6 +20,8 @@ def model(size: str) -> ConfigDict:
             time_scale=1.0,  # multiplies tau_s in the sinusoids
             end_time_scale=1.0,  # and tau_t; what is differentiated with respect to t should be smooth in it
             gate_init=0.0,  # residual branches start at this weight
+            attention_cap=50.0,  # soft-cap of attention scores, 0: none
+            logit_cap=30.0,  # and of the output
             learned_positions=False,
             mask_token=False,  # for masked diffusion
             causal=False,

@@ -25,16 +25,18 @@ def params_from(arrays):
         out = {"kernel": arrays[f"{name}.weight"].T}
         return out | {"bias": arrays[f"{name}.bias"]} if bias else out
 
+    timed = "sigma_map.mlp.0.weight" in arrays
+
     def block(i):
         p = f"blocks.{i}"
-        return {
+        modulation = {"modulation": {"linear": linear(f"{p}.adaLN_modulation")}} if timed else {}
+        return modulation | {
             "norm1": {"scale": arrays[f"{p}.norm1.weight"]},
             "norm2": {"scale": arrays[f"{p}.norm2.weight"]},
             "qkv": linear(f"{p}.attn_qkv", bias=False),
             "out": linear(f"{p}.attn_out", bias=False),
             "mlp_in": linear(f"{p}.mlp.0"),
             "mlp_out": linear(f"{p}.mlp.2"),
-            "modulation": {"linear": linear(f"{p}.adaLN_modulation")},
         }
 
     def time(name):
@@ -45,19 +47,18 @@ def params_from(arrays):
         "unembed_kernel": arrays["output_layer.linear.weight"].T,
         "unembed_bias": arrays["output_layer.linear.bias"],
         "norm": {"scale": arrays["output_layer.norm_final.weight"]},
-        "modulation": {"linear": linear("output_layer.adaLN_modulation")},
         "blocks": jax.tree.map(lambda *a: np.stack(a), *(block(i) for i in range(BLOCKS))),
-        "time_s": time("sigma_map"),
     }
+    if timed:
+        params |= {"modulation": {"linear": linear("output_layer.adaLN_modulation")}, "time_s": time("sigma_map")}
     if "sigma_map_prime.mlp.0.weight" in arrays:
         params["time_t"] = time("sigma_map_prime")
     return jax.tree.map(jnp.asarray, params)
 
 
-@pytest.mark.parametrize(("name", "times"), [("flm", 1), ("fmlm", 2)])
-def test_logits_match_the_reference(name, times):
-    arrays = load(name)
-    net = make_network(
+def network(times, **fields):
+    fields = {"attention_cap": 50.0, "logit_cap": 30.0, "causal": False} | fields
+    return make_network(
         vocab_size=VOCAB,
         length=LENGTH,
         warp=TimeWarp("gaussian", "ambient", VOCAB, WIDTH),
@@ -75,11 +76,30 @@ def test_logits_match_the_reference(name, times):
         gate_init=0.0,
         learned_positions=False,
         mask_token=False,
-        causal=False,
         remat="none",
         dtype="float32",
         loss_weight=False,
+        **fields,
     )
+
+
+def test_logits_match_the_autoregressive_reference():
+    """It is causal, knows no time and has no soft-caps; token by token with the cache it says the same."""
+    arrays = load("ar")
+    net, params = network(0, attention_cap=0.0, logit_cap=0.0, causal=True), params_from(arrays)
+    ids = jnp.asarray(arrays["io/ids"])
+    hidden = net.apply(params, net.embed(params, ids), jnp.zeros(len(ids)))
+    np.testing.assert_allclose(net.unembed(params, hidden), arrays["io/logits"], atol=1e-4)
+    cache, step = net.empty_cache(len(ids)), jax.jit(net.decode)
+    for i in range(LENGTH):
+        cache, hidden = step(params, cache, ids[:, i])
+        np.testing.assert_allclose(net.unembed(params, hidden)[:, 0], arrays["io/logits"][:, i], atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "times"), [("flm", 1), ("fmlm", 2)])
+def test_logits_match_the_reference(name, times):
+    arrays = load(name)
+    net = network(times)
     params = params_from(arrays)
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, shapes)

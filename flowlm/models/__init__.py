@@ -35,7 +35,7 @@ from jax.tree_util import Partial
 
 from flowlm import vocab
 from flowlm.interpolant import MIN_NOISE, own_position_features, own_position_matrix
-from flowlm.models.dit import LOGIT_CAP, DiT, LossWeight, soft_cap
+from flowlm.models.dit import DiT, LossWeight, soft_cap
 from flowlm.prior import HIGHEST, Geometry, geometry
 from flowlm.time_warp import TimeWarp
 
@@ -140,10 +140,10 @@ def _log_prior(params):
     return PRIOR_SCALE * params["log_prior"] if "log_prior" in params else 0.0
 
 
-def _readout(dtype, kernel, bias, prior, matrix, hidden):
+def _readout(dtype, cap, kernel, bias, prior, matrix, hidden):
     width = kernel.shape[0]
     out = jnp.matmul(hidden[..., :width].astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
-    logits = soft_cap(out + bias, LOGIT_CAP) + prior
+    logits = soft_cap(out + bias, cap) + prior
     if matrix is not None:
         logits = logits + jnp.matmul(hidden[..., width:], matrix, precision=HIGHEST)
     return logits
@@ -170,6 +170,8 @@ def make_network(
     time_scale: float,
     end_time_scale: float,
     gate_init: float,
+    attention_cap: float,
+    logit_cap: float,
     learned_positions: bool,
     mask_token: bool,
     causal: bool,
@@ -193,6 +195,10 @@ def make_network(
         raise ValueError(f"unknown model.remat {remat!r}: choose none, dots or full")
     if time_embeddings not in (0, 1, 2):
         raise ValueError(f"model.time_embeddings is 0 (no time), 1 (flow) or 2 (flow map), got {time_embeddings}")
+    if min(attention_cap, logit_cap) < 0:
+        raise ValueError(
+            f"model.attention_cap {attention_cap} and model.logit_cap {logit_cap} must be 0 (none) or more"
+        )
     if width % (2 * heads):
         raise ValueError(f"model.width {width} must be a multiple of twice model.heads {heads} (rotary attention)")
     knows_noise = input not in ("raw", "scaled") or output != "plain" or preview
@@ -217,6 +223,7 @@ def make_network(
         time_scale=time_scale,
         end_time_scale=end_time_scale,
         gate_init=gate_init,
+        attention_cap=attention_cap,
         learned_positions=learned_positions,
         mixes=("raw",) * (input in ("both", "white")) + ("preview",) * preview,
         causal=causal,
@@ -276,7 +283,7 @@ def make_network(
     def head(params):
         matrix = None if output == "plain" else own_position_matrix(_geometry(params))
         kernel, bias = params["unembed_kernel"], params["unembed_bias"]
-        return Partial(functools.partial(_readout, compute), kernel, bias, _log_prior(params), matrix)
+        return Partial(functools.partial(_readout, compute, logit_cap), kernel, bias, _log_prior(params), matrix)
 
     def empty_cache(num):
         shape = (blocks, num, length, heads, width // heads)

@@ -1,4 +1,4 @@
-"""The diffusion transformer of the reference (2602.16813): rotary attention, adaLN-zero, both logits soft-capped.
+"""The diffusion transformer of the reference (2602.16813): rotary attention, adaLN-zero, both logits soft-capped by default.
 
     block   x <- x + g1 * Attention( LN(x) (1 + s1) + b1 );   x <- x + g2 * MLP( LN(x) (1 + s2) + b2 )
     head    logits = 30 tanh( (LN(x) (1 + s) + b) W / 30 ),   attention scores 50 tanh( q.k / sqrt(d) / 50 )
@@ -14,14 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ATTENTION_CAP = 50.0
-LOGIT_CAP = 30.0
 SINUSOIDS = 256
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """cap tanh(x / cap): nearly the identity for small x, never beyond cap."""
-    return cap * jnp.tanh(x / cap)
+    """cap tanh(x / cap): nearly the identity for small x, never beyond cap; x itself for a cap of 0."""
+    return x if cap == 0 else cap * jnp.tanh(x / cap)
 
 
 def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.Array:
@@ -33,10 +31,10 @@ def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.A
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, cap: float, visible: jax.Array | None = None) -> jax.Array:
     """Soft-capped softmax attention over [B, L, H, d]; scores and softmax in float32. visible: [L, M] keys a query sees."""
     scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
-    scores = soft_cap(scores, ATTENTION_CAP)
+    scores = soft_cap(scores, cap)
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
     return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores).astype(v.dtype), v)
@@ -94,6 +92,7 @@ class Block(nn.Module):
     heads: int
     dropout: float
     gate_init: float
+    attention_cap: float
     causal: bool
     dtype: jnp.dtype
 
@@ -114,7 +113,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(a, b, position, 1) for a, b in zip(cache, (k, v)))
         visible = jnp.arange(k.shape[1]) <= position + jnp.arange(length)[:, None] if self.causal else None
-        out = attention(q, k, v, visible).reshape(batch, length, self.width)
+        out = attention(q, k, v, self.attention_cap, visible).reshape(batch, length, self.width)
         x = x + (self.gate_init + gate1) * drop(dense(self.width, use_bias=False, name="out")(out))
 
         h = (norm(name="norm2")(x) * (1 + scale2) + shift2).astype(self.dtype)
@@ -140,6 +139,7 @@ class DiT(nn.Module):
     time_scale: float
     end_time_scale: float
     gate_init: float
+    attention_cap: float
     learned_positions: bool
     mixes: tuple[str, ...]  # further inputs, each through a matrix of that name
     causal: bool
@@ -179,7 +179,8 @@ class DiT(nn.Module):
             length=self.blocks,
             unroll=1,
         )
-        stack = stack(self.width, self.heads, self.dropout, self.gate_init, self.causal, self.dtype, name="blocks")
+        fields = self.width, self.heads, self.dropout, self.gate_init, self.attention_cap, self.causal, self.dtype
+        stack = stack(*fields, name="blocks")
         x, filled = stack(x, cond, deterministic, cache, position)
 
         shift, scale = (0.0, 0.0) if cond is None else Modulation(2, self.width, name="modulation")(cond)
