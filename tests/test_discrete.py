@@ -13,9 +13,10 @@ from jax.tree_util import Partial
 
 from flowlm import vocab
 from flowlm.models import Network
-from flowlm.objectives import masked, uniform
+from flowlm.objectives import discrete, uniform
+from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
-from flowlm.objectives.uniform import EPS, Uniform, alpha_of
+from flowlm.objectives.uniform import Uniform, alpha_of
 from flowlm.time_warp import TimeWarp
 from flowlm.train_state import Auxiliary, Teacher
 
@@ -178,7 +179,7 @@ def test_sdtt_target_and_loss_by_hand():
     head, hidden = family.two_steps(net, taught, jnp.asarray(noised), batch["r"], batch["noise"])
     target = np.asarray(head(hidden), np.float64)
     first = logits_of(net, taught, noised, np.zeros(256))
-    picked = (noised == V) & (np.asarray(masked.rows(batch["noise"], 2, L)) < np.minimum(0.25 / r, 1)[:, None])
+    picked = (noised == V) & (np.asarray(discrete.rows(batch["noise"], 2, L)) < np.minimum(0.25 / r, 1)[:, None])
     assert 30 < picked.sum() < (noised == V).sum() - 30
     # The second look: redo it from what the first step wrote, which depends on the keys alone.
     drawn = np.asarray(
@@ -328,4 +329,4 @@ def test_the_loss_of_soft_latents_by_hand():
 def test_kl_is_kl():
     a, b = np.random.default_rng(0).standard_normal((2, 4, V))
     p, q = log_softmax(a), log_softmax(b)
-    np.testing.assert_allclose(masked.kl(jnp.asarray(a), jnp.asarray(b)), (np.exp(p) * (p - q)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(discrete.kl(jnp.asarray(a), jnp.asarray(b)), (np.exp(p) * (p - q)).sum(-1), rtol=1e-5)

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
+from flowlm.objectives.discrete import Discrete, kl, rows
 from flowlm.time_sampling import stratified
-
-EPS = 1e-3
 
 
 def unmask(
@@ -35,13 +34,8 @@ def unmask(
     return jnp.where((ids == mask) & (uniform < (r - r_next) / r), drawn, ids)
 
 
-def rows(keys: jax.Array, purpose: int, length: int) -> jax.Array:
-    """U[0, 1] draws [B, L], each row from its own key."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose), (length,)))(keys)
-
-
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(Discrete):
     """Attributes:
     teacher: distil one (SDTT).
     jump: the step that the student learns to take at once, in r.
@@ -56,19 +50,6 @@ class Masked:
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     sampler: ClassVar[str] = "ancestral"
-
-    def __post_init__(self):
-        if not 0 < self.jump <= 1:
-            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
-
-    def start(self, net, params, teacher):
-        """The student begins as its teacher."""
-        return net.adopt(params, teacher.flow)
-
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
-        """r [num], and a noise key for every row."""
-        times, noise = jax.random.split(key)
-        return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}
 
     def _see(self, net, params, ids, key=None):
         """(head, hidden) of tokens and masks [B, L]."""
@@ -134,9 +115,3 @@ class Masked:
         carry = ids, hidden, jnp.array(False)
         (ids, *_), _ = jax.lax.scan(step, carry, (r[:-1], r[1:], jax.random.split(key, steps)))
         return ids
-
-
-def kl(target: jax.Array, logits: jax.Array) -> jax.Array:
-    """KL(softmax(target) || softmax(logits)): nats [...] for logits [..., V]."""
-    log_p, log_q = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)

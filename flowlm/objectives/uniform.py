@@ -23,11 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
-from flowlm.objectives.masked import kl, rows
+from flowlm.objectives.discrete import EPS, Discrete, kl, rows
 from flowlm.time_sampling import stratified
 from flowlm.time_warp import TimeWarp
 
-EPS = 1e-3
 # The curriculum's range of alpha; beyond it a latent says all or nothing.
 CURRICULUM = (0.03, 0.97)
 
@@ -59,7 +58,7 @@ def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.A
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(Discrete):
     """Attributes:
     warp: what relates a latent's time to alpha.
     teacher: distil one (DCD).
@@ -83,8 +82,7 @@ class Uniform:
     sampler: ClassVar[str] = "ancestral"
 
     def __post_init__(self):
-        if not 0 < self.jump <= 1:
-            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
+        super().__post_init__()
         if self.divergence not in ("forward", "reverse"):
             raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
         if self.warp.prior != "gaussian" or self.warp.kind != "ambient":
@@ -93,15 +91,6 @@ class Uniform:
             )
         if self.curriculum_steps and self.teacher:
             raise ValueError("objective.curriculum_steps is for training from data, not for a student: set it to 0")
-
-    def start(self, net, params, teacher):
-        """The student begins as its teacher."""
-        return net.adopt(params, teacher.flow)
-
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
-        """r [num], and a noise key for every row."""
-        times, noise = jax.random.split(key)
-        return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}
 
     def _see(self, net, params, z, alpha, key=None):
         """(head, hidden) of states z [B, L, D], or of tokens [B, L]."""
