@@ -64,12 +64,12 @@ MIB = 2**20
 class DenseFlow(Flow):
     """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         del aux
         ids, t = batch["ids"], self.warp.t(batch["tau"])[:, None, None]
         x0 = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.vocab)))(batch["noise"])
         x = (1 - t) * x0 + t * jax.nn.one_hot(ids, net.vocab)
-        hidden = net.apply(params, net.embed(params, x), batch["tau"], key=key)
+        hidden = net.apply(params, net.embed(params, x), batch["tau"], keys=keys)
         log_probs = jax.nn.log_softmax(net.unembed(params, hidden))
         return {"cross_entropy": -jnp.take_along_axis(log_probs, ids[..., None], -1).mean((1, 2))}, {}
 
@@ -135,6 +135,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         end_time_scale=1.0,
         gate_init=0.0,
         attention_cap=50.0,
+        attention="xla",
         logit_cap=30.0,
         learned_positions=False,
         mask_token=False,

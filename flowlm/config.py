@@ -21,6 +21,7 @@ def model(size: str) -> ConfigDict:
             end_time_scale=1.0,  # and tau_t; what is differentiated with respect to t should be smooth in it
             gate_init=0.0,  # residual branches start at this weight
             attention_cap=50.0,  # soft-cap of attention scores, 0: none
+            attention="xla",  # xla | splash (TPU) | cudnn (GPU): how it is computed
             logit_cap=30.0,  # and of the output
             learned_positions=False,
             mask_token=False,  # for masked diffusion
@@ -108,7 +109,13 @@ def defaults(family: str = "flow") -> ConfigDict:
                 decay_pattern="kernel$",  # parameters that decay
                 clip_norm=1.0,
             ),
-            mesh=dict(data=-1),  # devices; -1 is all
+            mesh=dict(
+                replica=1,  # over slices, or groups of devices that are far apart
+                data=-1,  # devices that the batch is split over; -1: all that are left
+                model=1,  # devices that heads, hidden layers and the vocabulary are split over
+                fsdp=False,  # split parameters, moving average and moments over `data`
+                grad_reduce_dtype="float32",  # or bfloat16: half of the traffic
+            ),
             checkpoint=dict(every=500, keep_latest=2, keep_every=0),
             evaluation=dict(
                 every=1000,

@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +33,7 @@ from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.sharding import Layout
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # rows in one call of a jitted function
@@ -44,7 +43,7 @@ MAX_CHARS = 10_000_000  # of the train split that the character model is fitted 
 MAX_ROWS = 20_000  # that counts are taken of
 
 
-def make_language_models(names: Sequence[str], length: int, data_dir: str, mesh: Mesh) -> list[Judge]:
+def make_language_models(names: Sequence[str], length: int, data_dir: str, layout: Layout) -> list[Judge]:
     """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
 
     Args:
@@ -61,24 +60,24 @@ def make_language_models(names: Sequence[str], length: int, data_dir: str, mesh:
         elif kind == "hf" and rest:
             judges.append(hugging_face.make_judge(rest, length))
         elif kind == "run" and rest:
-            judges.append(run_judge(rest, length, mesh))
+            judges.append(run_judge(rest, length, layout))
         else:
             raise ValueError(f"unknown evaluation.language_models {name!r}: choose smollm2, hf:NAME or run:DIRECTORY")
     return judges
 
 
-def run_judge(directory: str, length: int, mesh: Mesh) -> LanguageModel:
+def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
     """An autoregressive run of ours as a judge of text, under the name of its directory."""
-    run = load_trained(directory, mesh)
+    run = load_trained(directory, layout)
     family, net = run.experiment.family, run.experiment.net
     if not isinstance(family, Autoregressive):
         raise ValueError(
             f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
         )
-    nats = jax.jit(lambda ids: family.nats(net, run.params, ids))
+    nats = layout.jit(partial(family.nats, net))
     encode = lambda texts: [run.tokenizer.encode(text) for text in texts]
     name = epath.Path(directory).resolve().name
-    return LanguageModel(name, encode, lambda ids: nats(jnp.asarray(ids)), family.start, min(length, net.length - 1))
+    return LanguageModel(name, encode, lambda ids: nats(run.params, ids), family.start, min(length, net.length - 1))
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
@@ -113,13 +112,11 @@ class Sampler:
     `seconds` is what the last draw of 100 samples took, compilation apart.
     """
 
-    def __init__(self, net, family, steps: int, mesh: Mesh):
-        rows = -(-ROWS // mesh.size) * mesh.size
+    def __init__(self, net, family, steps: int, layout: Layout):
+        rows = -(-ROWS // layout.devices) * layout.devices
         self._rows = rows
-        self._sample = jax.jit(
-            lambda params, key: family.sample(net, params, key, rows, steps),
-            out_shardings=NamedSharding(mesh, P("data")),
-        )
+        sample = lambda params, key: family.sample(net, params, key, rows, steps)
+        self._sample = layout.jit(sample, out_shardings=layout.rows)
         self._prepare = jax.jit(net.prepared) if hasattr(family, "prior") else lambda params: params
         self._compiled = None
 
@@ -239,26 +236,27 @@ class Evaluator:
         self,
         experiment: Experiment,
         dataset: Dataset,
-        mesh: Mesh,
+        layout: Layout,
         seed: int,
         settings: ConfigDict,
         data_dir: str,
         only_steps: Sequence[int] | None = None,
     ):
         net, family = experiment.net, experiment.family
-        self._net, self._family, self._dataset, self._mesh, self._seed = net, family, dataset, mesh, seed
+        self._net, self._family, self._dataset, self._seed = net, family, dataset, seed
         self._settings = settings
         steps = settings.steps if only_steps is None else only_steps
         self._samplers = {
-            f"{name}@{n}": Sampler(net, variant, n, mesh) for n in steps for name, variant in samplers(family).items()
+            f"{name}@{n}": Sampler(net, variant, n, layout) for n in steps for name, variant in samplers(family).items()
         }
         self._held_out = self._reference = self._judges = None
         # At once, unlike all else that is slow: a judge that is not here is an error before the training, not after it.
-        self._language_models = make_language_models(settings.language_models, dataset.length, data_dir, mesh)
-        self._bound = jax.jit(partial(getattr(family, "bound", None), net)) if self._has_bound() else None
-        self._denoising = jax.jit(partial(family.denoising, net)) if hasattr(family, "denoising") else None
+        self._language_models = make_language_models(settings.language_models, dataset.length, data_dir, layout)
+        of_net = lambda fn: layout.jit(partial(fn, net))
+        self._bound = of_net(family.bound) if self._has_bound() else None
+        self._denoising = of_net(family.denoising) if hasattr(family, "denoising") else None
         context_free = hasattr(family, "context_free") and self._has_bound()
-        self._context_free = jax.jit(partial(family.context_free, net)) if context_free else None
+        self._context_free = of_net(family.context_free) if context_free else None
 
     def _has_bound(self) -> bool:
         prior = getattr(self._family, "prior", None)

@@ -8,11 +8,13 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from flowlm import run_directory, sharding, train_state
+from flowlm import run_directory, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.models import Network, make_network
+from flowlm.models.attention import runs_on
 from flowlm.objectives import NEEDS, make_family
 from flowlm.optimizers import make_optimizer, make_schedule
+from flowlm.sharding import Layout
 from flowlm.time_warp import TimeWarp
 from flowlm.tokenizers import Tokenizer
 from flowlm.train_state import Teacher
@@ -69,6 +71,11 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None) -> Expe
             raise ValueError(
                 "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both or white"
             )
+    if model["attention"] != "xla" and getattr(family, "differentiates", False):
+        raise ValueError(
+            f"objective.target {family.target} takes forward derivatives through attention, which {model['attention']} has not: "
+            "set --config.model.attention=xla"
+        )
     for key, value in NEEDS.get(config.objective.family, {"mask_token": False}).items():
         if model[key] != value:
             raise ValueError(
@@ -93,17 +100,17 @@ class Trained(NamedTuple):
 
 
 # Settings of a teacher that its student may change; all others of the same network, path and data must agree.
-STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "remat", "dtype", "loss_weight")
+STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "remat", "attention", "dtype", "loss_weight")
 
 
-def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, mesh: jax.sharding.Mesh):
+def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
     """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
 
     Raises:
       FileNotFoundError: config.teacher is not a trained run.
       ValueError: it has another tokenizer, network, prior or time warp; names what differs.
     """
-    run = load_trained(config.teacher, mesh)
+    run = load_trained(config.teacher, layout)
     theirs = run.config
     ours, taught = config.objective.family, theirs.objective.family
     if ours != taught and {ours, taught} & set(NEEDS):
@@ -126,21 +133,20 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
             "residual teaches objective.target residual, and that alone"
         )
     adopt = lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
-    places = sharding.state_shardings(jax.eval_shape(adopt, run.params), mesh)
+    places = layout.places(jax.eval_shape(adopt, run.params))
     params = jax.jit(adopt, out_shardings=places)(run.params)
     if wanted == "flow":
         return Teacher(params)
-    return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, mesh).params), params)
+    return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, layout).params), params)
 
 
-def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):
+def abstract_state(experiment: Experiment, layout: Layout):
     """Shapes and shardings of the training state, without making it."""
     shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0))
-    places = sharding.state_shardings(shapes, mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
 
 
-def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any] | None = None) -> Trained:
+def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run, read only.
 
     Args:
@@ -160,9 +166,11 @@ def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any
             config.objective[key] = value
         except TypeError as error:
             raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
+    if not runs_on(config.model.attention, layout.platform):
+        config.model.attention = "xla"  # it was trained elsewhere
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
-    state = checkpoints.restore(abstract_state(experiment, mesh))
+    state = checkpoints.restore(abstract_state(experiment, layout))
     checkpoints.close()
     if state is None:
         raise FileNotFoundError(f"{directory} has no complete checkpoint yet: let the run reach its first save")

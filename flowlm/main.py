@@ -72,19 +72,19 @@ def _objective() -> dict[str, object]:
 def _sample() -> None:
     from flowlm.evaluation import Sampler, samplers
     from flowlm.experiment import load_trained
-    from flowlm.sharding import make_mesh
+    from flowlm.sharding import Layout, make_mesh
 
     if _CHECKPOINT.value is None:
         raise ValueError("flowlm sample needs --checkpoint=DIR, the directory of a trained run")
     counts, num = _step_counts(["64"]), _NUM.value or 8
-    mesh = make_mesh(-1)
-    run = load_trained(_CHECKPOINT.value, mesh, _objective())
+    layout = Layout(make_mesh(), fsdp=True)
+    run = load_trained(_CHECKPOINT.value, layout, _objective())
     choices = samplers(run.experiment.family)
     name = _SAMPLER.value or list(choices)[-1]
     if name not in choices:
         raise ValueError(f"unknown --sampler {name!r}: choose one of {list(choices)}")
     for steps in counts:
-        draw = Sampler(run.experiment.net, choices[name], steps, mesh)
+        draw = Sampler(run.experiment.net, choices[name], steps, layout)
         print(f"== {name}@{steps}")
         for row in draw(run.params, jax.random.key(_SEED.value), num):
             print(run.tokenizer.decode(row))
@@ -94,7 +94,7 @@ def _evaluate() -> None:
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
     from flowlm.experiment import load_trained
-    from flowlm.sharding import make_mesh
+    from flowlm.sharding import Layout, make_mesh
 
     if _CHECKPOINT.value is None:
         raise ValueError("flowlm evaluate needs --checkpoint=DIR, the directory of a trained run")
@@ -102,14 +102,14 @@ def _evaluate() -> None:
         raise ValueError(
             "--objective changes what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
-    mesh = make_mesh(-1)
-    run = load_trained(_CHECKPOINT.value, mesh, _objective())
+    layout = Layout(make_mesh(), fsdp=True)
+    run = load_trained(_CHECKPOINT.value, layout, _objective())
     data, settings = run.config.data, run.config.evaluation
     counts = _step_counts([str(n) for n in settings.steps])
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
-    evaluator = Evaluator(run.experiment, dataset, mesh, run.config.seed, settings, data.dir, counts)
+    evaluator = Evaluator(run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts)
     result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
     result.save(_RESULTS.value or _CHECKPOINT.value)
     result.show()

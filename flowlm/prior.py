@@ -75,8 +75,12 @@ class Gaussian:
         The value is xi @ color. Its gradient is that of E[x0 | xi] @ E, the mean of the dense draw's gradient given
         the noise that the network sees: unbiased, and less noisy than the dense draw's (Rao-Blackwell).
         """
-        geo = geometry(embedding)
-        return self._sample(keys, embedding, length, geo.color, geo.codes)
+        geo, embedding = geometry(embedding), embedding.astype(jnp.float32)
+        if embedding.shape[0] < embedding.shape[1]:
+            return self._sample(keys, length, geo.color, embedding)
+        # codes^T E without the codes, which are as large as E.
+        gram = jnp.matmul(stop_gradient(embedding).T, embedding, precision=HIGHEST)
+        return self._sample(keys, length, geo.color, jnp.matmul(geo.whiten.T, gram, precision=HIGHEST))
 
     def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
         """The value of `sample` without its gradient, for geo = geometry(embedding) that is at hand."""
@@ -88,13 +92,19 @@ class Gaussian:
         Their Gram matrix is then singular; a QR factor, slower on accelerators, is exact all the same.
         """
         codes, color = jnp.linalg.qr(stop_gradient(embedding).astype(jnp.float32))
-        return self._sample(keys, embedding, length, color, codes)
+        carrier = jnp.matmul(codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
+        return self._sample(keys, length, color, carrier)
 
-    def _sample(self, keys, embedding, length, color, codes):
-        xi = _white(keys, length, color.shape[0])
-        value = jnp.matmul(xi, color, precision=HIGHEST)
-        carrier = xi @ jnp.matmul(codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
-        return stop_gradient(value) + carrier - stop_gradient(carrier)
+    def _sample(self, keys, length, color, carrier):
+        """xi @ color [B, L, D] with the gradient of xi @ carrier, both [R, D]; xi is drawn again in the backward pass."""
+
+        @jax.checkpoint
+        def sample(keys, color, carrier):
+            xi = _white(keys, length, color.shape[0])
+            carried = xi @ carrier
+            return stop_gradient(jnp.matmul(xi, color, precision=HIGHEST)) + carried - stop_gradient(carried)
+
+        return sample(keys, stop_gradient(color), carrier)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
+from flowlm.config import defaults
 from flowlm.tokenizers import Tokenizer
 
 PACKAGES = (
@@ -30,6 +31,7 @@ PACKAGES = (
 )
 # Settings that may change when a run is taken up again: they do not change what has been learnt so far.
 FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir")
+FREE += ("model.attention", "model.remat")
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -68,7 +70,7 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     workdir = epath.Path(workdir)
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
-        held = json.loads((workdir / "config.json").read_text())
+        held = json.loads(_settings(workdir).to_json())
         old, new = _flat(held), _flat(wanted)
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
         if changed:
@@ -93,6 +95,14 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     _write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
 
+def _settings(workdir) -> ConfigDict:
+    """What the run was started with; settings that are younger than it have their defaults."""
+    held = json.loads((workdir / "config.json").read_text())
+    config = defaults(held["objective"]["family"]).unlock()
+    config.update(held)
+    return config.lock()
+
+
 def load(workdir) -> tuple[ConfigDict, Tokenizer]:
     """Settings and tokenizer of a run. Raises FileNotFoundError if `workdir` is not a run directory."""
     workdir = epath.Path(workdir)
@@ -100,5 +110,4 @@ def load(workdir) -> tuple[ConfigDict, Tokenizer]:
         raise FileNotFoundError(
             f"{workdir} is not a run directory (no config.json): give the --workdir of a `flowlm train`"
         )
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    return config.lock(), Tokenizer.load(workdir / "tokenizer.json")
+    return _settings(workdir), Tokenizer.load(workdir / "tokenizer.json")

@@ -1,29 +1,50 @@
-"""Where arrays live: the mesh, the batch and the state.
+"""Where arrays live: the mesh, the batch and the state; decided here, outside the model.
 
-Decided outside the model. The mesh has one axis, `data`; one device is the mesh of size one. RULES is the one table of
-(regular expression on the parameter path -> axes); the same function places parameters, EMA and optimizer moments.
+Mesh axes: `replica` and `data` split the batch; with `fsdp` the axis `data` also splits parameters, moving average and moments;
+`model` splits heads, hidden layers and the vocabulary. RULES is the one table of what goes where, for all of a state.
+
+A training step's loss and gradient run on each device's own rows (`Layout.on_rows`), so that one step reduces each gradient once,
+and chunks of the vocabulary (vocab.py) need no talk between devices that split the batch:
+
+    data parallel   gradients are summed over (replica, data) at the end of the step, once whatever the accumulation
+    fsdp            a parameter is gathered over `data` where it is used, a block's inside the loop over blocks, and its gradient
+                    comes back by reduce-scatter; what is left is summed over replicas at the end
+    model           left to XLA's partitioner inside of that
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
+from flowlm.models.attention import runs_on
 
+ROWS = ("replica", "data")
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh over `data` devices, all of them for -1. Raises ValueError if there are not that many."""
-    devices = jax.devices()
-    data = len(devices) if data == -1 else data
-    if not 1 <= data <= len(devices):
-        raise ValueError(
-            f"mesh.data = {data}, but {len(devices)} devices are here: set mesh.data to -1 or at most that"
-        )
-    # Linen's contractions fail on the Explicit axes that make_mesh gives by default.
-    return jax.make_mesh((data,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:data])
+# (pattern of a path, axes of its last dimensions). `data` counts under fsdp only. An axis that does not divide its dimension is
+# left out, but a vocabulary that `model` does not divide is stored along the other dimension instead (see `stored`).
+RULES: tuple[tuple[str, tuple], ...] = (
+    (r"(^|/)embedding$", ("model", "data")),
+    (r"(^|/)unembed_kernel$", ("data", "model")),
+    (r"(^|/)(unembed_bias|log_prior)$", ("model",)),
+    (r"(^|/)positions$", (None, "data")),
+    (r"(^|/)mix_\w+/kernel$", ("data", None)),
+    (r"blocks/qkv/kernel$", ("data", None, "model", None)),
+    (r"blocks/mlp_in/kernel$", ("data", "model")),
+    (r"blocks/mlp_in/bias$", ("model",)),
+    (r"blocks/(out|mlp_out)/kernel$", ("model", "data")),
+    (r"blocks/modulation/linear/kernel$", (None, "data")),
+    (r"", ()),
+)
+# Products run in the network's own type: what else is gathered keeps its float32.
+PRODUCTS = re.compile(r"(blocks/(qkv|out|mlp_in|mlp_out)/kernel|(^|/)unembed_kernel)$")
 
 
 def path_of(path) -> str:
@@ -31,31 +52,250 @@ def path_of(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def state_shardings(abstract_state, mesh: Mesh):
-    """The sharding of every array of a state tree, by RULES: the first pattern found in its path."""
+def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) -> Mesh:
+    """A mesh of replica x data x model devices; one of them may be -1, what is left. Slices, where there are several, are replicas.
 
-    def place(path, _):
-        name = path_of(path)
-        return NamedSharding(mesh, next(spec for pattern, spec in RULES if re.search(pattern, name)))
+    Args:
+      devices: all of this run's by default.
 
-    return jax.tree_util.tree_map_with_path(place, abstract_state)
+    Raises:
+      ValueError: the devices are fewer, or do not divide so.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape, names = [replica, data, model], ("replica", "data", "model")
+    shown = ", ".join(f"mesh.{name} = {size}" for name, size in zip(names, shape))
+    known = int(np.prod([size for size in shape if size != -1]))
+    if shape.count(-1) > 1 or min(size for size in (*shape, 1) if size != -1) < 1:
+        raise ValueError(f"{shown}: each is a number of devices, at least 1, and one of them may be -1, what is left")
+    if -1 in shape:
+        if known > len(devices) or len(devices) % known:
+            raise ValueError(
+                f"{shown}, but {len(devices)} devices are here, no multiple of {known}: choose sizes that multiply to it"
+            )
+        shape[shape.index(-1)] = len(devices) // known
+    size = int(np.prod(shape))
+    if size > len(devices):
+        raise ValueError(
+            f"{shown}, but {len(devices)} devices are here: set mesh.data to -1, or sizes that multiply to at most that"
+        )
+    devices = devices[:size]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(
+                f"{shown}, but the devices lie on {slices} slices: make mesh.replica a multiple of {slices}"
+            )
+        inside = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    # Linen's contractions fail on the Explicit axes that make_mesh gives by default.
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(batch_size: int, accumulation: int, group: int, mesh: Mesh) -> None:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(shard: jax.Array, dim: int, wire: str, reduce: str) -> jax.Array:
+    """The whole of an array of which every device along `data` holds a shard of dimension `dim`.
+
+    It travels as `wire`; its gradient is summed and cut again, travelling as `reduce`.
+    """
+    return jax.lax.all_gather(shard.astype(wire), "data", axis=dim, tiled=True).astype(shard.dtype)
+
+
+def _gather_forward(shard, dim, wire, reduce):
+    return _gather(shard, dim, wire, reduce), None
+
+
+def _gather_backward(dim, wire, reduce, _, gradient):
+    part = jax.lax.psum_scatter(gradient.astype(reduce), "data", scatter_dimension=dim, tiled=True)
+    return (part.astype(gradient.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, and how a state lies on it.
+
+    Attributes:
+      fsdp: split parameters, moving average and moments over `data`.
+      grad_reduce_dtype: what gradients are summed in across devices, float32 or bfloat16.
+      dtype: model.dtype, what gathered matrices travel in.
+    """
+
+    mesh: Mesh
+    fsdp: bool = False
+    grad_reduce_dtype: str = "float32"
+    dtype: str = "float32"
+
+    @property
+    def devices(self) -> int:
+        """How many devices the batch is split over."""
+        return self.mesh.shape["replica"] * self.mesh.shape["data"]
+
+    @property
+    def platform(self) -> str:
+        """cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Of a global batch [B, ...]."""
+        return NamedSharding(self.mesh, P(ROWS))
+
+    def stored(self, path: str, shape: tuple[int, ...]) -> P:
+        """The axes along which an array of the state is stored."""
+        wanted = next(axes for pattern, axes in RULES if re.search(pattern, path))
+        lead = len(shape) - len(wanted)
+        axes: list[Any] = [None] * lead + [None if axis == "data" and not self.fsdp else axis for axis in wanted]
+        fits = lambda axis, size: size % self.mesh.shape[axis] == 0
+        model, data = self.mesh.shape["model"], self.mesh.shape["data"] if self.fsdp else 1
+        for i, axis in enumerate(axes):
+            if axis is None or self.mesh.shape[axis] == 1:
+                axes[i] = None
+            elif not fits(axis, shape[i]):
+                axes[i] = None
+                other = lead + 1 - (i - lead)
+                if axis == "model" and len(wanted) == 2 and shape[other] % (model * data) == 0:
+                    axes[other] = ("data", "model") if data > 1 else "model"
+                    break
+        return P(*axes)
+
+    def used(self, path: str, shape: tuple[int, ...]) -> P:
+        """The axes along which it is used: never `data`; `model` even where that leaves parts of unequal size."""
+        wanted = next(axes for pattern, axes in RULES if re.search(pattern, path))
+        lead = len(shape) - len(wanted)
+        uneven = lambda axis, size: axis == "model" and size >= self.mesh.shape["model"] > 1
+        return P(*[None] * lead, *(a if uneven(a, n) else None for a, n in zip(wanted, shape[lead:])))
+
+    def places(self, tree):
+        """The sharding of every array of a tree of shapes: parameters, moving average, moments, or a whole state."""
+        return _map_named(lambda name, a: NamedSharding(self.mesh, self.stored(name, a.shape)), tree)
+
+    def whole(self, params):
+        """Parameters that any jitted program can use: on every device, but for `model`."""
+        used = lambda name, a: NamedSharding(self.mesh, self.used(name, a.shape))
+        return _map_named(lambda name, a: jax.lax.with_sharding_constraint(a, used(name, a)), params)
+
+    def jit(self, fn: Callable, **options) -> Callable:
+        """jax.jit of fn(params, ...) with params made whole; for all that is no training step."""
+
+        def run(params, *args):
+            # For kernels, which have to know of the mesh.
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return fn(self.whole(params), *args)
+
+        return jax.jit(run, **options)
+
+    def on_rows(self, fn: Callable, net, names: tuple[str, ...]) -> Callable:
+        """fn(net, whole, params, aux, batch) -> (metrics, {name of names: gradient like params}) on each device's own rows.
+
+        `whole` makes what it is given of params and aux usable; of the blocks' parameters the net that fn is handed sees to
+        itself. Metrics are averaged over devices, and so are gradients, each of which lies like its parameter.
+        """
+        # Without a model axis there is nothing to leave to the partitioner, and kernels can be called as they are.
+        manual = ROWS if self.mesh.shape["model"] > 1 else self.mesh.axis_names
+
+        def spread(params, aux, batch):
+            flat = [leaf for tree in (params, aux) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+            shapes = {path_of(path): a.shape for path, a in flat}
+            block = {
+                name.split("blocks/")[1]: shape[1:] for name, shape in shapes.items() if name.startswith("blocks/")
+            }
+            by_hand = lambda name, a: P(*(_cut(axis) for axis in self.stored(name, a.shape)))
+            specs = _map_named(by_hand, params), _map_named(by_hand, aux)
+
+            def whole(tree):
+                return _map_named(lambda name, a: a if "blocks/" in name else self._used(name, a, shapes[name]), tree)
+
+            def whole_block(tree):
+                return _map_named(lambda name, a: self._used(f"blocks/{name}", a, block[name]), tree)
+
+            def local(params, aux, batch):
+                metrics, gradients = fn(net.gathering(whole_block) if self.fsdp else net, whole, params, aux, batch)
+
+                def reduce(name, g):
+                    cut = self._dim(name, shapes[name])
+                    total = jax.lax.psum(g.astype(self.grad_reduce_dtype), ROWS if cut is None else "replica")
+                    return total.astype(g.dtype) / self.devices
+
+                return jax.lax.pmean(metrics, ROWS), {k: _map_named(reduce, g) for k, g in gradients.items()}
+
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(*specs, P(ROWS)),
+                out_specs=(P(), dict.fromkeys(names, specs[0])),
+                axis_names=set(manual),
+                check_vma=False,
+            )(params, aux, batch)
+
+        return spread
+
+    def _dim(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """The dimension of an array that is cut over `data`, if one is."""
+        return next((i for i, axis in enumerate(self.stored(name, shape)) if _cut(axis)), None)
+
+    def _used(self, name: str, shard: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The whole of a shard, on each device's own rows."""
+        dim = self._dim(name, shape)
+        if dim is not None:
+            wire = self.dtype if PRODUCTS.search(name) else "float32"
+            shard = _gather(shard, dim, wire, self.grad_reduce_dtype)
+        spec, model = self.used(name, shape), self.mesh.shape["model"]
+        if any(size % model for size, axis in zip(shape, spec) if axis):
+            shard = jax.lax.with_sharding_constraint(shard, NamedSharding(jax.sharding.get_abstract_mesh(), spec))
+        return shard
+
+
+def _cut(axis) -> str | None:
+    """What of one dimension's axes is cut by hand on each device's own rows: `data`."""
+    return "data" if axis == "data" or (isinstance(axis, tuple) and "data" in axis) else None
+
+
+def _map_named(fn: Callable, tree):
+    """fn(path of a leaf as a/b/c, leaf) over a tree."""
+    return jax.tree_util.tree_map_with_path(lambda path, a: fn(path_of(path), a), tree)
+
+
+def make_layout(config, devices=None) -> Layout:
+    """The layout of an experiment over these devices, all by default.
+
+    Raises:
+      ValueError: a mesh that does not fit the devices or the network, or an unknown type to reduce gradients in.
+    """
+    wanted = config.mesh
+    if wanted.grad_reduce_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"unknown mesh.grad_reduce_dtype {wanted.grad_reduce_dtype!r}: choose float32 or bfloat16")
+    mesh = make_mesh(wanted.replica, wanted.data, wanted.model, devices)
+    if config.model.heads % mesh.shape["model"]:
+        raise ValueError(
+            f"mesh.model = {mesh.shape['model']} does not divide model.heads = {config.model.heads}: attention is split by heads"
+        )
+    layout = Layout(mesh, wanted.fsdp, wanted.grad_reduce_dtype, config.model.dtype)
+    if not runs_on(config.model.attention, layout.platform):
+        raise ValueError(
+            f"model.attention {config.model.attention} does not run on {layout.platform}: set --config.model.attention=xla"
+        )
+    return layout
+
+
+def check_batch(batch_size: int, accumulation: int, group: int, devices: int) -> None:
     """Raises ValueError unless the global batch divides over microbatches, devices and groups of rows that stay together."""
     if accumulation < 1:
         raise ValueError(f"accumulation is a number of microbatches, at least 1, got {accumulation}")
-    parts = accumulation * mesh.size * group
+    parts = accumulation * devices * group
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
-            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {mesh.size} devices"
+            f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {devices} devices"
             f"{f' x groups of {group} rows (objective.diagonal)' if group > 1 else ''}: "
             f"use {max(1, batch_size // parts) * parts} or {(batch_size // parts + 1) * parts}"
         )
 
 
-def global_rows(rows, start: int, batch_size: int, length: int, mesh: Mesh) -> jax.Array:
-    """Rows start .. start + batch_size of an endless stream as one global array [batch_size, length], sharded over `data`.
+def global_rows(rows, start: int, batch_size: int, length: int, layout: Layout) -> jax.Array:
+    """Rows start .. start + batch_size of an endless stream as one global array [batch_size, length], split over devices.
 
     Args:
       rows: (start, stop) -> int32 [stop - start, length]; each host asks only for what its devices hold.
@@ -65,4 +305,4 @@ def global_rows(rows, start: int, batch_size: int, length: int, mesh: Mesh) -> j
         first, last, _ = index[0].indices(batch_size)
         return np.asarray(rows(start + first, start + last), np.int32)
 
-    return jax.make_array_from_callback((batch_size, length), NamedSharding(mesh, P("data")), part)
+    return jax.make_array_from_callback((batch_size, length), layout.rows, part)

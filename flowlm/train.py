@@ -29,16 +29,16 @@ def train(config: ConfigDict, workdir: str) -> None:
     data = config.data
     tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
-    mesh = sharding.make_mesh(config.mesh.data)
-    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), mesh)
+    layout = sharding.make_layout(config)
+    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
     teacher = None
     if config.teacher:
-        teacher = load_teacher(config, tokenizer, experiment, mesh)
+        teacher = load_teacher(config, tokenizer, experiment, layout)
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
     # ---- The state is born sharded: shapes, then places, then values.
-    abstract = abstract_state(experiment, mesh)
+    abstract = abstract_state(experiment, layout)
     places = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
@@ -49,7 +49,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
-    print(f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}", file=sys.stderr)
+    print(
+        f"{parameters:,} parameters on {layout.mesh.size} device(s), from step {first} to {config.steps}",
+        file=sys.stderr,
+    )
 
     step_fn = train_state.make_step(
         experiment.net,
@@ -59,10 +62,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         ema_decay=config.ema_decay,
         accumulation=config.accumulation,
         dropout=config.model.dropout > 0,
+        layout=layout,
     )
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     rows = dataset.train.shuffled(config.seed)
-    evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation, data.dir)
+    evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard)
     progress = tqdm(total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True)
 
@@ -74,7 +78,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 _check_finite(metrics, step, checkpoints)
                 checkpoints.save(step, state)
 
-            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
+            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, layout)
             previous = metrics
             state, metrics = step_fn(state, batch, teacher)
             progress.update()

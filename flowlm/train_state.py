@@ -1,5 +1,6 @@
 """What a run remembers, and one step of training as a pure function of it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,49 +56,64 @@ def _project(gradient, other):
     return jax.tree.map(lambda g, o: g - against * o, gradient, other)
 
 
-def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulation: int, dropout: bool):
+def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulation: int, dropout: bool, layout=None):
     """step(state, ids [B, L], teacher) -> (state, metrics): one update on a global batch, `accumulation` microbatches at a time.
 
-    Times and noise keys are drawn for the global batch before it is split, so accumulating changes no number but rounding.
-    `teacher` is what aux.teacher shows to the family, or None. Metrics: `loss`, the mean of each named loss
-    and metric over its rows, `grad_norm` before clipping, `param_norm` after the update.
+    Times and keys are drawn for the global batch before it is split, a key for every row, so neither accumulating nor the mesh
+    changes any number but by rounding. `teacher` is what aux.teacher shows to the family, or None. Metrics: `loss`, the mean of
+    each named loss and metric over its rows, `grad_norm` before clipping, `param_norm` after the update.
+
+    Args:
+      layout: how state and batch lie on a mesh (sharding.Layout); None for one device.
     """
-    group, surgery = getattr(family, "group", 1), getattr(family, "surgery", False)
+    group, names = getattr(family, "group", 1), getattr(family, "parts", ("loss",))
 
-    def losses(params, aux, batch, key):
-        losses, metrics = family.loss(net, params, aux, batch, key)
-        parts = {name: value.sum() / batch["ids"].shape[0] for name, value in losses.items()}
-        means = {name: value.mean() for name, value in (losses | metrics).items()}
-        return parts if surgery else {"loss": sum(parts.values())}, {"loss": sum(parts.values()), **means}
+    def gradients(net, params, aux, batch):
+        """(metrics, {part of the loss: its gradient}) of one microbatch."""
 
-    def gradients(params, aux, batch, key):
-        """(metrics, {part of the loss: its gradient})."""
-        parts, pullback, metrics = jax.vjp(lambda p: losses(p, aux, batch, key), params, has_aux=True)
+        def losses(params):
+            losses, metrics = family.loss(net, params, aux, batch, batch.get("dropout"))
+            parts = {name: value.sum() / batch["ids"].shape[0] for name, value in losses.items()}
+            parts |= {"loss": sum(parts.values())}
+            means = {name: value.mean() for name, value in (losses | metrics).items()}
+            return {name: parts[name] for name in names}, {"loss": parts["loss"], **means}
+
+        parts, pullback, metrics = jax.vjp(losses, params, has_aux=True)
         pick = lambda name: {other: jnp.float32(other == name) for other in parts}
         return metrics, {name: pullback(pick(name))[0] for name in parts}
 
-    def step(state: TrainState, ids: jax.Array, teacher=None):
-        batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
-        key = purpose_key(seed, state.step, DROPOUT) if dropout else None
-        aux = Auxiliary(teacher, state.ema, state.step)
+    def accumulated(net, whole, params, aux, batch):
+        """The same for all rows of a device. `whole` makes parameters usable, and its transpose goes back, once."""
+        params, back = jax.vjp(whole, params)
+        aux = whole(aux)
         if accumulation == 1:
-            metrics, grads = gradients(state.params, aux, batch, key)
+            metrics, grads = gradients(net, params, aux, batch)
         else:
-            # Microbatch i takes groups i, i + accumulation, ...: every device keeps its share of each.
+
             def split(a):
                 a = jnp.moveaxis(a.reshape(-1, accumulation, group, *a.shape[1:]), 1, 0)
                 return a.reshape(accumulation, -1, *a.shape[3:])
 
-            parts = jax.tree.map(split, batch)
-
-            def add(total, part):
-                index, rows = part
-                out = gradients(state.params, aux, rows, None if key is None else jax.random.fold_in(key, index))
+            def add(total, rows):
+                out = gradients(net, params, aux, rows)
                 return jax.tree.map(lambda a, b: a + b / accumulation, total, out), None
 
-            shapes = jax.eval_shape(gradients, state.params, aux, jax.tree.map(lambda a: a[0], parts), key)
+            parts = jax.tree.map(split, batch)
+            shapes = jax.eval_shape(partial(gradients, net), params, aux, jax.tree.map(lambda a: a[0], parts))
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (metrics, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulation), parts))
+            (metrics, grads), _ = jax.lax.scan(add, zero, parts)
+        return metrics, {name: back(g)[0] for name, g in grads.items()}
+
+    alone = partial(accumulated, net, lambda tree: tree)
+    compute = alone if layout is None else layout.on_rows(accumulated, net, names)
+
+    def step(state: TrainState, ids: jax.Array, teacher=None):
+        batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
+        if dropout:
+            batch["dropout"] = jax.random.split(purpose_key(seed, state.step, DROPOUT), ids.shape[0])
+        if layout is not None:
+            batch = jax.lax.with_sharding_constraint(batch, layout.rows)
+        metrics, grads = compute(state.params, Auxiliary(teacher, state.ema, state.step), batch)
         first, *others = grads.values()
         grads = jax.tree.map(lambda *g: sum(g), first, *(_project(g, first) for g in others))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

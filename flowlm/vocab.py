@@ -16,10 +16,10 @@ import jax.numpy as jnp
 Head = Callable[[jax.Array], jax.Array]
 
 # Logits that are small enough to be held at once, 16 MB of float32; larger ones are cut into at least PARTS chunks (more
-# would save little) of at most CHUNK tokens, over all devices together.
+# would save little) of at most CHUNK tokens. In a training step these are one device's own (sharding.py).
 SMALL = 2**22
 PARTS = 8
-CHUNK = 2048
+CHUNK = 1024
 
 
 def _span(batch: int, length: int, size: int) -> int:
@@ -30,7 +30,7 @@ def _span(batch: int, length: int, size: int) -> int:
 
 
 def _by_chunk(fn: Callable, head: Head | int, arrays: tuple, span: int | None) -> Any:
-    """fn(index, *arrays) over chunks of `span` positions along axis 1 of every array; results are joined again.
+    """fn(*arrays) over chunks of `span` positions along axis 1 of every array; results are joined again.
 
     `head`, or V where there is none, says how large a chunk's logits are. One chunk is computed directly. Of several, each
     is recomputed in the backward pass.
@@ -40,7 +40,7 @@ def _by_chunk(fn: Callable, head: Head | int, arrays: tuple, span: int | None) -
         size = head if isinstance(head, int) else jax.eval_shape(head, arrays[0][:1, :1]).shape[-1]
         span = _span(batch, length, size)
     if span >= length:
-        return fn(0, *arrays)
+        return fn(*arrays)
     count = -(-length // span)
 
     def split(a):
@@ -50,8 +50,8 @@ def _by_chunk(fn: Callable, head: Head | int, arrays: tuple, span: int | None) -
     def join(a):
         return jnp.moveaxis(a, 0, 1).reshape(batch, count * span, *a.shape[3:])[:, :length]
 
-    body = jax.checkpoint(lambda _, part: (None, fn(part[0], *part[1])), prevent_cse=False)
-    _, out = jax.lax.scan(body, None, (jnp.arange(count), tuple(split(a) for a in arrays)))
+    body = jax.checkpoint(lambda _, part: (None, fn(*part)), prevent_cse=False)
+    _, out = jax.lax.scan(body, None, tuple(split(a) for a in arrays))
     return jax.tree.map(join, out)
 
 
@@ -70,7 +70,7 @@ def over_logits(fn: Callable, readouts: tuple, arrays: tuple = (), span: int | N
     sizes = [len(r) - 1 for r in readouts]
     flat = [a for r in readouts for a in r[1:]]
 
-    def chunk(_, *parts):
+    def chunk(*parts):
         parts, logits = list(parts), []
         for head, size in zip(heads, sizes, strict=True):
             hidden = [parts.pop(0) for _ in range(size)]
@@ -83,7 +83,7 @@ def over_logits(fn: Callable, readouts: tuple, arrays: tuple = (), span: int | N
 def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, span: int | None = None) -> jax.Array:
     """-log softmax(logits)[ids]: nats [B, L] for ids [B, L]."""
 
-    def nats(_, h, y):
+    def nats(h, y):
         logits = head(h)
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
 
@@ -93,7 +93,7 @@ def cross_entropy(head: Head, hidden: jax.Array, ids: jax.Array, span: int | Non
 def squared_error(head: Head, hidden: jax.Array, ids: jax.Array, span: int | None = None) -> jax.Array:
     """|softmax(logits) - one_hot(ids)|^2 = 1 - 2 p[ids] + |p|^2: [B, L]."""
 
-    def error(_, h, y):
+    def error(h, y):
         p = jax.nn.softmax(head(h))
         return 1 - 2 * jnp.take_along_axis(p, y[..., None], -1)[..., 0] + jnp.sum(p * p, -1)
 
@@ -103,12 +103,12 @@ def squared_error(head: Head, hidden: jax.Array, ids: jax.Array, span: int | Non
 def softmax_embed(head: Head, hidden: jax.Array, embedding: jax.Array, span: int | None = None) -> jax.Array:
     """softmax(logits) @ E: the mean embedding [B, L, D] under the predicted distribution."""
     embedding = embedding.astype(jnp.float32)
-    return _by_chunk(lambda _, h: jax.nn.softmax(head(h)) @ embedding, head, (hidden,), span)
+    return _by_chunk(lambda h: jax.nn.softmax(head(h)) @ embedding, head, (hidden,), span)
 
 
 def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
     """The likeliest token, ids [B, L]."""
-    return _by_chunk(lambda _, h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
+    return _by_chunk(lambda h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
@@ -156,18 +156,17 @@ def categorical(
     temperature of whatever is sampled with them.
 
     Args:
-      key: one for all, or one for each row, [B]; a row's draw then depends on its own key alone, not on chunks.
+      key: one, or one for each row, [B]; a row's draw depends on its own key alone, not on chunks.
       arrays: [B, L], handed to the kernel chunk by chunk.
     """
     gumbel = lambda key, logits: jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
-    def draw(index, h, position, *parts):
+    def draw(h, position, *parts):
         logits = nucleus(kernel(head(h) / temperature, *parts), top_p)
-        if key.ndim == 0:
-            return gumbel(jax.random.fold_in(key, index), logits)
         each = jax.vmap(lambda key, row, at: jax.vmap(gumbel)(jax.vmap(jax.random.fold_in, (None, 0))(key, at), row))
-        return each(key, logits, position)
+        return each(keys, logits, position)
 
+    keys = jax.random.split(key, hidden.shape[0]) if key.ndim == 0 else key
     position = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
     return _by_chunk(draw, head, (hidden, position, *arrays), span)
 
@@ -190,7 +189,7 @@ def gaussian_latents(
     """
     size = embedding.shape[0]
 
-    def see(_, y, position):
+    def see(y, position):
         row = lambda key, at: jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (size,)))(at)
         eps, clean = jax.vmap(row)(keys, position), jax.nn.one_hot(y, size)
         out = []

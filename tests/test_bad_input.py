@@ -15,7 +15,7 @@ from flowlm import experiment as experiments
 from flowlm import main, run_directory
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import reader
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ SETTINGS = {
     ("accumulation=3", "mesh.data=1"): "batch_size 32 is not a multiple of accumulation 3 x 1 devices: use 30 or 33",
     ("accumulation=8", "mesh.data=8"): "batch_size 32 is not a multiple of accumulation 8 x 8 devices: use 64",
     ("batch_size=0",): "batch_size 0",
-    ("mesh.data=9",): "mesh.data = 9, but 8 devices are here",
+    ("mesh.data=9",): "mesh.data = 9, mesh.model = 1, but 8 devices are here",
     ("mesh.data=0",): "mesh.data = 0",
     ("objective.family=flows",): r"unknown objective.family 'flows': choose one of \[.*'flow'",
     ("objective.loss=mse",): r"unknown objective.loss 'mse': choose one of \['cross_entropy', 'squared_error'\]",
@@ -195,7 +195,7 @@ def test_a_run_without_checkpoints(data_dir, tmp_path):
 def test_an_unknown_sampler(data_dir, tmp_path):
     config = run_config(data_dir)
     run_directory.prepare(tmp_path, config, shipped("grammar98"))
-    abstract = experiments.abstract_state(experiments.build(config, 99), make_mesh(1))
+    abstract = experiments.abstract_state(experiments.build(config, 99), Layout(make_mesh(data=1)))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract))
     checkpoints.close()

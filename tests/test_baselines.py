@@ -15,7 +15,7 @@ from toy import run_config, train_only
 from flowlm import main
 from flowlm.experiment import load_trained
 from flowlm.metrics import read_metrics
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.train import train
 
 
@@ -82,7 +82,7 @@ def test_a_run_is_evaluated_with_another_sampler(data_dir, tmp_path, monkeypatch
         ({"eta": "hot"}, "objective.eta cannot be 'hot'"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_trained(tmp_path / "run", make_mesh(1), change)
+            load_trained(tmp_path / "run", Layout(make_mesh(data=1)), change)
 
 
 @pytest.mark.parametrize("family", ["autoregressive", "masked", "uniform"])

@@ -19,7 +19,7 @@ from toy import run_config, train_only
 from flowlm import experiment as experiments
 from flowlm.checkpoint import Checkpoints
 from flowlm.metrics import read_metrics
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 
 STEPS = 12  # saved every 3
 
@@ -77,7 +77,7 @@ def contents(directory):
 
 
 def abstract_state(config):
-    return experiments.abstract_state(experiments.build(config, 99), make_mesh(1))
+    return experiments.abstract_state(experiments.build(config, 99), Layout(make_mesh(data=1)))
 
 
 # --- stopped and killed ------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_reading_a_run_changes_nothing_on_disk(workdir, config):
     _truncate("*")(workdir / "checkpoints/6")
     (workdir / "checkpoints/9.orbax-checkpoint-tmp").mkdir()
     before = contents(workdir)
-    run = experiments.load_trained(workdir, make_mesh(1))
+    run = experiments.load_trained(workdir, Layout(make_mesh(data=1)))
     assert run.step == 3
     assert contents(workdir) == before
     saved = ocp.load(workdir / "checkpoints/3")["ema"]

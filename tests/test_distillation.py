@@ -16,7 +16,7 @@ from flowlm import experiment as experiments
 from flowlm import run_directory, train_state
 from flowlm.evaluation import Evaluation, compare
 from flowlm.metrics import read_metrics
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
 
 STEPS = 4
@@ -57,10 +57,10 @@ def saved(workdir, step=STEPS):
 def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     """The same logits to the last bit, whatever the second time; and training would move what was zero."""
     config = run_config(data_dir, "flow_map", **{"teacher": str(teacher), "model.preview": preview})
-    mesh = make_mesh(1)
+    layout = Layout(make_mesh(data=1))
     student = experiments.build(config, 99)
-    params = experiments.load_teacher(config, shipped("grammar98"), student, mesh).flow
-    run = experiments.load_trained(teacher, mesh)
+    params = experiments.load_teacher(config, shipped("grammar98"), student, layout).flow
+    run = experiments.load_trained(teacher, layout)
     theirs = run.experiment.net
     z = jax.random.normal(jax.random.key(0), (4, 19, 32)) @ jnp.diag(jnp.linspace(0.1, 1, 32))
     tau = jnp.array([0.0, 0.3, 0.6, 0.9])

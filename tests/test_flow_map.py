@@ -15,7 +15,7 @@ from oracle import total_variation
 from flowlm import config, flow_map, vocab
 from flowlm.flow_map import eulerian_weight, lagrangian_weight, semigroup_weight, transport
 from flowlm.models import Network
-from flowlm.models.dit import soft_cap
+from flowlm.models.attention import soft_cap
 from flowlm.objectives import make_family
 from flowlm.objectives.guidance import Prediction
 from flowlm.time_sampling import pairs

@@ -9,7 +9,7 @@ from flowlm import evaluation
 from flowlm.experiment import load_trained
 from flowlm.judges import smollm2
 from flowlm.judges.language_model import LanguageModel
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.train import train
 
 END = 0
@@ -126,8 +126,8 @@ def test_the_pretrained_judge_ranks_texts():
 def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     config = run_config(data_dir, "autoregressive", steps=2)
     train_only(config, tmp_path / "ar")
-    (judge,) = evaluation.make_language_models([f"run:{tmp_path / 'ar'}"], 19, str(data_dir), make_mesh(1))
-    run = load_trained(tmp_path / "ar", make_mesh(1))
+    (judge,) = evaluation.make_language_models([f"run:{tmp_path / 'ar'}"], 19, str(data_dir), Layout(make_mesh(data=1)))
+    run = load_trained(tmp_path / "ar", Layout(make_mesh(data=1)))
     texts = ["the dog sees the cat .", "she writes a poem ."]
     expected = []
     for text in texts:
@@ -139,7 +139,7 @@ def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     np.testing.assert_allclose(judge.score(None, texts)["ar_nats_per_token"], sum(expected) / count, rtol=1e-5)
     train_only(run_config(data_dir, "masked", steps=2), tmp_path / "masked")
     with pytest.raises(ValueError, match="is of the family masked: only an autoregressive run can judge"):
-        evaluation.make_language_models([f"run:{tmp_path / 'masked'}"], 19, str(data_dir), make_mesh(1))
+        evaluation.make_language_models([f"run:{tmp_path / 'masked'}"], 19, str(data_dir), Layout(make_mesh(data=1)))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,19 @@
 """Inputs and outputs of the network against their formulas in numpy, and its switches against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from jax.experimental.pallas.ops.tpu import splash_attention
 
+from flowlm.config import defaults
+from flowlm.experiment import build
 from flowlm.models import PREVIEW, PRIOR_SCALE, dit
+from flowlm.models.attention import attention
+from flowlm.sharding import make_layout, make_mesh
 
 SHAPES = [(12, 16), (40, 16)]  # V < D and V > D
 
@@ -37,7 +44,7 @@ def body_input(monkeypatch, net, params, z, tau):
     """What reaches the transformer's first block, by replacing the blocks with nothing."""
     seen = {}
 
-    def spy(self, x, cond, deterministic, cache, position):
+    def spy(self, x, cond, keys, position, index, cache):
         jax.debug.callback(lambda x: seen.setdefault("x", np.asarray(x)), x)
         return x, None
 
@@ -167,12 +174,14 @@ def test_positions_are_told_apart_only_when_they_are_learned():
         assert (np.abs(out - out[:, :1]).max() > 1e-2) == learned
 
 
-def test_second_time_matters_and_dropout_needs_a_key():
+def test_second_time_matters_and_dropout_needs_keys():
     net, params, z, tau = case(12, 16, time_embeddings=2, dropout=0.5)
     out = net.apply(params, z, tau, tau)
     np.testing.assert_array_equal(out, net.apply(params, z, tau))
     assert np.abs(out - net.apply(params, z, tau, jnp.ones(3))).max() > 1e-3
-    assert np.abs(out - net.apply(params, z, tau, tau, key=jax.random.key(0))).max() > 1e-3
+    assert (
+        np.abs(out - net.apply(params, z, tau, tau, keys=jax.random.split(jax.random.key(0), z.shape[0]))).max() > 1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,3 +199,61 @@ def test_second_time_matters_and_dropout_needs_a_key():
 def test_bad_fields_are_refused(fields, word):
     with pytest.raises(ValueError, match=word):
         toy.network(**fields)
+
+
+# --- kernels for attention ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, executed step by step on this machine."""
+    make = splash_attention.make_splash_mha
+    monkeypatch.setattr(splash_attention, "make_splash_mha", functools.partial(make, interpret=True))
+
+
+@pytest.mark.parametrize(("cap", "causal", "length"), [(50.0, False, 128), (0.0, True, 100)])
+def test_splash_attention_is_attention(interpreted, cap, causal, length):
+    q, k, v, w = (3 * jax.random.normal(key, (2, length, 2, 64)) for key in jax.random.split(jax.random.key(0), 4))
+    ours, pull = jax.vjp(lambda *a: attention(*a, cap, causal, "splash"), q, k, v)
+    theirs, pull_plain = jax.vjp(lambda *a: attention(*a, cap, causal), q, k, v)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for a, b in zip(pull(w), pull_plain(w), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_splash_attention_on_a_mesh(interpreted):
+    """The partitioner cannot cut a kernel: rows and heads are, inside a jitted program and inside a step's own rows."""
+    mesh = make_mesh(data=4, model=2)
+    q, k, v = (jax.random.normal(key, (4, 128, 2, 64)) for key in jax.random.split(jax.random.key(0), 3))
+    plain = attention(q, k, v, 50.0)
+    q, k, v = jax.device_put((q, k, v), jax.NamedSharding(mesh, jax.P()))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = functools.partial(attention, cap=50.0, implementation="splash")
+        np.testing.assert_allclose(jax.jit(run)(q, k, v), plain, atol=1e-4)
+        rows = jax.P("data")
+        own = jax.shard_map(run, in_specs=(rows,) * 3, out_specs=rows, axis_names={"replica", "data"}, check_vma=False)
+        np.testing.assert_allclose(jax.jit(own)(q, k, v), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(attention="flash"), "flash"),
+        (dict(attention="splash"), "multiples of 128, not 6"),
+        (dict(attention="cudnn", dtype="bfloat16"), "attention_cap is 50"),
+    ],
+)
+def test_attention_that_cannot_be(fields, words):
+    with pytest.raises(ValueError, match=words):
+        toy.network(**fields)
+
+
+def test_a_derivative_needs_attention_that_has_one():
+    config = defaults("flow_map")
+    config.data.length = 128
+    config.model.update(vocab_size=12, time_embeddings=2, input="both", attention="splash")
+    config.objective.target = "lsd"
+    with pytest.raises(ValueError, match="model.attention=xla"):
+        build(config, 12)
+    with pytest.raises(ValueError, match="splash does not run on cpu"):
+        make_layout(config)

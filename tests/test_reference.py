@@ -33,7 +33,7 @@ def params_from(arrays):
         return modulation | {
             "norm1": {"scale": arrays[f"{p}.norm1.weight"]},
             "norm2": {"scale": arrays[f"{p}.norm2.weight"]},
-            "qkv": linear(f"{p}.attn_qkv", bias=False),
+            "qkv": {"kernel": arrays[f"{p}.attn_qkv.weight"].T.reshape(WIDTH, 3, HEADS, -1)},
             "out": linear(f"{p}.attn_out", bias=False),
             "mlp_in": linear(f"{p}.mlp.0"),
             "mlp_out": linear(f"{p}.mlp.2"),
@@ -57,7 +57,7 @@ def params_from(arrays):
 
 
 def network(times, **fields):
-    fields = {"attention_cap": 50.0, "logit_cap": 30.0, "causal": False} | fields
+    fields = {"attention_cap": 50.0, "attention": "xla", "logit_cap": 30.0, "causal": False} | fields
     return make_network(
         vocab_size=VOCAB,
         length=LENGTH,

@@ -12,7 +12,7 @@ from toy import run_config, train_only
 from flowlm.data import open_dataset
 from flowlm.metrics import read_metrics
 from flowlm.optimizers import update_ema
-from flowlm.sharding import global_rows, make_mesh
+from flowlm.sharding import Layout, global_rows, make_mesh
 from flowlm.time_sampling import stratified
 
 STEPS = 5
@@ -59,9 +59,10 @@ def test_eight_devices_train_as_one(trained, reference):
     workdir = trained("eight", **{"mesh.data": 8})
     np.testing.assert_allclose(losses(workdir), losses(reference), rtol=1e-5)
     assert_close(saved(workdir, STEPS)["params"], saved(reference, STEPS)["params"])
-    # What eight devices began, one goes on with.
-    trained("eight", **{"mesh.data": 1, "steps": STEPS + 1})
-    longer = trained("longer", steps=STEPS + 1)
+    # What eight devices began, all parameters cut over four and heads and vocabulary over two of them go on with, then one.
+    trained("eight", **{"mesh.data": 4, "mesh.model": 2, "mesh.fsdp": True, "steps": STEPS + 1})
+    trained("eight", **{"mesh.data": 1, "steps": STEPS + 2})
+    longer = trained("longer", steps=STEPS + 2)
     np.testing.assert_allclose(losses(workdir), losses(longer), rtol=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_a_batch_is_a_function_of_seed_and_step(data_dir):
     truth = {step: stream(step * batch, (step + 1) * batch) for step in (0, 1, last)}
     for step in (last, 0, 1):
         for devices in (1, 8):
-            ids = global_rows(split.shuffled(3), step * batch, batch, split.length, make_mesh(devices))
+            ids = global_rows(split.shuffled(3), step * batch, batch, split.length, Layout(make_mesh(data=devices)))
             np.testing.assert_array_equal(ids, truth[step])
             assert len(ids.addressable_shards) == devices
             for shard in ids.addressable_shards:

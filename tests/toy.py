@@ -31,6 +31,7 @@ FIELDS = dict(
     causal=False,
     remat="none",
     dtype="float32",
+    attention="xla",
     loss_weight=False,
 )
 

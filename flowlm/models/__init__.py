@@ -35,7 +35,8 @@ from jax.tree_util import Partial
 
 from flowlm import vocab
 from flowlm.interpolant import MIN_NOISE, own_position_features, own_position_matrix
-from flowlm.models.dit import DiT, LossWeight, soft_cap
+from flowlm.models.attention import check, soft_cap
+from flowlm.models.dit import DiT, LossWeight
 from flowlm.prior import HIGHEST, Geometry, geometry
 from flowlm.time_warp import TimeWarp
 
@@ -58,10 +59,11 @@ class Network:
 
     Attributes:
       init: key -> params.
-      apply: (params, z [B, L, D], tau_s [B], tau_t [B] | None, key | None) -> hidden [B, L, F]. Dropout only with a key.
-      weak: `apply` with dropout of at least WEAK_DROPOUT; needs the key. For autoguidance.
+      apply: (params, z [B, L, D], tau_s [B], tau_t [B] | None, keys [B] | None) -> hidden [B, L, F]. Dropout only with keys.
+      weak: `apply` with dropout of at least WEAK_DROPOUT; needs the keys. For autoguidance.
       head: params -> a pytree mapping hidden [..., F] to float32 logits [..., V] (what vocab.py works on).
       decode: (params, cache, ids [B]) -> (cache, hidden [B, 1, F]): `apply` on one more token of a causal network.
+      gathering: fn -> the same network, whose blocks call fn on their parameters to make them whole (sharding.py).
       empty_cache: B -> the cache before the first token.
       vocab: V. length: L. width: D.
     """
@@ -70,6 +72,7 @@ class Network:
     apply: Callable[..., jax.Array]
     weak: Callable[..., jax.Array]
     head: Callable[[Any], vocab.Head]
+    gathering: Callable[[Callable], "Network"]
     vocab: int
     length: int
     width: int
@@ -171,6 +174,7 @@ def make_network(
     end_time_scale: float,
     gate_init: float,
     attention_cap: float,
+    attention: str,
     logit_cap: float,
     learned_positions: bool,
     mask_token: bool,
@@ -182,7 +186,7 @@ def make_network(
     """Builds the network; every argument is a field of the experiments' `model` section.
 
     Raises:
-      ValueError: an unknown input, output, remat or dtype, heads that do not divide the width, or an input or output that
+      ValueError: an unknown input, output, remat, dtype or attention, heads that do not divide the width, an input or output that
         needs the gaussian prior.
     """
     if input not in INPUTS:
@@ -199,6 +203,7 @@ def make_network(
         raise ValueError(
             f"model.attention_cap {attention_cap} and model.logit_cap {logit_cap} must be 0 (none) or more"
         )
+    check(attention, cap=attention_cap, causal=causal, length=length, dtype=dtype)
     if width % (2 * heads):
         raise ValueError(f"model.width {width} must be a multiple of twice model.heads {heads} (rotary attention)")
     knows_noise = input not in ("raw", "scaled") or output != "plain" or preview
@@ -224,6 +229,7 @@ def make_network(
         end_time_scale=end_time_scale,
         gate_init=gate_init,
         attention_cap=attention_cap,
+        attention=attention,
         learned_positions=learned_positions,
         mixes=("raw",) * (input in ("both", "white")) + ("preview",) * preview,
         causal=causal,
@@ -235,7 +241,7 @@ def make_network(
         z, tau = jnp.zeros((1, length, width)), jnp.zeros((1,))
         raw = z[..., : min(vocab_size, width)] if input == "white" else z
         extra = (raw,) * (input in ("both", "white")) + (z,) * preview
-        params = module.init(key, z, extra, tau, tau, True)["params"]
+        params = module.clone(attention="xla").init(key, z, extra, tau, tau)["params"]
         if input == "white":
             params["log_prior"] = jnp.zeros((vocab_size,))
         if loss_weight:
@@ -253,7 +259,7 @@ def make_network(
         noise = jnp.maximum(1 - t, MIN_NOISE)
         return jnp.matmul(z, geo.whiten, precision=HIGHEST) / jnp.sqrt(t**2 / vocab_size + noise**2)
 
-    def run(module, params, z, tau_s, tau_t=None, key=None):
+    def run(module, params, z, tau_s, tau_t=None, keys=None):
         embedding = params["embedding"]
         frozen, t, extra, features = stop_gradient(embedding), warp.t(tau_s), (), None
         if knows_noise:
@@ -272,8 +278,7 @@ def make_network(
             ahead = own_position_features(geo, z, jnp.maximum(t, warp.t(PREVIEW)))
             extra += (vocab.softmax_embed(posterior, ahead, embedding),)
         tau_t = tau_s if tau_t is None else tau_t
-        rngs = {} if key is None else {"dropout": key}
-        hidden = module.apply({"params": params}, x, extra, tau_s, tau_t, key is None, rngs=rngs)
+        hidden = module.apply({"params": params}, x, extra, tau_s, tau_t, keys)
         if output == "early_skip":
             features = features * jnp.maximum(0.0, 1 - (tau_s / EARLY) ** 2)[:, None, None]
         if output != "plain":
@@ -296,10 +301,15 @@ def make_network(
     def decode(params, cache, ids):
         z, position, time = params["embedding"][ids[:, None]], cache["position"], jnp.zeros(ids.shape)
         filled = cache["keys"], cache["values"]
-        hidden, (keys, values) = module.apply({"params": params}, z, (), time, time, True, filled, position)
+        hidden, (keys, values) = module.apply({"params": params}, z, (), time, time, None, filled, position)
         return {"position": position + 1, "keys": keys, "values": values}, hidden
 
-    weak = module.clone(dropout=max(dropout, WEAK_DROPOUT))
-    apply, weak = functools.partial(run, module), functools.partial(run, weak)
     streams = (decode, empty_cache) if causal and input == "raw" else (None, None)
-    return Network(init, apply, weak, head, vocab_size, length, width, *streams)
+
+    def network(whole=None):
+        own = module.clone(whole=whole)
+        weak = own.clone(dropout=max(dropout, WEAK_DROPOUT))
+        apply, weak = functools.partial(run, own), functools.partial(run, weak)
+        return Network(init, apply, weak, head, network, vocab_size, length, width, *streams)
+
+    return network()

@@ -9,17 +9,15 @@ applied by `models/__init__.py` and `vocab.py`.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowlm.models.attention import attention
+
 SINUSOIDS = 256
-
-
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """cap tanh(x / cap): nearly the identity for small x, never beyond cap; x itself for a cap of 0."""
-    return x if cap == 0 else cap * jnp.tanh(x / cap)
 
 
 def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.Array:
@@ -27,24 +25,25 @@ def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.A
     length, half = x.shape[1], x.shape[-1] // 2
     angle = (first + jnp.arange(length))[:, None] / base ** (jnp.arange(half) / half)[None, :]
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    left, right = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+    left, right = (half.astype(jnp.float32) for half in jnp.split(x, 2, -1))
+    # Halves are cut and joined in x's own type: in float32 they would fill memory for nothing.
+    return jnp.concatenate([(left * cos - right * sin).astype(x.dtype), (right * cos + left * sin).astype(x.dtype)], -1)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, cap: float, visible: jax.Array | None = None) -> jax.Array:
-    """Soft-capped softmax attention over [B, L, H, d]; scores and softmax in float32. visible: [L, M] keys a query sees."""
-    scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
-    scores = soft_cap(scores, cap)
-    if visible is not None:
-        scores = jnp.where(visible, scores, -jnp.inf)
-    return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
-class TokenDense(nn.Dense):
-    """`nn.Dense` on [B, L, D] as one [B L, D] product: weight gradients then contract one axis, twice as fast on CPU."""
+class TokenDense(nn.DenseGeneral):
+    """`nn.DenseGeneral` on [B, L, D] as one [B L, D] product: weight gradients then contract one axis, twice as fast on CPU."""
 
     def __call__(self, x):
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+        out = super().__call__(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], *out.shape[1:])
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, purpose, rate: float) -> jax.Array:
+    """x [B, L, W] with its entries zeroed with probability `rate`, each row by its own key [B]: the same on every mesh."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, purpose), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class TimeEmbedding(nn.Module):
@@ -83,7 +82,7 @@ class Modulation(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on x [B, L, width], written for `nn.scan`: returns (x, cache).
+    """Transformer block number `index` on x [B, L, width], written for `nn.scan`: returns (x, cache). Dropout with keys [B].
 
     With a cache (k, v) [B, M, heads, d], x are the tokens from `position` on, which see what the cache holds up to them.
     """
@@ -93,32 +92,33 @@ class Block(nn.Module):
     dropout: float
     gate_init: float
     attention_cap: float
+    attention: str
     causal: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, cond, deterministic, cache, position):
+    def __call__(self, x, cond, keys, position, index, cache):
         batch, length, _ = x.shape
         dense = functools.partial(TokenDense, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, use_bias=False, epsilon=1e-5)
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
         half = (0.0, 0.0, 1 - self.gate_init)
         modulation = half + half if cond is None else Modulation(6, self.width, name="modulation")(cond)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
         h = (norm(name="norm1")(x) * (1 + scale1) + shift1).astype(self.dtype)
-        qkv = dense(3 * self.width, use_bias=False, name="qkv")(h)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, -1), 2, 0)
+        shape = (3, self.heads, self.width // self.heads)
+        q, k, v = jnp.moveaxis(dense(shape, use_bias=False, name="qkv")(h), 2, 0)
         q, k = rotary(q, position), rotary(k, position)
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(a, b, position, 1) for a, b in zip(cache, (k, v)))
-        visible = jnp.arange(k.shape[1]) <= position + jnp.arange(length)[:, None] if self.causal else None
-        out = attention(q, k, v, self.attention_cap, visible).reshape(batch, length, self.width)
-        x = x + (self.gate_init + gate1) * drop(dense(self.width, use_bias=False, name="out")(out))
+        kind = self.attention if cache is None else "xla"
+        out = attention(q, k, v, self.attention_cap, self.causal, kind, position).reshape(batch, length, self.width)
+        out = dense(self.width, use_bias=False, name="out")(out)
+        x = x + (self.gate_init + gate1) * dropout(out, keys, 2 * index, self.dropout)
 
         h = (norm(name="norm2")(x) * (1 + scale2) + shift2).astype(self.dtype)
         h = dense(self.width, name="mlp_out")(nn.gelu(dense(4 * self.width, name="mlp_in")(h)))
-        return x + (self.gate_init + gate2) * drop(h), cache
+        return x + (self.gate_init + gate2) * dropout(h, keys, 2 * index + 1, self.dropout), cache
 
 
 class DiT(nn.Module):
@@ -140,14 +140,16 @@ class DiT(nn.Module):
     end_time_scale: float
     gate_init: float
     attention_cap: float
+    attention: str  # attention.py
     learned_positions: bool
     mixes: tuple[str, ...]  # further inputs, each through a matrix of that name
     causal: bool
     remat: str  # none | dots: keep products, recompute the rest | full: recompute blocks
     dtype: jnp.dtype
+    whole: Callable | None = None  # makes a block's stored parameters whole, inside the loop over blocks (sharding.py)
 
     @nn.compact
-    def __call__(self, z, extra, tau_s, tau_t, deterministic, cache=None, position=0):
+    def __call__(self, z, extra, tau_s, tau_t, keys=None, cache=None, position=0):
         uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
         self.param("embedding", uniform, (self.vocab + self.mask_token, self.width))
         self.param("unembed_kernel", nn.initializers.zeros, (self.width, self.vocab))
@@ -168,20 +170,23 @@ class DiT(nn.Module):
         cond = None if cond is None else nn.silu(cond)
 
         block = Block
+        if self.whole is not None:
+            gathered = lambda variables: {"params": self.whole(variables["params"])}
+            block = nn.map_variables(Block, "params", gathered)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None
-            block = nn.remat(Block, static_argnums=(3,), prevent_cse=False, policy=policy)
+            block = nn.remat(block, prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=self.blocks,
             unroll=1,
         )
-        fields = self.width, self.heads, self.dropout, self.gate_init, self.attention_cap, self.causal, self.dtype
-        stack = stack(*fields, name="blocks")
-        x, filled = stack(x, cond, deterministic, cache, position)
+        fields = self.width, self.heads, self.dropout, self.gate_init, self.attention_cap, self.attention
+        stack = stack(*fields, self.causal, self.dtype, name="blocks")
+        x, filled = stack(x, cond, keys, position, jnp.arange(self.blocks), cache)
 
         shift, scale = (0.0, 0.0) if cond is None else Modulation(2, self.width, name="modulation")(cond)
         hidden = nn.LayerNorm(use_bias=False, epsilon=1e-5, name="norm")(x) * (1 + scale) + shift

@@ -2,13 +2,14 @@
 
 A family is a frozen dataclass of its hyperparameters with
     draw(key, num) -> {name: [num, ...]}                      the random part of a global batch, added to batch["ids"]
-    loss(net, params, aux, batch, key) -> (losses, metrics)   dicts of per-example arrays; the names of `losses` share the
+    loss(net, params, aux, batch, keys) -> (losses, metrics)  dicts of per-example arrays; the names of `losses` share the
                                                               batch's rows, and their sum over rows / B is the loss
     sample(net, params, key, num, steps) -> ids [num, L]
     bound(net, params, batch, key) -> nats [B]                where it has one
-and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `surgery` (project conflicting
-gradients of the losses; False). A family that takes a teacher has start(net, params, teacher) -> the student's first parameters.
-Means, meshes and microbatches are the training step's affair. A family without `sample` is a stage on the way to one that has it.
+and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `parts` (names of losses whose
+conflicting gradients are projected; ("loss",), their sum). A family that takes a teacher has start(net, params, teacher) -> the
+student's first parameters. `keys` [B] are for dropout, or None. Means, meshes and microbatches are the training step's affair. A
+family without `sample` is a stage on the way to one that has it.
 """
 
 from flowlm.objectives.autoregressive import Autoregressive

@@ -33,15 +33,15 @@ class Autoregressive:
         """Nothing is random."""
         return {}
 
-    def nats(self, net, params, ids, key=None):
+    def nats(self, net, params, ids, keys=None):
         """-log p of every token but the first: [B, L - 1]."""
         time = jnp.zeros(ids.shape[0])
-        hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, key=key)
+        hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, keys=keys)
         return vocab.cross_entropy(net.head(params), hidden, ids[:, 1:])
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({cross_entropy: [B]}, {}), nats per predicted token, for batch = {ids [B, L]}."""
-        return {"cross_entropy": self.nats(net, params, batch["ids"], key).mean(-1)}, {}
+        return {"cross_entropy": self.nats(net, params, batch["ids"], keys).mean(-1)}, {}
 
     def bound(self, net, params, batch, key) -> jax.Array:
         """-log p(ids) given the start token: nats [B], exact."""

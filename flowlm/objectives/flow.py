@@ -54,14 +54,14 @@ class Flow(Denoiser):
         times, noise = jax.random.split(key)
         return {"tau": stratified(times, num), "noise": jax.random.split(noise, num)}
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({name: per-example loss [B]}, {name: per-example metric [B]}) for batch = {ids [B, L]} | draw(...).
 
-        `aux` carries teachers for families that have one; unused here. `key` is for dropout alone, or None.
+        `aux` carries teachers for families that have one; unused here. `keys` [B] are for dropout alone, or None.
         """
         del aux
         z = self.noised(net.embedding(params), batch, self.warp.t(batch["tau"]))
-        hidden = net.apply(params, z, batch["tau"], key=key)
+        hidden = net.apply(params, z, batch["tau"], keys=keys)
         per_token = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"])
         loss = net.weighted(params, per_token.mean(-1), batch["tau"], batch["tau"])
         return {self.loss_kind: loss}, {}

@@ -37,7 +37,7 @@ from flowlm.time_sampling import PAIRS, pairs, stratified
 
 
 class Player(NamedTuple):
-    """One network in the game, frozen or live: apply(z, tau_s, tau_t, key) -> hidden, and its head."""
+    """One network in the game, frozen or live: apply(z, tau_s, tau_t, keys) -> hidden, and its head."""
 
     apply: Callable
     head: vocab.Head
@@ -76,10 +76,10 @@ class Game(NamedTuple):
         """delta @ E of a (head, hidden), in the joint state."""
         return vocab.softmax_embed(*readout[:2], self.embedding)
 
-    def moving(self, z, rows, key, through: bool):
+    def moving(self, z, rows, keys, through: bool):
         """(head, hidden, d/dt hidden) of the live delta_{s,t}; the gradient goes through the derivative or not."""
         _, t = self.times(rows)
-        hidden, tangent = flow_map.d_dt(lambda tau: self.live.apply(z, rows["tau_s"], tau, key), self.warp, t)
+        hidden, tangent = flow_map.d_dt(lambda tau: self.live.apply(z, rows["tau_s"], tau, keys), self.warp, t)
         return self.live.head, hidden, tangent if through else stop_gradient(tangent)
 
 
@@ -89,19 +89,19 @@ def at(time: jax.Array) -> jax.Array:
 
 
 def _semigroup(match):
-    def target(self, game: Game, z, rows, key) -> Match:
+    def target(self, game: Game, z, rows, keys) -> Match:
         (s, t), u = game.times(rows), game.warp.t(rows["tau_u"])
         first = game.map.see(z, rows["tau_s"], rows["tau_u"])
         middle = transport(z, game.mean(first), at(s), at(u))
         second = game.map.see(middle, rows["tau_u"], rows["tau_t"])
-        live = game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+        live = game.live.see(z, rows["tau_s"], rows["tau_t"], keys)
         return vocab.over_logits(match, (live, first, second), (semigroup_weight(s, u, t),))
 
     return target
 
 
-def _teacher_steps(self, game: Game, z, rows, key) -> Match:
-    (s, t), live = game.times(rows), game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+def _teacher_steps(self, game: Game, z, rows, keys) -> Match:
+    (s, t), live = game.times(rows), game.live.see(z, rows["tau_s"], rows["tau_t"], keys)
     parts, weights, u = [], [], s
     for i in range(self.teacher_steps):
         tau = rows["tau_s"] + (rows["tau_t"] - rows["tau_s"]) * i / self.teacher_steps
@@ -113,9 +113,9 @@ def _teacher_steps(self, game: Game, z, rows, key) -> Match:
 
 
 def _lagrangian(match, weights, through=False):
-    def target(self, game: Game, z, rows, key) -> Match:
+    def target(self, game: Game, z, rows, keys) -> Match:
         s, t = game.times(rows)
-        moving = game.moving(z, rows, key, through)
+        moving = game.moving(z, rows, keys, through)
         end = stop_gradient(transport(z, game.mean(moving), at(s), at(t)))
         flow = game.flow.see(end, rows["tau_t"], rows["tau_t"])
         return vocab.over_logits(match, (moving, flow), weights(s, t))
@@ -126,24 +126,24 @@ def _lagrangian(match, weights, through=False):
 def _eulerian(match, at_end):
     """At t = 1 the identity says nothing of delta (squared form) or is singular (logit form): those rows learn by `at_end`."""
 
-    def target(self, game: Game, z, rows, key) -> Match:
+    def target(self, game: Game, z, rows, keys) -> Match:
         s, t = game.times(rows)
         flow = game.flow.see(z, rows["tau_s"], rows["tau_s"])
-        step = lambda tau, z: game.live.apply(z, tau, rows["tau_t"], key)
+        step = lambda tau, z: game.live.apply(z, tau, rows["tau_t"], keys)
         hidden, tangent = flow_map.d_flow(step, game.warp, s, z, stop_gradient(game.mean(flow)))
         moving = game.live.head, hidden, stop_gradient(tangent)
         inside = vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
         if self.boundary == 0:
             return inside
         ends = rows["tau_t"][:, None] == 1
-        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), _semigroup(at_end)(self, game, z, rows, key), inside)
+        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), _semigroup(at_end)(self, game, z, rows, keys), inside)
 
     return target
 
 
-def _residual(self, game: Game, z, rows, key) -> Match:
+def _residual(self, game: Game, z, rows, keys) -> Match:
     s, t = game.times(rows)
-    live = game.live.see(z, rows["tau_s"], rows["tau_t"], key)
+    live = game.live.see(z, rows["tau_s"], rows["tau_t"], keys)
     others = game.flow.see(z, rows["tau_s"], rows["tau_s"]), game.residual.see(z, rows["tau_s"], rows["tau_t"])
     return vocab.over_logits(flow_map.residual, (live, *others), (eulerian_weight(s, t),))
 
@@ -245,6 +245,17 @@ class FlowMap(Denoiser):
         return share.numerator, share.denominator
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the losses whose gradients are taken apart for surgery; otherwise their sum's."""
+        names = ("diagonal", self.target) if self.diagonal > 0 else (self.target,)
+        return names if self.surgery else ("loss",)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the target takes forward derivatives of the network."""
+        return self.target not in ("psd", "psd_squared", "teacher_steps", "residual")
+
+    @property
     def group(self) -> int:
         """Rows that stay together in a microbatch: of each group the first few are diagonal."""
         return self._split[1]
@@ -280,7 +291,7 @@ class FlowMap(Denoiser):
         )
         return part(slice(0, diagonal)), part(slice(diagonal, None))
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({diagonal: [B1], TARGET: [B2]}, metrics) for batch = {ids [B, L]} | draw(...), B1 + B2 = B."""
         embedding = net.embedding(params)
         width = embedding.shape[1]
@@ -302,11 +313,11 @@ class FlowMap(Denoiser):
         game = Game(player(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
 
         on, off = self._rows(batch)
+        on_keys, off_keys = self._rows(keys)
         losses = {}
-        keys = (None, None) if key is None else jax.random.split(key)
         if self.diagonal > 0:
             z = self.noised(embedding, on, self.warp.t(on["tau_s"]), joint)
-            live = game.live.see(z, on["tau_s"], on["tau_s"], keys[0])
+            live = game.live.see(z, on["tau_s"], on["tau_s"], on_keys)
             if self.teacher:
                 match = vocab.over_logits(flow_map.diagonal, (live, game.flow.see(z, on["tau_s"], on["tau_s"])))
                 loss = self._adapted(match, 1e-2)
@@ -314,7 +325,7 @@ class FlowMap(Denoiser):
                 loss = vocab.cross_entropy(*live, on["ids"]).mean(-1)
             losses["diagonal"] = net.weighted(params, loss, on["tau_s"], on["tau_s"])
         z = self.noised(embedding, off, self.warp.t(off["tau_s"]), joint)
-        match = TARGETS[self.target](self, game, z, off, keys[1])
+        match = TARGETS[self.target](self, game, z, off, off_keys)
         losses[self.target] = net.weighted(params, self._adapted(match, 1e-6), off["tau_s"], off["tau_t"])
         return losses, {"distance": match.distance.mean(-1), "clamped": match.clamped.mean(-1)}
 

@@ -64,5 +64,5 @@ class Predictor(NamedTuple):
     def __call__(self, z, tau_s, tau_t=None, key=None) -> Prediction:
         hidden = (self.net.apply(self.params, z, tau_s, tau_t),)
         if self.guidance != 1:
-            hidden += (self.net.weak(self.params, z, tau_s, tau_t, key),)
+            hidden += (self.net.weak(self.params, z, tau_s, tau_t, jax.random.split(key, z.shape[0])),)
         return Prediction(self.net.head(self.params), hidden, self.guidance)

@@ -51,26 +51,26 @@ class Masked(Discrete):
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     sampler: ClassVar[str] = "ancestral"
 
-    def _see(self, net, params, ids, key=None):
+    def _see(self, net, params, ids, keys=None):
         """(head, hidden) of tokens and masks [B, L]."""
-        return net.head(params), net.apply(params, net.embed(params, ids), jnp.zeros(ids.shape[0]), key=key)
+        return net.head(params), net.apply(params, net.embed(params, ids), jnp.zeros(ids.shape[0]), keys=keys)
 
     def noised(self, net, batch):
         """ids [B, L] with each token masked with probability r."""
         return jnp.where(rows(batch["noise"], 0, net.length) < batch["r"][:, None], net.vocab, batch["ids"])
 
-    def _diffusion(self, net, params, batch, key=None):
+    def _diffusion(self, net, params, batch, keys=None):
         noised = self.noised(net, batch)
-        nats = vocab.cross_entropy(*self._see(net, params, noised, key), batch["ids"])
+        nats = vocab.cross_entropy(*self._see(net, params, noised, keys), batch["ids"])
         return jnp.where(noised == net.vocab, nats / batch["r"][:, None], 0.0)
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({diffusion or sdtt: [B]}, {}), nats per token."""
         if not self.teacher:
-            return {"diffusion": self._diffusion(net, params, batch, key).mean(-1)}, {}
+            return {"diffusion": self._diffusion(net, params, batch, keys).mean(-1)}, {}
         noised = self.noised(net, batch)
         target = self.two_steps(net, aux.teacher.flow, noised, batch["r"], batch["noise"])
-        live = self._see(net, params, noised, key)
+        live = self._see(net, params, noised, keys)
         divergence = vocab.over_logits(kl, (target, live))
         masked = noised == net.vocab
         count = jnp.maximum(masked.sum(-1), 1)

@@ -45,7 +45,7 @@ class Residual(Path):
         tau_s, tau_t = pairs(times, num, round(num * self.boundary), self.pairs)
         return {"tau_s": tau_s, "tau_t": tau_t, "noise": jax.random.split(noise, num)}
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({residual_map: [B]}, {}): u is the midpoint of tau_s and tau_t; the embedding stays the flow's."""
         embedding = stop_gradient(net.embedding(aux.teacher.flow))
         params = net.with_embedding(params, embedding)
@@ -63,6 +63,6 @@ class Residual(Path):
         middle = stop_gradient(euler + at((u - s) ** 2 / 2) * bend)
         second = head, net.apply(fixed, middle, tau_u, tau_t)
         flow_u = flow_head, net.apply(aux.teacher.flow, middle, tau_u, tau_u)
-        live = head, net.apply(params, z, tau_s, tau_t, key)
+        live = head, net.apply(params, z, tau_s, tau_t, keys)
         match = vocab.over_logits(flow_map.residual_map, (live, first, second, flow_s, flow_u), (s, u, t))
         return {"residual_map": match.loss.mean(-1)}, {}

@@ -92,10 +92,10 @@ class Uniform(Discrete):
         if self.curriculum_steps and self.teacher:
             raise ValueError("objective.curriculum_steps is for training from data, not for a student: set it to 0")
 
-    def _see(self, net, params, z, alpha, key=None):
+    def _see(self, net, params, z, alpha, keys=None):
         """(head, hidden) of states z [B, L, D], or of tokens [B, L]."""
         z = net.embed(params, z) if z.ndim == 2 else z
-        return net.head(params), net.apply(params, z, alpha, key=key)
+        return net.head(params), net.apply(params, z, alpha, keys=keys)
 
     def noised(self, net, ids, keys, alpha):
         """ids [B, L], each replaced by a uniform token with probability 1 - alpha [B]."""
@@ -109,37 +109,37 @@ class Uniform(Discrete):
         t = jax.nn.sigmoid(first + (last - first) * r)
         return t, self.warp.tau(t), self.warp.dtau_dt(t) * t * (1 - t) * (last - first)
 
-    def _diffusion(self, net, params, batch, y, z, alpha, slope, key=None):
+    def _diffusion(self, net, params, batch, y, z, alpha, slope, keys=None):
         """Nats [B, L], where z is what the network is shown of the noised tokens y."""
-        return vocab.over_logits(diffusion, (self._see(net, params, z, alpha, key),), (batch["ids"], y, alpha, slope))
+        return vocab.over_logits(diffusion, (self._see(net, params, z, alpha, keys),), (batch["ids"], y, alpha, slope))
 
-    def loss(self, net, params, aux, batch, key):
+    def loss(self, net, params, aux, batch, keys):
         """({diffusion or dcd: [B]}, {}), nats per token."""
-        ids, r, keys = batch["ids"], batch["r"], batch["noise"]
+        ids, r, noise = batch["ids"], batch["r"], batch["noise"]
         if self.teacher:
-            return {"dcd": self._consistency(net, params, aux.teacher.flow, batch, key).mean(-1)}, {}
+            return {"dcd": self._consistency(net, params, aux.teacher.flow, batch, keys).mean(-1)}, {}
         embedding, slope = net.embedding(params), jnp.full(r.shape, EPS - 1)
 
         def hard():
             alpha = alpha_of(r)
-            y = self.noised(net, ids, keys, alpha)
+            y = self.noised(net, ids, noise, alpha)
             return y, embedding[y], alpha, slope
 
         def soft():
             t, alpha, slope = self.latent_times(r)
             (y,), (z,) = (
-                vocab.gaussian_latents(keys, ids, embedding, (t,), T) for T in (None, self.curriculum_temperature)
+                vocab.gaussian_latents(noise, ids, embedding, (t,), T) for T in (None, self.curriculum_temperature)
             )
             return y, z, alpha, slope
 
         shown = hard() if self.curriculum_steps == 0 else jax.lax.cond(aux.step < self.curriculum_steps, soft, hard)
-        return {"diffusion": self._diffusion(net, params, batch, *shown, key).mean(-1)}, {}
+        return {"diffusion": self._diffusion(net, params, batch, *shown, keys).mean(-1)}, {}
 
-    def _consistency(self, net, params, teacher, batch, key):
+    def _consistency(self, net, params, teacher, batch, keys):
         alpha, alpha_next = alpha_of(batch["r"]), alpha_of(jnp.maximum(batch["r"] - self.jump, 0))
         times = self.warp.t(alpha), self.warp.t(alpha_next)
         y, y_next = vocab.gaussian_latents(batch["noise"], batch["ids"], net.embedding(params), times)
-        live, target = self._see(net, params, y, alpha, key), self._see(net, teacher, y_next, alpha_next)
+        live, target = self._see(net, params, y, alpha, keys), self._see(net, teacher, y_next, alpha_next)
         return vocab.over_logits(kl, (target, live) if self.divergence == "forward" else (live, target))
 
     def bound(self, net, params, batch, key) -> jax.Array:
