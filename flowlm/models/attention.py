@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 PLATFORM = {"xla": None, "splash": "tpu", "cudnn": "gpu"}
 TILE = 128  # what splash's blocks are a multiple of
+AT_ONCE = 8  # rows in one call of splash, whose statistics fill 128 lanes for one number
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
@@ -79,7 +80,8 @@ def _splash(q, k, v, cap, causal):
             attn_logits_soft_cap=cap or None,
         )
         pad = lambda a: jnp.pad(jnp.moveaxis(a, 2, 1), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
-        out = jax.vmap(kernel)(pad(q / np.sqrt(q.shape[-1]).astype(q.dtype)), pad(k), pad(v))
+        q, k, v = pad(q / np.sqrt(q.shape[-1]).astype(q.dtype)), pad(k), pad(v)
+        out = jax.lax.map(lambda qkv: kernel(*qkv), (q, k, v), batch_size=AT_ONCE)
         return jnp.moveaxis(out, 1, 2)[:, :length]
 
     # A kernel is not cut by the partitioner: whatever of the mesh is still in its hands is taken over here.
