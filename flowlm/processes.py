@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # A process that has not been heard of for so long is taken for dead, and the others end with an error.
-TIMEOUT_SECONDS = 100
+TIMEOUT_SECONDS = 60
 
 _terminated = False  # a single process has been sent SIGTERM
 
@@ -68,6 +68,11 @@ def preempted(step: int) -> bool:
 def is_first() -> bool:
     """Whether this is the process that writes and prints what all of them know."""
     return jax.process_index() == 0
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether it holds in every process; all must ask, and none goes on before the others have."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 
 def gathered(array: jax.Array) -> np.ndarray:

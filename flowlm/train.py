@@ -16,10 +16,14 @@ from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.experiment import abstract_state, build, load_teacher
 from flowlm.metrics import MetricWriter
+from flowlm.profiling import Profiler, Recompilations
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:
     """Trains the experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
+
+    Told to stop (processes.preempted), it saves and returns before its last step. Steps in `profile_steps` are traced into
+    `workdir`/profile.
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
@@ -69,6 +73,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     leads = processes.is_first()
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
     write = writer.write if leads else lambda step, values: None
+    profiler = Profiler(profile_steps, epath.Path(workdir) / "profile")
+    recompilations = Recompilations(step_fn)
     progress = tqdm(
         total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
     )
@@ -86,9 +92,13 @@ def train(config: ConfigDict, workdir: str) -> None:
                 _say(f"told to stop: at step {step}, from where the same command goes on")
                 return
 
-            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
+            profiler.before(step)
             previous = metrics
-            state, metrics = step_fn(state, batch, teacher)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
+                state, metrics = step_fn(state, batch, teacher)
+            profiler.after(step, metrics)
+            recompilations.check(step)
             progress.update()
 
             # Reading the previous step's numbers leaves the device busy with this one.
@@ -124,6 +134,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             result.show()
     finally:
         progress.close()
+        profiler.close()
         if leads:
             writer.close()
         checkpoints.close()

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from absl import flags
@@ -103,3 +104,20 @@ def recall(workdir: str) -> tuple[str, Handle]:
         raise FileNotFoundError(f"{workdir} has no launch.json: nothing was started there by `python -m launch.run`")
     entry = json.loads(path.read_text())
     return entry["backend"], entry["handle"]
+
+
+# ---- What the processes on machines with a common file system say.
+
+
+def tail(path: Path, lines: int = 40) -> str:
+    """The last lines of a log; of a progress bar, which draws itself again and again, what is seen at the end."""
+    if not path.exists():
+        return ""
+    text = path.read_text(errors="replace").rstrip("\n")
+    return "\n".join(line.rstrip("\r").split("\r")[-1] for line in text.split("\n")[-lines:])
+
+
+def error_in(path: Path) -> str:
+    """The last line in which flowlm said what was wrong, or the last line at all."""
+    lines = tail(path).split("\n")
+    return next((line for line in reversed(lines) if "flowlm: " in line), lines[-1])

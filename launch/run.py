@@ -44,7 +44,7 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="print what would be sent")
     for field in dataclasses.fields(backend.Resources) if backend else ():
         kind = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
-        text = f"{field.metadata['help']} (default: {field.default or 'none'})"
+        text = f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})"
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     return parser
 
