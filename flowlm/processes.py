@@ -43,7 +43,6 @@ def start(distributed: bool) -> None:
             num_processes=number,
             process_id=index,
             heartbeat_timeout_seconds=TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=TIMEOUT_SECONDS,
         )
     except ValueError as error:
         # JAX asks for what it could not find; with nothing said at all this is the only process.

@@ -85,9 +85,11 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
         for step in range(first, config.steps):
             preempted = processes.preempted(step)
             if step > first and (preempted or checkpoints.should_save(step)):
-                _check_finite(metrics, step, checkpoints)
+                values = _check_finite(metrics, step, checkpoints)
                 checkpoints.save(step, state)
             if preempted:
+                if step > first:
+                    write(step, values)
                 progress.close()
                 _say(f"told to stop: at step {step}, from where the same command goes on")
                 return

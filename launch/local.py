@@ -58,7 +58,7 @@ def environment(job: Job, index: int, address: str) -> dict[str, str]:
     wanted = job.resources
     variables = dict(job.environment)
     if wanted.cpu_devices:
-        flags = variables.get("XLA_FLAGS", "")
+        flags = variables.get("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
         flags = f"{flags} --xla_force_host_platform_device_count={wanted.cpu_devices}".strip()
         variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if wanted.gpus:

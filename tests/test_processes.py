@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
-from toy import run_config, train_only
+from toy import experiment_file, run_config, train_only
 
 from flowlm import processes, run_directory, sharding
 from flowlm.experiment import abstract_state, build
@@ -27,13 +27,6 @@ from flowlm.train import train
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds until a test gives up; none of them waits that long
 EIGHT = {"mesh.data": -1, "checkpoint.every": 1}
-EXPERIMENT = """
-from flowlm import processes
-from toy import run_config
-processes.TIMEOUT_SECONDS = 10
-def get_config(arg=""):
-    return run_config({data_dir!r}, **{changes!r})
-"""
 
 
 @pytest.fixture
@@ -42,8 +35,7 @@ def start(tmp_path, data_dir):
     running = []
 
     def run(workdir, number=2, *flags, **changes):
-        experiment = tmp_path / "experiment.py"
-        experiment.write_text(EXPERIMENT.format(data_dir=str(data_dir), changes=changes))
+        experiment = experiment_file(tmp_path / "experiment.py", data_dir, **changes)
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -119,7 +111,7 @@ def assert_same_checkpoint(ours, theirs, step):
 def test_two_processes_are_one(start, tmp_path, data_dir):
     """Losses, checkpoints, evaluation; and one writer of what all know."""
     two, one = tmp_path / "two", tmp_path / "one"
-    started = start(two, 2, "--profile_steps=2:4", steps=5, **EIGHT)
+    started = start(two, 2, "--profile_steps=2:4", evaluate=True, steps=5, **EIGHT)
     train(run_config(data_dir, steps=5, **EIGHT), one)
     assert ended(started) == [0, 0], told(two) + told(two, 1)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
