@@ -51,7 +51,7 @@ def handle_of(job):
 
 def test_two_processes_through_a_kill_and_a_stop(tmp_path, data_dir):
     """Killed, started again, stopped, started by hand, and at the end the losses of a run that nothing happened to."""
-    changes = {"mesh.data": -1, "checkpoint.every": 4, "steps": 60}
+    changes = {"mesh.data": -1, "checkpoint.every": 4, "steps": 10**6}
     experiment = experiment_file(tmp_path / "experiment.py", data_dir, **changes)
     (tmp_path / "slow").touch()
     workdir = tmp_path / "run"
@@ -80,16 +80,18 @@ def test_two_processes_through_a_kill_and_a_stop(tmp_path, data_dir):
     assert supervisor.returncode == 0, said
     assert "flowlm-run failed: process 1 ended with -9" in said and "started again (1)" in said
     assert told("status").stdout == "stopped\n"
-    assert "told to stop" in told("logs").stdout
+    stopped = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"told to stop: at step {stopped}" in told("logs").stdout
 
     (tmp_path / "slow").unlink()
-    last = subprocess.run(start, **here, capture_output=True)
+    steps = stopped + 3
+    last = subprocess.run([*start, f"--config.steps={steps}"], **here, capture_output=True)
     assert last.returncode == 0, last.stderr
     assert told("status").stdout == "ended\n"
     assert (tmp_path / "cache").is_dir() and list((tmp_path / "cache").iterdir())
-    train_only(run_config(data_dir, **changes | {"mesh.data": 2}), tmp_path / "uninterrupted")
+    train_only(run_config(data_dir, **changes | {"mesh.data": 2, "steps": steps}), tmp_path / "uninterrupted")
     ours, theirs = ([(m["step"], m["loss"]) for m in read_metrics(w)] for w in (workdir, tmp_path / "uninterrupted"))
-    assert [step for step, _ in ours] == list(range(1, 61))
+    assert [step for step, _ in ours] == list(range(1, steps + 1))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 

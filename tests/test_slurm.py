@@ -90,7 +90,7 @@ def test_two_nodes_through_a_time_limit_and_a_requeue(tmp_path, data_dir):
     _, handle = jobs.recall(str(workdir))
 
     wait_until(lambda: len(read_metrics(workdir)) >= 7, handle)
-    assert told("status").stdout.startswith("RUNNING")
+    assert slurm.status(handle).startswith("RUNNING")
     subprocess.run(["scancel", "--batch", "--signal=USR1", handle["id"]], check=True)  # what --signal=B:USR1@... sends
     wait_until(lambda: "saved; back into the queue" in slurm.logs(handle), handle)
     (stopped,) = re.findall(r"told to stop: at step (\d+)", Path(handle["log"]).read_text())
