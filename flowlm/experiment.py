@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from etils import epath
 from ml_collections import ConfigDict
 
-from flowlm import run_directory, sharding, train_state
+from flowlm import run_directory, sharding, storage, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.models import Network, make_network
 from flowlm.objectives import NEEDS, make_family
@@ -161,7 +160,7 @@ def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any
         except TypeError as error:
             raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
-    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, mesh))
     checkpoints.close()
     if state is None:

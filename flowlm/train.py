@@ -6,11 +6,10 @@ from functools import partial
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
+from flowlm import evaluation, run_directory, sharding, storage, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
@@ -40,7 +39,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     # ---- The state is born sharded: shapes, then places, then values.
     abstract = abstract_state(experiment, mesh)
     places = jax.tree.map(lambda a: a.sharding, abstract)
-    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", **config.checkpoint.to_dict())
+    checkpoints = Checkpoints(storage.path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
