@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
-from flowlm import storage
+from flowlm import processes, storage
 from flowlm.sharding import path_of
 
 
@@ -87,15 +87,19 @@ class Checkpoints:
         """
         unreadable = []
         for step in reversed(self.steps):
+            wrong = None
             try:
                 self._check_architecture(step, abstract_state)
                 state = self._checkpointer.load(step, abstract_state)
             except Exception as error:  # orbax, tensorstore and json each raise their own
                 if isinstance(error, ValueError) and "another architecture" in str(error):
                     raise
+                wrong = str(error).split("\n")[0][:200]
+            # What one process cannot read, no process goes on from.
+            if not processes.all_agree(wrong is None):
                 logging.warning(
                     "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
-                    step, self.directory, str(error).split("\n")[0][:200],
+                    step, self.directory, wrong or "by another process",
                 )  # fmt: skip
                 unreadable.append(step)
                 continue
@@ -110,6 +114,12 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         if self._read_only or not steps:
             return
+        if processes.is_first():
+            self._move_away(steps)
+        processes.all_agree(True)  # no process looks before the first has moved them
+        self._checkpointer.reload()
+
+    def _move_away(self, steps: list[int]) -> None:
         broken = self.directory.parent / "unreadable_checkpoints"
         broken.mkdir(parents=True, exist_ok=True)
         for step in steps:
@@ -117,7 +127,6 @@ class Checkpoints:
             while (broken / name).exists():
                 name += "_"
             storage.move(self.directory / str(step), broken / name)
-        self._checkpointer.reload()
 
     def close(self) -> None:
         """Waits for the save in progress."""

@@ -35,6 +35,7 @@ from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.processes import gathered
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # rows in one call of a jitted function
@@ -75,10 +76,11 @@ def run_judge(directory: str, length: int, mesh: Mesh) -> LanguageModel:
         raise ValueError(
             f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
         )
-    nats = jax.jit(lambda ids: family.nats(net, run.params, ids))
+    nats = jax.jit(partial(family.nats, net))
     encode = lambda texts: [run.tokenizer.encode(text) for text in texts]
     name = storage.path(directory).name
-    return LanguageModel(name, encode, lambda ids: nats(jnp.asarray(ids)), family.start, min(length, net.length - 1))
+    score = lambda ids: gathered(nats(run.params, jnp.asarray(ids)))
+    return LanguageModel(name, encode, score, family.start, min(length, net.length - 1))
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
@@ -130,7 +132,7 @@ class Sampler:
             self._compiled = self._sample.lower(params, key).compile()
         calls = -(-num // self._rows)
         start = time.perf_counter()
-        parts = [np.asarray(self._compiled(params, jax.random.fold_in(key, i))) for i in range(calls)]
+        parts = [gathered(self._compiled(params, jax.random.fold_in(key, i))) for i in range(calls)]
         self.seconds = 100 * (time.perf_counter() - start) / (calls * self._rows)
         return np.concatenate(parts)[:num]
 
@@ -307,7 +309,7 @@ class Evaluator:
 
         def mean(fn, *args) -> np.ndarray:
             values = [fn(params, part, jax.random.fold_in(key, i), *args) for i, part in enumerate(parts)]
-            return np.concatenate([np.asarray(v) for v in values])
+            return np.concatenate([gathered(v) for v in values])
 
         for name, fn, extra in (
             ("cross_entropy", self._denoising, ()),

@@ -1,6 +1,7 @@
 """The one command.
 
 flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
+             [--distributed] [--profile_steps=a:b] [--compile_cache=DIR]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm compare --runs=DIR,DIR,...
@@ -24,6 +25,11 @@ from ml_collections import config_flags
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment, and --config.key=value to change it")
 _WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "train: one of several processes; only needed where JAX does not find the others itself"
+)
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "train: a:b traces steps a to b - 1 into WORKDIR/profile")
+_COMPILE_CACHE = flags.DEFINE_string("compile_cache", None, "train: directory of compiled programs, for later starts")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "sample, evaluate: the directory of a trained run")
 _RUNS = flags.DEFINE_list("runs", None, "compare: directories of evaluated runs")
 _OBJECTIVE = flags.DEFINE_list(
@@ -42,11 +48,17 @@ _SEED = flags.DEFINE_integer("seed", 0, "sample: the seed")
 
 
 def _train() -> None:
+    from flowlm import processes
+    from flowlm.profiling import parse_steps
     from flowlm.train import train
 
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise ValueError("flowlm train needs --config=experiments/NAME.py and --workdir=DIR")
-    train(_CONFIG.value, _WORKDIR.value)
+    profile_steps = parse_steps(_PROFILE_STEPS.value)
+    if _COMPILE_CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _COMPILE_CACHE.value)
+    processes.start(_DISTRIBUTED.value)
+    train(_CONFIG.value, _WORKDIR.value, profile_steps)
 
 
 def _step_counts(default: list[str]) -> list[int]:

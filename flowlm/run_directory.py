@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flowlm import storage
+from flowlm.processes import is_first
 from flowlm.tokenizers import Tokenizer
 
 PACKAGES = (
@@ -54,7 +55,7 @@ def _git_commit() -> str:
 
 
 def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes `workdir` this experiment's, or checks that it already is.
+    """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
     Raises:
       ValueError: it holds a run with other settings or another tokenizer; names them.
@@ -73,6 +74,8 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
             )
         if Tokenizer.load(workdir / "tokenizer.json").sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
+    if not is_first():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "git_commit": _git_commit()}
     for name in PACKAGES:

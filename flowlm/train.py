@@ -9,16 +9,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, run_directory, sharding, storage, tokenizers, train_state
+from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.experiment import abstract_state, build, load_teacher
 from flowlm.metrics import MetricWriter
+from flowlm.profiling import Profiler, Recompilations
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:
     """Trains the experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
+
+    Told to stop (processes.preempted), it saves and returns before its last step. Steps in `profile_steps` are traced into
+    `workdir`/profile.
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
@@ -29,6 +33,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     mesh = sharding.make_mesh(config.mesh.data)
+    processes.check_mesh(mesh)
     sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), mesh)
     teacher = None
     if config.teacher:
@@ -48,7 +53,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
-    print(f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}", file=sys.stderr)
+    told = f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}"
+    _say(told + (f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""))
 
     step_fn = train_state.make_step(
         experiment.net,
@@ -62,20 +68,38 @@ def train(config: ConfigDict, workdir: str) -> None:
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     rows = dataset.train.shuffled(config.seed)
     evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation, data.dir)
-    writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard)
-    progress = tqdm(total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True)
+    # Of several processes the first writes and prints what all of them know.
+    leads = processes.is_first()
+    writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
+    write = writer.write if leads else lambda step, values: None
+    profiler = Profiler(profile_steps, storage.path(workdir) / "profile")
+    recompilations = Recompilations(step_fn)
+    progress = tqdm(
+        total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
+    )
 
     # ---- save, take batch, step, log the previous step's metrics, evaluate.
     metrics, logged, clock = None, first, time.perf_counter()
     try:
         for step in range(first, config.steps):
-            if step > first and checkpoints.should_save(step):
-                _check_finite(metrics, step, checkpoints)
+            preempted = processes.preempted(step)
+            if step > first and (preempted or checkpoints.should_save(step)):
+                values = _check_finite(metrics, step, checkpoints)
                 checkpoints.save(step, state)
+            if preempted:
+                if step > first:
+                    write(step, values)
+                progress.close()
+                _say(f"told to stop: at step {step}, from where the same command goes on")
+                return
 
-            batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
+            profiler.before(step)
             previous = metrics
-            state, metrics = step_fn(state, batch, teacher)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, mesh)
+                state, metrics = step_fn(state, batch, teacher)
+            profiler.after(step, metrics)
+            recompilations.check(step)
             progress.update()
 
             # Reading the previous step's numbers leaves the device busy with this one.
@@ -86,7 +110,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                     now = time.perf_counter()
                     values["tokens_per_second"] = (step - logged) * config.batch_size * data.length / (now - clock)
                     logged, clock = step, now
-                writer.write(step, values)
+                write(step, values)
                 progress.set_postfix(
                     loss=f"{values['loss']:.3f}", tokens_per_s=f"{values.get('tokens_per_second', 0):.0f}"
                 )
@@ -94,7 +118,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             done = step + 1
             if done < config.steps and done % config.evaluation.every == 0:
                 _check_finite(metrics, done, checkpoints)
-                writer.write(done, evaluator(state.ema, done, config.evaluation.samples).metrics)
+                write(done, evaluator(state.ema, done, config.evaluation.samples).metrics)
                 logged, clock = done, time.perf_counter()
 
         # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.
@@ -104,14 +128,22 @@ def train(config: ConfigDict, workdir: str) -> None:
         progress.close()
         result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
         if metrics is not None:
-            writer.write(config.steps, values | result.metrics)
-        result.save(workdir)
-        draw_curves(workdir)
-        result.show()
+            write(config.steps, values | result.metrics)
+        if leads:
+            result.save(workdir)
+            draw_curves(workdir)
+            result.show()
     finally:
         progress.close()
-        writer.close()
+        profiler.close()
+        if leads:
+            writer.close()
         checkpoints.close()
+
+
+def _say(text: str) -> None:
+    if processes.is_first():
+        print(text, file=sys.stderr)
 
 
 def _check_finite(metrics, step: int, checkpoints: Checkpoints) -> dict[str, float]:

@@ -71,7 +71,7 @@ def run_config(data_dir, family="flow", **changes):
     return config
 
 
-class _NoEvaluation:
+class NoEvaluation:
     def __init__(self, *args):
         pass
 
@@ -82,5 +82,34 @@ class _NoEvaluation:
 def train_only(config, workdir):
     """`train` without its evaluations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "Evaluator", _NoEvaluation)
+        patch.setattr(evaluation, "Evaluator", NoEvaluation)
         train(config, workdir)
+
+
+# The steps of an experiment file wait a little while the file `slow` is beside it, for tests that interrupt them; no evaluation.
+_EXPERIMENT = """
+import time
+from pathlib import Path
+import toy
+from flowlm import evaluation, processes, sharding
+
+rows = sharding.global_rows
+
+def global_rows(*arguments):
+    time.sleep(0.3 if Path(__file__).with_name("slow").exists() else 0)
+    return rows(*arguments)
+
+sharding.global_rows = global_rows
+if not {evaluate}:
+    evaluation.Evaluator = toy.NoEvaluation
+processes.TIMEOUT_SECONDS = 20
+
+def get_config(arg=""):
+    return toy.run_config({data_dir!r}, **{changes!r})
+"""
+
+
+def experiment_file(path, data_dir, evaluate=False, **changes):
+    """Writes `run_config` as an experiment for commands, whose PYTHONPATH must have the tests."""
+    path.write_text(_EXPERIMENT.format(data_dir=str(data_dir), evaluate=evaluate, changes=changes))
+    return path

@@ -1,0 +1,124 @@
+"""What is to be run, whatever runs it; and what a backend is.
+
+A backend is one file of this folder, named in run.BACKENDS. It turns jobs into the requests of its own engine, which does all
+the rest: queues, placing, retries, preemption. It has these names, the methods of `Backend`:
+
+    Resources                    frozen dataclass of what a job asks for; every field is a flag of the command line, with its help
+    check(jobs)                  ValueError, FileNotFoundError or ImportError where they cannot run; nothing is sent yet
+    describe(jobs) -> str        exactly what submit would send, as text: what --dry_run prints. Needs no credential
+    submit(jobs, record)         sends them; record(job, handle) at once for every job that the engine has accepted
+    status(handle) -> str        one line
+    logs(handle) -> str          what the job's processes have said so far
+    stop(handle)                 returns once the engine has been told
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from flowlm import storage
+
+# What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
+Handle = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of flowlm on one set of machines.
+
+    Attributes:
+      name: of letters, digits and dashes, as every engine takes them.
+      command: what Python is given, on every host the same, such as ("-m", "flowlm.main", "train", ...).
+      workdir: the run directory: a path that all hosts see, or a bucket.
+      resources: the `Resources` of the backend that it is meant for.
+      environment: variables of its processes beside those that the backend sets. No secrets: they are printed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    workdir: str
+    resources: Any
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """See above."""
+
+    Resources: type
+
+    def check(self, jobs: Sequence[Job]) -> None: ...
+    def describe(self, jobs: Sequence[Job]) -> str: ...
+    def submit(self, jobs: Sequence[Job], record: Callable[[Job, Handle], None]) -> None: ...
+    def status(self, handle: Handle) -> str: ...
+    def logs(self, handle: Handle) -> str: ...
+    def stop(self, handle: Handle) -> None: ...
+
+
+def help_of(default: Any, text: str) -> Any:
+    """A field of a `Resources`: its default, which also gives the flag's type (bool, int or str), and its help."""
+    return field(default=default, metadata={"help": text})
+
+
+def training_job(
+    config: str, extra: Sequence[str], workdir: str, resources: Any, environment: Mapping[str, str]
+) -> Job:
+    """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
+    name = re.sub(r"[^a-z0-9]+", "-", storage.path(workdir).name.lower()).strip("-")
+    command = ("-m", "flowlm.main", "train", f"--config={config}", *extra, f"--workdir={workdir}")
+    return Job(f"flowlm-{name}", command, workdir, resources, environment)
+
+
+def settings(job: Job) -> ConfigDict:
+    """The settings that the job's run will have. Raises ValueError for what is none of the experiment's, before it is queued."""
+    argv = ["flowlm", *(a for a in job.command if a.startswith(("--config=", "--config.")))]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError) as error:
+        message = str(error.args[0] if error.args else error).replace("\\n", " ")
+        raise ValueError(" ".join(re.sub(r"[\\']", "", message).strip('"').split())) from error
+    return holder.value
+
+
+# ---- What was started, in the run directory itself: launch.json.
+
+
+def remember(backend: str, job: Job, handle: Handle) -> None:
+    """Writes down in the job's workdir which backend has it, and as what."""
+    directory = storage.path(job.workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    entry = {"backend": backend, "name": job.name, "command": list(job.command), "handle": dict(handle)}
+    (directory / "launch.json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+def recall(workdir: str) -> tuple[str, Handle]:
+    """(backend, handle) of the job last started in `workdir`. Raises FileNotFoundError if none was."""
+    path = storage.path(workdir) / "launch.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} has no launch.json: nothing was started there by `python -m launch.run`")
+    entry = json.loads(path.read_text())
+    return entry["backend"], entry["handle"]
+
+
+# ---- What the processes on machines with a common file system say.
+
+
+def tail(path: Path, lines: int = 40) -> str:
+    """The last lines of a log; of a progress bar, which draws itself again and again, what is seen at the end."""
+    if not path.exists():
+        return ""
+    text = path.read_bytes().decode(errors="replace").rstrip("\n")
+    return "\n".join(line.rstrip("\r").split("\r")[-1] for line in text.split("\n")[-lines:])
+
+
+def error_in(path: Path) -> str:
+    """The last line in which flowlm said what was wrong, or the last line at all."""
+    lines = tail(path).split("\n")
+    return next((line for line in reversed(lines) if "flowlm: " in line), lines[-1])

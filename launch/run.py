@@ -1,0 +1,109 @@
+"""Starts an experiment on the machine one has. From a checkout:
+
+python -m launch.run --backend=local|slurm|tpu_vm --config=experiments/NAME.py[:arg] --workdir=DIR [--dry_run] [RESOURCES]
+                     [--environment=NAME=VALUE ...] [--config.path.to.key=value ...] [other flags of flowlm train]
+python -m launch.run status|logs|stop --workdir=DIR
+python -m launch.run --backend=NAME --help      # lists that backend's RESOURCES
+
+Flags that are none of these go to `flowlm train` as they are. --dry_run prints exactly what would be sent, and sends nothing.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from launch.job import Backend, Job, recall, remember, settings, training_job
+
+BACKENDS = ("local", "slurm", "tpu_vm")
+
+
+def load(name: str) -> Backend:
+    """A backend's module. Raises ImportError naming the extra where its client is not installed."""
+    return importlib.import_module(f"launch.{name}")
+
+
+def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
+    """The flags of every job, or with a backend its resources' flags too."""
+    parser = argparse.ArgumentParser(
+        "python -m launch.run",
+        usage=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+        add_help=backend is not None,
+        argument_default=argparse.SUPPRESS if backend is None else None,
+    )
+    parser.add_argument("action", nargs="?", default="start", choices=("start", "status", "logs", "stop"))
+    parser.add_argument("--backend", default=None, choices=BACKENDS, help="what runs the job")
+    parser.add_argument("--config", default=None, help="the experiment")
+    parser.add_argument("--workdir", default=None, help="the run directory")
+    parser.add_argument("--environment", action="append", default=[], help="NAME=VALUE of its processes; no secrets")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be sent")
+    for field in dataclasses.fields(backend.Resources) if backend else ():
+        kind = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
+        text = f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})"
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+    return parser
+
+
+def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
+    """What is to be run: one job of the experiment."""
+    environment = dict(pair.split("=", 1) for pair in asked.environment)
+    return [training_job(asked.config, extra, asked.workdir, resources, environment)]
+
+
+def check(command_line: list[Job]) -> None:
+    """Raises ValueError for what is wrong with the jobs wherever they run, before any of them is sent."""
+    import flowlm.main  # noqa: F401 (defines the flags of flowlm train)
+
+    for job in command_line:
+        path = Path(job.command[3].removeprefix("--config=").partition(":")[0])
+        if not path.is_file():
+            raise ValueError(f"no experiment {path}: run from a checkout, there it is experiments/NAME.py")
+        for flag in job.command[4:]:
+            name = flag.partition("=")[0].lstrip("-")
+            if not flag.startswith("--") or not (name.startswith("config.") or name in flags.FLAGS):
+                raise ValueError(f"{flag!r} is neither a flag of this backend nor of flowlm train: see --help")
+        settings(job)
+
+
+def start(argv: list[str]) -> None:
+    name = _parser().parse_known_args(argv)[0].backend
+    if name is None:
+        raise ValueError(f"give --backend=NAME, one of {', '.join(BACKENDS)}, with --config and --workdir")
+    backend = load(name)
+    asked, extra = _parser(backend).parse_known_args(argv)
+    if asked.config is None or asked.workdir is None:
+        raise ValueError("give --config=experiments/NAME.py and --workdir=DIR")
+    if wrong := [pair for pair in asked.environment if not pair.partition("=")[1]]:
+        raise ValueError(f"--environment takes NAME=VALUE, got {wrong[0]!r}")
+    resources = {field.name: getattr(asked, field.name) for field in dataclasses.fields(backend.Resources)}
+    wanted = jobs(asked, extra, backend.Resources(**resources))
+    check(wanted)
+    if asked.dry_run:
+        print(backend.describe(wanted))
+        return
+    backend.check(wanted)
+    backend.submit(wanted, lambda job, handle: remember(name, job, handle))
+
+
+def main(argv: list[str]) -> None:
+    try:
+        asked, _ = _parser().parse_known_args(argv)
+        if asked.action == "start":
+            start(argv)
+            return
+        if asked.workdir is None:
+            raise ValueError(f"{asked.action} needs --workdir=DIR, that of a job that was started")
+        name, handle = recall(asked.workdir)
+        told = getattr(load(name), asked.action)(handle)
+        print(told if told is not None else f"{asked.workdir}: {load(name).status(handle)}")
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+        sys.exit(f"launch: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

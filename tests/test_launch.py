@@ -1,0 +1,222 @@
+"""Jobs: what is asked for is what is sent, and on this machine they survive whatever happens to their processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import experiment_file, run_config, train_only
+
+from flowlm.metrics import read_metrics
+from launch import job as jobs
+from launch import local, run, slurm
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds until a test gives up; none of them waits that long
+START = ("--config=experiments/test.py", "--workdir=/tmp/run")
+
+
+def launch(*arguments):
+    return [sys.executable, "-m", "launch.run", *map(str, arguments)]
+
+
+def wait_until(holds, process=None):
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert process is None or process.poll() is None, "ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def python(workdir, program, **resources):
+    """A job that is a few words of Python."""
+    return jobs.Job("toy", ("-c", program), str(workdir), local.Resources(**resources))
+
+
+def submit(job):
+    local.submit([job], lambda job, handle: jobs.remember("local", job, handle))
+
+
+def handle_of(job):
+    return jobs.recall(job.workdir)[1]
+
+
+# --- this machine ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_through_a_kill_and_a_stop(tmp_path, data_dir):
+    """Killed, started again, stopped, started by hand, and at the end the losses of a run that nothing happened to."""
+    changes = {"mesh.data": -1, "checkpoint.every": 4, "steps": 60}
+    experiment = experiment_file(tmp_path / "experiment.py", data_dir, **changes)
+    (tmp_path / "slow").touch()
+    workdir = tmp_path / "run"
+    start = launch(
+        "--backend=local", f"--config={experiment}", f"--workdir={workdir}", "--processes=2", "--cpu_devices=1",
+        "--max_restarts=1", f"--compile_cache={tmp_path}/cache",
+    )  # fmt: skip
+    told = lambda action: subprocess.run(
+        launch(action, f"--workdir={workdir}"), cwd=ROOT, text=True, capture_output=True
+    )
+    here = dict(cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests"})
+    supervisor = subprocess.Popen(start, **here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(read_metrics(workdir)) >= 6, supervisor)
+        _, _, second = json.loads((workdir / "logs/job.json").read_text())["pids"]
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: len(read_metrics(workdir)) >= 12, supervisor)
+        assert told("status").stdout == "running\n"
+        again = subprocess.run(start, **here, capture_output=True)
+        assert again.returncode == 1 and f"a job is running in {workdir} already" in again.stderr
+        assert told("stop").returncode == 0
+        _, said = supervisor.communicate(timeout=PATIENCE)
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    assert supervisor.returncode == 0, said
+    assert "flowlm-run failed: process 1 ended with -9" in said and "started again (1)" in said
+    assert told("status").stdout == "stopped\n"
+    assert "told to stop" in told("logs").stdout
+
+    (tmp_path / "slow").unlink()
+    last = subprocess.run(start, **here, capture_output=True)
+    assert last.returncode == 0, last.stderr
+    assert told("status").stdout == "ended\n"
+    assert (tmp_path / "cache").is_dir() and list((tmp_path / "cache").iterdir())
+    train_only(run_config(data_dir, **changes | {"mesh.data": 2}), tmp_path / "uninterrupted")
+    ours, theirs = ([(m["step"], m["loss"]) for m in read_metrics(w)] for w in (workdir, tmp_path / "uninterrupted"))
+    assert [step for step, _ in ours] == list(range(1, 61))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_started_again_as_often_as_asked(tmp_path):
+    """All processes, each with its own number, by the same command."""
+    program = "import os, sys; open(sys.argv[1], 'a').write('x'); sys.exit('flowlm: no luck')"
+    job = python(
+        tmp_path,
+        program.replace("sys.argv[1]", f"'{tmp_path}/' + os.environ['JAX_PROCESS_ID']"),
+        processes=2,
+        max_restarts=2,
+    )
+    with pytest.raises(RuntimeError, match=r"toy failed: process \d ended with 1: flowlm: no luck"):
+        submit(job)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "xxx"
+    assert local.status(handle_of(job)).endswith("ended with 1: flowlm: no luck")
+    assert local.logs(handle_of(job)).count("flowlm: no luck") == 6
+
+
+def test_the_others_are_ended_when_one_has_failed(tmp_path):
+    program = "import os, sys, time; sys.exit(3) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(1000)"
+    with pytest.raises(RuntimeError, match="process 1 ended with 3"):
+        submit(python(tmp_path, program, processes=2, max_restarts=0))
+
+
+def test_the_other_jobs_are_done_when_one_has_failed(tmp_path):
+    good = python(tmp_path / "good", "print('well')")
+    with pytest.raises(RuntimeError, match="bad failed") as error:
+        bad = jobs.Job("bad", ("-c", "raise SystemExit(1)"), str(tmp_path / "bad"), local.Resources(max_restarts=0))
+        local.submit([bad, good], lambda job, handle: jobs.remember("local", job, handle))
+    assert "toy" not in str(error.value)
+    assert local.status(handle_of(good)) == "ended" and "well" in local.logs(handle_of(good))
+
+
+def test_processes_without_their_supervisor(tmp_path):
+    """Still seen, still stopped."""
+    code = (
+        "from launch import job, local;"
+        f"j = job.Job('toy', ('-c', 'import time; time.sleep(1000)'), {str(tmp_path)!r}, local.Resources());"
+        "local.submit([j], lambda j, h: job.remember('local', j, h))"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_until((tmp_path / "logs/job.json").exists, supervisor)
+    supervisor.kill()
+    supervisor.wait()
+    _, handle = jobs.recall(str(tmp_path))
+    assert local.status(handle) == "running"
+    local.stop(handle)
+    wait_until(lambda: local.status(handle).startswith("lost"))
+
+
+def test_what_a_dry_run_prints_is_what_would_be_run(tmp_path, capfd):
+    """The very lines, in a shell, do what the job does."""
+    program = "import os; print(os.environ['JAX_PROCESS_ID'], os.environ['A'], os.environ['CUDA_VISIBLE_DEVICES'])"
+    job = jobs.Job("toy", ("-c", program), str(tmp_path), local.Resources(processes=2, gpus=2), {"A": "a 'word'"})
+    (tmp_path / "logs").mkdir()
+    subprocess.run(["bash", "-c", local.describe([job])], check=True)
+    assert (tmp_path / "logs/0.log").read_text() == "0 a 'word' 0,1\n"
+    assert (tmp_path / "logs/1.log").read_text() == "1 a 'word' 2,3\n"
+
+
+# --- what is sent to SLURM ---------------------------------------------------------------------------------------
+
+
+def test_an_array_of_jobs(tmp_path):
+    """One script; each of its elements has its own command, workdir and variables, quoted."""
+    resources = slurm.Resources(nodes=2, tasks_per_node=1, gpus=4, partition="gpu", time="2:00:00", grace=300)
+    points = [
+        jobs.Job("toy", ("-c", "print('it is')"), str(tmp_path / f"point {i}"), resources, {"A": f"{i} $HOME"})
+        for i in range(2)
+    ]
+    text = slurm.script(points)
+    options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"nodes=2", "gpus-per-node=4", "partition=gpu", "time=2:00:00", "array=0-1", "requeue"} <= set(options)
+    assert "signal=B:USR1@300" in options and f"output={tmp_path}/logs/slurm-%a.log" in options
+    show = 'printf "%s|" "$workdir" "$A" "$JAX_LOCAL_DEVICE_IDS" "${command[@]}"\n'
+    head = text[: text.index("esac") + 5] + show
+    for index in range(2):
+        shown = subprocess.run(
+            ["bash"], input=head, env={"SLURM_ARRAY_TASK_ID": str(index)}, text=True, capture_output=True
+        )
+        expected = [
+            f"{tmp_path}/point {index}",
+            f"{index} $HOME",
+            "0,1,2,3",
+            sys.executable,
+            "-c",
+            "print('it is')",
+            "",
+        ]
+        assert shown.stdout.split("|") == expected
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "give --backend=NAME, one of local, slurm, tpu_vm"),
+        (["--backend=local"], "give --config=experiments/NAME.py and --workdir=DIR"),
+        (
+            ["--backend=local", "--config=experiments/gramar.py", "--workdir=/tmp/run"],
+            "no experiment experiments/gramar.py",
+        ),
+        (["--backend=local", *START, "--config.stepz=3"], 'Did you mean "steps"'),
+        (["--backend=local", *START, "--config.steps=many"], "steps.*many"),
+        (["--backend=local", *START, "--nodes=2"], "'--nodes=2' is neither a flag of this backend nor of flowlm train"),
+        (["--backend=local", *START, "--environment=A"], "--environment takes NAME=VALUE, got 'A'"),
+        (["--backend=local", *START, "--processes=0"], "processes is at least 1"),
+        (["--backend=local", *START, "--gpus=1", "--cpu_devices=1"], "cpu_devices or gpus, not both"),
+        (["--backend=local", START[0], "--workdir=gs://bucket/run"], "gs://bucket/run must be a directory here"),
+        (["--backend=slurm", *START, "--gpus=8", "--tasks_per_node=3"], "3 tasks a node cannot share 8 GPUs"),
+        (["status"], "status needs --workdir=DIR"),
+        (["stop", "--workdir=/nowhere"], "/nowhere has no launch.json"),
+    ],
+)
+def test_commands(arguments, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dry = ["--dry_run"] if arguments and arguments[0].startswith("--") else []
+    with pytest.raises(SystemExit, match=f"launch: .*{expected}"):
+        run.main([*arguments, *dry])
+    assert not Path("/tmp/run").exists()
+
+
+def test_slurm_that_is_not_here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="SLURM's sbatch is not here: run this on a login node"):
+        run.main(["--backend=slurm", *START])

@@ -1,0 +1,235 @@
+"""Several processes are one: the same losses and checkpoints, one step at which all stop, and none that waits for the dead."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint.experimental import v1 as ocp
+from toy import experiment_file, run_config, train_only
+
+from flowlm import processes, run_directory, sharding
+from flowlm.experiment import abstract_state, build
+from flowlm.metrics import read_metrics
+from flowlm.profiling import parse_steps
+from flowlm.sharding import make_mesh
+from flowlm.train import train
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds until a test gives up; none of them waits that long
+EIGHT = {"mesh.data": -1, "checkpoint.every": 1}
+
+
+@pytest.fixture
+def start(tmp_path, data_dir):
+    """start(workdir, processes, **changes): a list of running processes, with eight devices in all; ended after the test."""
+    running = []
+
+    def run(workdir, number=2, *flags, **changes):
+        experiment = experiment_file(tmp_path / "experiment.py", data_dir, **changes)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        command = [
+            sys.executable,
+            "-m",
+            "flowlm.main",
+            "train",
+            f"--config={experiment}",
+            f"--workdir={workdir}",
+            *flags,
+        ]
+        started = []
+        for index in range(number):
+            env = {
+                "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
+            }
+            if number > 1:
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(number),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            log = (tmp_path / f"{workdir.name}.{index}.log").open("w")
+            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log))
+        running.extend(started)
+        return started
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def ended(started):
+    """Exit statuses, in order, of processes that end by themselves."""
+    deadline = time.monotonic() + PATIENCE
+    return [process.wait(max(1, deadline - time.monotonic())) for process in started]
+
+
+def wait_for_steps(workdir, number, started):
+    deadline = time.monotonic() + PATIENCE
+    while len(read_metrics(workdir)) < number:
+        assert all(process.poll() is None for process in started), "ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def told(workdir, index=0):
+    return (workdir.parent / f"{workdir.name}.{index}.log").read_text()
+
+
+def losses(workdir):
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([line["loss"] for line in lines])
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def assert_same_checkpoint(ours, theirs, step):
+    """Parameters, average and optimizer state, as one device reads them: every array to 1e-5 of its norm."""
+    config, _ = run_directory.load(ours)
+    abstract = abstract_state(build(config, 99), make_mesh(1))
+    ours, theirs = (ocp.load(workdir / "checkpoints" / str(step), abstract) for workdir in (ours, theirs))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
+
+
+def test_two_processes_are_one(start, tmp_path, data_dir):
+    """Losses, checkpoints, evaluation; and one writer of what all know."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    started = start(two, 2, "--profile_steps=2:4", evaluate=True, steps=5, **EIGHT)
+    train(run_config(data_dir, steps=5, **EIGHT), one)
+    assert ended(started) == [0, 0], told(two) + told(two, 1)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    assert saved_steps(two) == saved_steps(one) == [1, 2, 3, 4, 5]
+    assert_same_checkpoint(two, one, 2)
+    assert_same_checkpoint(two, one, 5)
+    ours, theirs = (json.loads((w / "evaluation.json").read_text())["metrics"] for w in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.startswith("held_out/"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
+    assert (two / "samples.txt").read_text() == (one / "samples.txt").read_text()
+    assert "in 2 processes" in told(two) and "Held-out nats per token" in told(two)
+    assert "step" not in told(two, 1) and "nats" not in told(two, 1)
+    assert "compiled anew" not in told(two) + told(two, 1)
+    assert list((two / "profile").rglob("*.xplane.pb"))
+
+
+def test_sigterm_in_one_process_stops_both_at_one_step(start, tmp_path, data_dir):
+    """And one process with all devices goes on from there, as if nothing had been."""
+    workdir = tmp_path / "run"
+    endless = {"mesh.data": -1, "checkpoint.every": 10**6, "steps": 10**6}
+    started = start(workdir, 2, **endless)
+    wait_for_steps(workdir, 3, started)
+    started[1].send_signal(signal.SIGTERM)
+    assert ended(started) == [0, 0], told(workdir) + told(workdir, 1)
+    (step,) = saved_steps(workdir)
+    assert f"told to stop: at step {step}" in told(workdir)
+    assert not (workdir / "evaluation.json").exists()
+    steps = {"mesh.data": -1, "checkpoint.every": 10**6, "steps": step + 3}
+    train_only(run_config(data_dir, **steps), workdir)
+    train_only(run_config(data_dir, **steps), tmp_path / "uninterrupted")
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "uninterrupted"), rtol=1e-5)
+    assert_same_checkpoint(workdir, tmp_path / "uninterrupted", step + 3)
+
+
+def test_sigterm_in_a_single_process(start, tmp_path):
+    workdir = tmp_path / "run"
+    started = start(workdir, 1, **{"mesh.data": 1, "checkpoint.every": 10**6, "steps": 10**6})
+    wait_for_steps(workdir, 3, started)
+    started[0].send_signal(signal.SIGTERM)
+    assert ended(started) == [0], told(workdir)
+    (step,) = saved_steps(workdir)
+    assert f"told to stop: at step {step}" in told(workdir)
+    assert len(losses(workdir)) >= step - 1
+
+
+def test_kill_9_of_one_process_ends_the_other(start, tmp_path):
+    """With an error. Then both start again; what is damaged, neither reads."""
+    workdir = tmp_path / "run"
+    started = start(workdir, 2, **EIGHT | {"steps": 10**6, "checkpoint.keep_latest": 3})
+    wait_for_steps(workdir, 4, started)
+    started[1].kill()
+    assert ended(started)[0] not in (0, None)
+    assert "flowlm: " in told(workdir) or "another task died" in told(workdir)
+    for partial in (p for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()):
+        shutil.rmtree(partial)
+    *_, before, newest = saved_steps(workdir)
+    for path in (p for p in (workdir / "checkpoints" / str(newest)).rglob("*") if p.is_file()):
+        os.truncate(path, path.stat().st_size // 2)
+    started = start(workdir, 2, **EIGHT | {"steps": newest + 1, "checkpoint.keep_latest": 3})
+    assert ended(started) == [0, 0], told(workdir) + told(workdir, 1)
+    assert f"from step {before} to {newest + 1}" in told(workdir)
+    assert [p.name for p in (workdir / "unreadable_checkpoints").iterdir()] == [str(newest)]
+    losses(workdir)  # each step stands once
+
+
+# --- bad input, and what is said of steps ------------------------------------------------------------------------
+
+
+def test_what_the_environment_says(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 'two': it must be a whole number"):
+        processes.start(False)
+
+
+@pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "2"}], ids=str)
+def test_no_other_process_is_found(environment, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "flowlm.main",
+        "train",
+        "--config=experiments/test.py",
+        f"--workdir={tmp_path}/run",
+    ]
+    command += [] if environment else ["--distributed"]
+    process = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 1
+    assert re.search(
+        r"^flowlm: no cluster was found here .*set JAX_COORDINATOR_ADDRESS=HOST:PORT", process.stderr, re.M
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_that_leaves_a_process_idle(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"leaves processes \[1\] without one: let it take all 8 devices"):
+        processes.check_mesh(jax.make_mesh((8,), ("data",)))
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "5:5", "7:5", "a:b", "-1:2"])
+def test_bad_profile_steps(text):
+    with pytest.raises(ValueError, match="--profile_steps takes the first step and the one after the last"):
+        parse_steps(text)
+
+
+def test_a_step_that_is_compiled_again_is_told(tmp_path, data_dir, monkeypatch, caplog):
+    global_rows = sharding.global_rows
+
+    def shorter(rows, start, batch_size, length, mesh):
+        return global_rows(rows, start, batch_size // (2 if start >= 3 * batch_size else 1), length, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "global_rows", shorter)
+        train_only(run_config(data_dir, steps=6), tmp_path / "run")
+    assert [record.getMessage()[:6] for record in caplog.records if "compiled anew" in record.getMessage()] == [
+        "step 3"
+    ]
