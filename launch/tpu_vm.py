@@ -159,7 +159,8 @@ def script(job: Job) -> str:
         "bundle": shlex.quote(f"{job.workdir}/launch/flowlm.bundle"),
         "logs": shlex.quote(f"{job.workdir}/logs"),
         "environment": array([f"{key}={value}" for key, value in job.environment.items()]),
-        "command": array(job.command),
+        # On a slice JAX finds the workers itself; if it did not, each would train alone in the one workdir.
+        "command": array([*job.command, "--distributed"]),
     }
     lines = [f"{key}={value}" for key, value in values.items()]
     return "\n".join(["#!/usr/bin/env bash", *lines, (ROOT / "launch/tpu_vm.sh").read_text()])
@@ -223,7 +224,10 @@ def describe(jobs: Sequence[Job]) -> str:
         else:
             sent = request(job)
             sent.queued_resource.tpu.node_spec[0].node.metadata["startup-script"] = "the script"
-            told.append("CreateQueuedResource " + tpu_v2.CreateQueuedResourceRequest.to_json(sent))
+            told.append(
+                "CreateQueuedResource "
+                + tpu_v2.CreateQueuedResourceRequest.to_json(sent, always_print_fields_with_no_presence=False)
+            )
         told.append(f"the script:\n{script(job)}")
     return "\n".join(told)
 

@@ -192,7 +192,7 @@ def test_a_run_from_the_queue_to_its_end(cloud, capsys, tmp_path):
     assert head.stdout.split()[0] == tpu_vm._git("rev-parse", "HEAD")
     script = spec.node.metadata["startup-script"]
     assert "'NOTE=a b'" in script and f"bundle={workdir}/launch/flowlm.bundle" in script
-    assert f"train --config=experiments/test.py --config.steps=40 --workdir={workdir})" in script
+    assert f"train --config=experiments/test.py --config.steps=40 --workdir={workdir} --distributed)" in script
 
     run.main(["status", f"--workdir={workdir}"])
     assert capsys.readouterr().out == "ended\n"
@@ -428,6 +428,8 @@ def test_the_script_on_a_worker(tmp_path, status):
     for _ in range(2):
         subprocess.run(["bash", "-c", tpu_vm.script(job)], env=environment, check=True, timeout=60)
     told = (buckets / "b/logs/2.log").read_text()
-    assert told.count("it's a 'note': -m flowlm.main a b\n") == 2 and "extras tpu,gcp for python3.11" in told
+    assert (
+        told.count("it's a 'note': -m flowlm.main a b --distributed\n") == 2 and "extras tpu,gcp for python3.11" in told
+    )
     assert (buckets / "b/logs/2.exit").read_text() == f"{status}\n"
     assert (home / "flowlm.pid").read_text().strip().isdigit()
