@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from toy import run_config
 
 from flowlm import experiment as experiments
-from flowlm import main, run_directory
+from flowlm import main, processes, run_directory
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import reader
 from flowlm.sharding import make_mesh
@@ -27,6 +27,7 @@ def error_of(*arguments):
     argv = ["flowlm", *arguments]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+        patch.setattr(processes, "start", lambda distributed: None)  # only at the start of a process
         main._main(main._parse(argv))
     message = exit.value.code
     assert isinstance(message, str) and message.startswith("flowlm: ")  # sys.exit(message) is exit status 1
@@ -131,6 +132,7 @@ def test_missing_data_says_what_to_put_where(name, tokenizer, vocab, nothing_exp
         (["train", "--config", "experiments/gramar.py"], "no experiment .*did you mean experiments/grammar.py"),
         (["train", "--config=nowhere"], "no experiment nowhere: there are .*experiments/grammar.py"),
         (["train", CONFIG, "--workdri=x"], "workdri"),
+        (["train", CONFIG, "--workdir=x", "--profile_steps=5"], "--profile_steps takes the first step .*, got '5'"),
         (["sample"], "needs --checkpoint=DIR"),
         (["evaluate"], "needs --checkpoint=DIR"),
         (["evaluate", "--checkpoint=x", "--objective=eta=0"], "give --results=DIR"),

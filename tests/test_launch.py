@@ -17,7 +17,7 @@ from launch import job as jobs
 from launch import local, run, slurm
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 300  # seconds until a test gives up; none of them waits that long
+PATIENCE = 900  # seconds until a test gives up; on an idle machine none waits a tenth of it
 START = ("--config=experiments/test.py", "--workdir=/tmp/run")
 
 
