@@ -181,8 +181,6 @@ def request(job: Job) -> "tpu_v2.CreateQueuedResourceRequest":
     )
     if wanted.service_account:
         node.service_account = tpu_v2.ServiceAccount(email=wanted.service_account)
-    if wanted.spot:
-        node.scheduling_config = tpu_v2.SchedulingConfig(spot=True)
     spec = tpu_v2.QueuedResource.Tpu.NodeSpec(parent=_parent(wanted), node_id=job.name, node=node)
     resource = tpu_v2.QueuedResource(tpu=tpu_v2.QueuedResource.Tpu(node_spec=[spec]))
     if wanted.spot:

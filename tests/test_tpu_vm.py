@@ -180,7 +180,7 @@ def test_a_run_from_the_queue_to_its_end(cloud, capsys, tmp_path):
     (spec,) = sent.queued_resource.tpu.node_spec
     assert (sent.parent, sent.queued_resource_id) == ("projects/p/locations/z", "flowlm-one")
     assert (spec.node.accelerator_type, spec.node.runtime_version) == ("v5litepod-16", "v2-alpha-tpuv5-lite")
-    assert "spot" not in sent.queued_resource and not spec.node.scheduling_config.spot
+    assert "spot" not in sent.queued_resource
     assert cloud.deleted == ["projects/p/locations/z/queuedResources/flowlm-one"] and not cloud.resources
 
     # What was sent with it: the commit itself.
@@ -236,7 +236,6 @@ def test_a_preempted_run_is_created_again(cloud, capsys):
     launch(f"--workdir={workdir}", "--spot")
     first, second = cloud.created
     assert first == second and "spot" in first.queued_resource
-    assert first.queued_resource.tpu.node_spec[0].node.scheduling_config.spot
     assert len(cloud.deleted) == 2 and not cloud.resources
     assert "flowlm-spot preempted" in capsys.readouterr().err
 
