@@ -1,15 +1,15 @@
 """Checkpoints of the training state: asynchronous, whole or absent, never fewer than there were.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process killed in the middle of a
-save leaves the earlier ones as they were. Its v1 API lives under `experimental` in the releases supported here.
+save leaves the earlier ones as they were; in a bucket, which cannot rename, a file commit_success.txt makes it complete. Its v1
+API lives under `experimental` in the releases supported here.
 """
 
 import jax
 from absl import logging
-from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 
-from flowlm import processes
+from flowlm import processes, storage
 from flowlm.sharding import path_of
 
 
@@ -31,7 +31,7 @@ class Checkpoints:
     def __init__(
         self, directory, *, every: int = 1, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False
     ):
-        self.directory = epath.Path(directory).resolve()  # Orbax refuses relative paths, and only when it writes
+        self.directory = storage.path(directory)
         self._read_only = read_only
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(
@@ -126,7 +126,7 @@ class Checkpoints:
             name = str(step)
             while (broken / name).exists():
                 name += "_"
-            (self.directory / str(step)).rename(broken / name)
+            storage.move(self.directory / str(step), broken / name)
 
     def close(self) -> None:
         """Waits for the save in progress."""

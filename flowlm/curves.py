@@ -4,10 +4,10 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
-from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from flowlm import storage
 from flowlm.metrics import read_metrics
 
 COLUMNS = 4
@@ -49,12 +49,12 @@ def draw_curves(workdir) -> None:
                 label = group.removeprefix("samples/")
             panels[panel][label].append((line["step"], value))
     if panels:
-        draw_panels(epath.Path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
+        draw_panels(storage.path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
 
 
 def draw_evaluation(directory) -> None:
     """Writes `directory`/evaluation.png from evaluation.json: every judge's metric against sampling steps, held-out dashed."""
-    directory = epath.Path(directory)
+    directory = storage.path(directory)
     metrics = json.loads((directory / "evaluation.json").read_text())["metrics"]
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     real: dict[str, float] = {}

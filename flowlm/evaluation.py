@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from flowlm import storage
 from flowlm.curves import draw_evaluation
 from flowlm.data import Dataset, naive
 from flowlm.experiment import Experiment, load_trained
@@ -77,7 +77,7 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
         )
     nats = layout.jit(partial(family.nats, net))
     encode = lambda texts: [run.tokenizer.encode(text) for text in texts]
-    name = epath.Path(directory).resolve().name
+    name = storage.path(directory).name
     score = lambda ids: gathered(nats(run.params, jnp.asarray(ids)))
     return LanguageModel(name, encode, score, family.start, min(length, net.length - 1))
 
@@ -165,7 +165,7 @@ def judged_table(
 def compare(directories: Sequence[str]) -> None:
     """Prints one table of the samples of several evaluated runs. Raises FileNotFoundError where there is no evaluation."""
     metrics, samples = {}, {}
-    for directory in map(epath.Path, directories):
+    for directory in map(storage.path, directories):
         if not (directory / "evaluation.json").exists():
             raise FileNotFoundError(
                 f"{directory} has no evaluation.json: run `flowlm evaluate --checkpoint={directory}`"
@@ -185,7 +185,7 @@ class Evaluation:
 
     def save(self, directory) -> None:
         """Writes evaluation.json, evaluation.png and samples.txt."""
-        directory = epath.Path(directory)
+        directory = storage.path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
         report = {

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from etils import epath
 from ml_collections import ConfigDict
 
-from flowlm import run_directory, train_state
+from flowlm import run_directory, storage, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.models import Network, make_network
 from flowlm.models.attention import runs_on
@@ -169,7 +168,7 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
-    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, layout))
     checkpoints.close()
     if state is None:

@@ -142,6 +142,7 @@ def _prepare() -> None:
 
 
 def _study() -> None:
+    from flowlm import storage
     from flowlm.study import carry_out
 
     if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
@@ -150,7 +151,10 @@ def _study() -> None:
     if not Path(path).is_file():
         raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
     carry_out(
-        runpy.run_path(path)["get_study"](argument), Path(_WORKDIR.value), Path(_RESULTS.value), _EXTRA.value or []
+        runpy.run_path(path)["get_study"](argument),
+        storage.path(_WORKDIR.value),
+        Path(_RESULTS.value),
+        _EXTRA.value or [],
     )
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from etils import epath
+from flowlm import storage
 
 
 class MetricWriter:
@@ -16,12 +16,11 @@ class MetricWriter:
     """
 
     def __init__(self, directory, start: int = 0, tensorboard: bool = False):
-        self._path = epath.Path(directory) / "metrics.jsonl"
+        self._path = storage.path(directory) / "metrics.jsonl"
         kept = [line for line in read_metrics(directory) if line["step"] <= start] if start else []
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
-        self._file = self._path.open("a")
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
+        storage.write(self._path, self._text)
+        self._file = None if storage.in_bucket(self._path) else self._path.open("a")
         self._board = None
         if tensorboard:
             try:
@@ -33,21 +32,27 @@ class MetricWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line; non-finite values become null, which is what JSON has for them."""
         line = {"step": int(step)} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        text = json.dumps(line) + "\n"
+        if self._file is None:  # a bucket has no appending
+            self._text += text
+            storage.write(self._path, self._text)
+        else:
+            self._file.write(text)
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def read_metrics(directory) -> list[dict]:
     """The lines written so far; a last line cut short by a kill is skipped."""
-    path = epath.Path(directory) / "metrics.jsonl"
+    path = storage.path(directory) / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []

@@ -11,9 +11,9 @@ import platform
 import subprocess
 from pathlib import Path
 
-from etils import epath
 from ml_collections import ConfigDict
 
+from flowlm import storage
 from flowlm.config import defaults
 from flowlm.processes import is_first
 from flowlm.tokenizers import Tokenizer
@@ -56,19 +56,13 @@ def _git_commit() -> str:
     return commit.stdout.strip() or "unknown"
 
 
-def _write(path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
     Raises:
       ValueError: it holds a run with other settings or another tokenizer; names them.
     """
-    workdir = epath.Path(workdir)
+    workdir = storage.path(workdir)
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
         held = json.loads(_settings(workdir).to_json())
@@ -93,9 +87,9 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
             versions[name] = "not installed"
     if not (workdir / "tokenizer.json").exists():
         tokenizer.save(workdir / "tokenizer.json")
-    _write(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
+    storage.write(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
     # Last, so that a directory with a config.json is whole.
-    _write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
+    storage.write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
 
 def _settings(workdir) -> ConfigDict:
@@ -108,7 +102,7 @@ def _settings(workdir) -> ConfigDict:
 
 def load(workdir) -> tuple[ConfigDict, Tokenizer]:
     """Settings and tokenizer of a run. Raises FileNotFoundError if `workdir` is not a run directory."""
-    workdir = epath.Path(workdir)
+    workdir = storage.path(workdir)
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir} is not a run directory (no config.json): give the --workdir of a `flowlm train`"

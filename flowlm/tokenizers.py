@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
+from flowlm import storage
+
 START_TOKENS = ("<|start|>", "[CLS]", "<|endoftext|>")
 
 _SHIPPED = pathlib.Path(__file__).parent / "data" / "tokenizers"
@@ -34,7 +36,7 @@ class Tokenizer:
           FileNotFoundError: there is no such file.
           ValueError: it is not a tokenizer, or has none of the start tokens.
         """
-        path = pathlib.Path(path).expanduser()
+        path = storage.path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer file {path}; name a file written by Tokenizer.save")
         tokenizer = cls(path.read_text("utf-8"))
@@ -48,7 +50,7 @@ class Tokenizer:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the file that `load` reads back to an equal tokenizer."""
-        pathlib.Path(path).expanduser().write_text(self.json, "utf-8")
+        storage.path(path).write_text(self.json, "utf-8")
 
     @functools.cached_property
     def _model(self) -> tokenizers.Tokenizer:
@@ -129,7 +131,7 @@ def shipped(name: str, data_dir: str | pathlib.Path | None = None) -> Tokenizer:
     if name in _FETCHED:
         if data_dir is None:
             raise ValueError(f"tokenizer {name!r} is kept in <data_dir>/tokenizers: give data_dir")
-        path = pathlib.Path(data_dir).expanduser() / "tokenizers" / f"{name}.json"
+        path = storage.path(data_dir) / "tokenizers" / f"{name}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             line = f"import tokenizers; tokenizers.Tokenizer.from_pretrained({_FETCHED[name]!r}).save({str(path)!r})"

@@ -6,11 +6,10 @@ from functools import partial
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, processes, run_directory, sharding, tokenizers, train_state
+from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
@@ -45,7 +44,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     # ---- The state is born sharded: shapes, then places, then values.
     abstract = abstract_state(experiment, layout)
     places = jax.tree.map(lambda a: a.sharding, abstract)
-    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints", **config.checkpoint.to_dict())
+    checkpoints = Checkpoints(storage.path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
@@ -74,7 +73,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     leads = processes.is_first()
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
     write = writer.write if leads else lambda step, values: None
-    profiler = Profiler(profile_steps, epath.Path(workdir) / "profile")
+    profiler = Profiler(profile_steps, storage.path(workdir) / "profile")
     recompilations = Recompilations(step_fn)
     progress = tqdm(
         total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads

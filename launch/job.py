@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict, config_flags
+
+from flowlm import storage
 
 # What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
 Handle = Mapping[str, Any]
@@ -68,7 +69,7 @@ def training_job(
     config: str, extra: Sequence[str], workdir: str, resources: Any, environment: Mapping[str, str]
 ) -> Job:
     """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
-    name = re.sub(r"[^a-z0-9]+", "-", epath.Path(workdir).name.lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", storage.path(workdir).name.lower()).strip("-")
     command = ("-m", "flowlm.main", "train", f"--config={config}", *extra, f"--workdir={workdir}")
     return Job(f"flowlm-{name}", command, workdir, resources, environment)
 
@@ -91,7 +92,7 @@ def settings(job: Job) -> ConfigDict:
 
 def remember(backend: str, job: Job, handle: Handle) -> None:
     """Writes down in the job's workdir which backend has it, and as what."""
-    directory = epath.Path(job.workdir)
+    directory = storage.path(job.workdir)
     directory.mkdir(parents=True, exist_ok=True)
     entry = {"backend": backend, "name": job.name, "command": list(job.command), "handle": dict(handle)}
     (directory / "launch.json").write_text(json.dumps(entry, indent=2) + "\n")
@@ -99,7 +100,7 @@ def remember(backend: str, job: Job, handle: Handle) -> None:
 
 def recall(workdir: str) -> tuple[str, Handle]:
     """(backend, handle) of the job last started in `workdir`. Raises FileNotFoundError if none was."""
-    path = epath.Path(workdir) / "launch.json"
+    path = storage.path(workdir) / "launch.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} has no launch.json: nothing was started there by `python -m launch.run`")
     entry = json.loads(path.read_text())
@@ -113,7 +114,7 @@ def tail(path: Path, lines: int = 40) -> str:
     """The last lines of a log; of a progress bar, which draws itself again and again, what is seen at the end."""
     if not path.exists():
         return ""
-    text = path.read_text(errors="replace").rstrip("\n")
+    text = path.read_bytes().decode(errors="replace").rstrip("\n")
     return "\n".join(line.rstrip("\r").split("\r")[-1] for line in text.split("\n")[-lines:])
 
 

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 from absl import logging
 
+from flowlm import storage
+
 SPLITS = ("train", "validation", "test")
 
 Document = tuple[str, str]
@@ -84,15 +86,15 @@ def _check_text8(sources: Path) -> None:
 
 def _open_text8(sources: Path) -> tuple[BinaryIO, int]:
     if (sources / "text8").is_file():
-        return (sources / "text8").open("rb"), (sources / "text8").stat().st_size
-    archive = zipfile.ZipFile(sources / "text8.zip")
+        return (sources / "text8").open("rb"), (sources / "text8").stat().length
+    archive = zipfile.ZipFile((sources / "text8.zip").open("rb"))
     return archive.open("text8"), archive.getinfo("text8").file_size
 
 
 def _read_text8(split: str, sources: Path) -> Iterator[Document]:
     file, size = _open_text8(sources)
     if size != _TEXT8_SIZE:
-        logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", file.name, size, _TEXT8_SIZE)
+        logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", sources / "text8", size, _TEXT8_SIZE)
     bounds = dict(zip(SPLITS, ((0, size * 90 // 100), (size * 90 // 100, size * 95 // 100), (size * 95 // 100, size))))
     begin, end = bounds[split]
     with file:
@@ -181,7 +183,7 @@ CORPORA = {
 
 def check(name: str, data_dir: str | Path) -> None:
     """Raises FileNotFoundError, with the mend, where files of the corpus are missing."""
-    CORPORA[name].check(Path(data_dir).expanduser() / "sources")
+    CORPORA[name].check(storage.path(data_dir) / "sources")
 
 
 def documents(name: str, split: str, data_dir: str | Path) -> Iterator[Document]:
@@ -192,4 +194,4 @@ def documents(name: str, split: str, data_dir: str | Path) -> Iterator[Document]
       ValueError: the files are there and damaged.
     """
     check(name, data_dir)
-    return CORPORA[name].read(split, Path(data_dir).expanduser() / "sources")
+    return CORPORA[name].read(split, storage.path(data_dir) / "sources")

@@ -6,6 +6,7 @@ and the state of a run's data is its step.
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from flowlm import tokenizers
+from flowlm import storage, tokenizers
 from flowlm.data import builders, corpora, grammar, marginals
 from flowlm.data.grammar import Grammar
 from flowlm.tokenizers import Tokenizer
@@ -22,6 +23,8 @@ from flowlm.tokenizers import Tokenizer
 # Rows read at once where a whole split is scanned, and rows that are plenty to count tokens by position.
 _BLOCK = 4096
 _MARGINAL_ROWS = 262_144
+# A prepared set in a bucket is whole once this file of it is there.
+WHOLE = "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +112,13 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
       name: of a corpus (`corpora.CORPORA`) or a shipped grammar.
       tokenizer: name or path, see `tokenizers.shipped`.
       length: ids in a row, the start token in front included.
-      data_dir: where data is kept; `~` is expanded.
+      data_dir: where data is kept, `~` expanded, or a bucket; a set in one is copied to the local disk on first use.
 
     Raises:
       FileNotFoundError: files of the corpus or the tokenizer are missing.
       ValueError: name, tokenizer or length do not exist or do not fit together.
     """
-    data_dir = pathlib.Path(data_dir).expanduser()
+    data_dir = storage.path(data_dir)
     known = [*corpora.CORPORA, *grammar.shipped_names()]
     if name not in known:
         raise ValueError(f"unknown dataset {name!r}; known are {', '.join(known)}")
@@ -128,15 +131,22 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     builder_class = builders.PackedText if law is None else builders.GrammarRows
     make = functools.partial(
         builder_class,
-        data_dir=data_dir / "tfds",
+        data_dir=storage.mirror(data_dir) / "tfds",
         config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
         file_format="array_record",
     )
     builder = make()
     if not builder.data_path.exists():
-        if law is None:
-            corpora.check(name, data_dir)
-        _prepare(builder)
+        # Rows are read from the local disk: array_record knows no buckets. What one host prepared is there for all.
+        shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
+        if (shared / WHOLE).exists():
+            storage.fetch(shared)
+        else:
+            if law is None:
+                corpora.check(name, data_dir)
+            _prepare(builder)
+            if storage.in_bucket(shared):
+                storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
     splits = {split: Split(builder.as_data_source(split), vocabulary, length) for split in corpora.SPLITS}
     return Dataset(vocabulary, length, law, **splits)

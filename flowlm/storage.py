@@ -1,0 +1,94 @@
+"""Where files lie: the local disk or a bucket, behind one kind of path.
+
+A bucket (`gs://NAME/...`) is reached by gcsfs, and by tensorstore for the arrays of checkpoints. Objects appear whole when
+their writer closes them; there is no directory, no appending and no renaming, which is copying and deleting.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+
+from etils import epath
+
+SCHEME = "gs://"
+MIRROR = "~/.cache/flowlm/buckets"
+
+
+def path(name: str | os.PathLike) -> epath.Path:
+    """`name` as an absolute path, `~` expanded.
+
+    Raises:
+      ImportError: it is in a bucket, and what reads buckets is not installed.
+    """
+    found = epath.Path(name)
+    if not in_bucket(found):
+        return found.expanduser().resolve()
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ImportError(f"{SCHEME} paths need gcsfs: `pip install -e .[gcp]` in the checkout")
+    import fsspec.config
+
+    os.environ["EPATH_USE_TF"] = "false"  # one way of reading, whether or not TensorFlow is there too
+    # What tensorstore and other hosts write must be seen at once.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return found
+
+
+def in_bucket(place: epath.Path) -> bool:
+    return os.fspath(place).startswith(SCHEME)
+
+
+def write(place: epath.Path, text: str) -> None:
+    """Writes a file that is whole or as it was, whenever it is read."""
+    if in_bucket(place):
+        place.write_text(text)
+    else:
+        temporary = place.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(place)
+
+
+def mirror(place: epath.Path) -> epath.Path:
+    """Where the copy of a place in a bucket lies on the local disk; a local place is its own."""
+    if not in_bucket(place):
+        return place
+    return path(MIRROR) / os.fspath(place).removeprefix(SCHEME)
+
+
+def fetch(place: epath.Path) -> epath.Path:
+    """The file or directory on the local disk, for what reads nothing else; copied from its bucket on first use.
+
+    The copy appears whole or not at all, and is not looked at again: for what does not change.
+    """
+    local = mirror(place)
+    if in_bucket(place) and not local.exists() and place.exists():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=local.parent) as folder:
+            part = epath.Path(folder) / local.name
+            copy(place, part)
+            try:
+                os.replace(part, local)
+            except OSError:  # a directory that another process brought first is the same
+                if not local.is_dir():
+                    raise
+    return local
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Renames a directory. A bucket has no renaming: a move cut short leaves the rest at its old place, and loses nothing."""
+    if in_bucket(source):
+        copy(source, target)
+        source.rmtree()
+    else:
+        source.rename(target)
+
+
+def copy(source: epath.Path, target: epath.Path, last: str = "") -> None:
+    """Copies a file, or a directory with all in it; the file called `last` after all others, so that it means they are there."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for inside in sorted(source.iterdir(), key=lambda inside: (inside.name == last, inside.name)):
+            copy(inside, target / inside.name)
+    else:
+        with source.open("rb") as read, target.open("wb") as written:
+            shutil.copyfileobj(read, written, 1 << 22)

@@ -1,0 +1,72 @@
+"""A bucket on this machine: gcp-storage-emulator, with the generations of objects that tensorstore reads and it does not send."""
+
+import contextlib
+import logging
+import re
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+
+
+class _Handler(server.RequestHandler):
+    """Answers every request for an object with its generation, and refuses those on condition of another (0: of none)."""
+
+    def _asked(self):
+        """(generation of the object that is asked for, or None where none is; the query)."""
+        url = urlparse(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        found = re.fullmatch(r"(?:/upload|/download)?/storage/v1/b/([^/]+)/o(?:/(.*))?", url.path)
+        name = found and (unquote(found[2] or "") or query.get("name"))
+        if not name:
+            return None, query
+        try:
+            return self.storage.get_file_obj(found[1], name)["generation"], query
+        except (NotFound, KeyError):
+            return "0", query
+
+    def _answer(self):
+        generation, query = self._asked()
+        refused = None
+        if generation is not None and query.get("ifGenerationMatch", generation) != generation:
+            refused = 412
+        elif generation is not None and query.get("ifGenerationNotMatch") == generation:
+            refused = 304
+        if refused is None:
+            server.Router(self).handle(self.command)
+            return
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(refused)
+        self.send_header("Content-Length", "0")
+        super().end_headers()
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer
+
+    def end_headers(self):
+        generation, _ = self._asked()
+        if generation not in (None, "0"):
+            self.send_header("x-goog-generation", generation)
+        super().end_headers()
+
+
+@contextlib.contextmanager
+def running(mirror):
+    """The emulator with an empty gs://bucket, and all that reads buckets pointed at it. mirror: for copies of what is in it."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "RequestHandler", _Handler)
+        patch.setattr(
+            server.server.HTTPServer, "handle_error", lambda self, request, address: None
+        )  # readers that hang up
+        emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+        with emulator:
+            while emulator._api._httpd is None:
+                pass
+            url = f"http://127.0.0.1:{emulator._api._httpd.server_port}"
+            patch.setenv("STORAGE_EMULATOR_HOST", url)  # gcsfs
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore would look for credentials first
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # nor gcsfs ask what kind of bucket it is
+            patch.setattr("flowlm.storage.MIRROR", str(mirror))
+            yield

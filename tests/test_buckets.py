@@ -1,0 +1,158 @@
+"""Run directories and data in a bucket: the same numbers as on the local disk, and nothing half written is taken for whole."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import run_config, train_only
+
+from flowlm import evaluation, storage
+from flowlm.checkpoint import Checkpoints
+from flowlm.data import corpora, open_dataset
+from flowlm.experiment import load_trained
+from flowlm.metrics import MetricWriter, read_metrics
+from flowlm.sharding import make_mesh
+from flowlm.train import train
+
+# Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.
+for _package in ("gcsfs", "gcp_storage_emulator"):
+    if importlib.util.find_spec(_package) is None:
+        pytest.skip(f"{_package} is not installed: pip install -e .[dev]", allow_module_level=True)
+
+BUCKET = "gs://bucket"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(tmp_path_factory):
+    from bucket_emulator import running
+
+    with running(tmp_path_factory.mktemp("mirror")):
+        yield
+
+
+def names_in(directory):
+    return sorted(path.name for path in storage.path(directory).iterdir())
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
+    """Taken up in the middle, evaluated, and read back by what needs only its directory."""
+    there = f"{BUCKET}/runs/flow"
+    train_only(run_config(data_dir), tmp_path)
+    train_only(run_config(data_dir, steps=3), there)
+    assert names_in(f"{there}/checkpoints") == ["3"]
+    train(run_config(data_dir), there)
+
+    mesh = make_mesh(1)
+    ours, theirs = load_trained(there, mesh), load_trained(tmp_path, mesh)
+    assert ours.step == theirs.step == 6
+    assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    losses = [[(m["step"], m["loss"]) for m in read_metrics(workdir)] for workdir in (there, tmp_path)]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+    report = json.loads((storage.path(there) / "evaluation.json").read_text())
+    assert report["step"] == 6 and report["metrics"]["samples/held_out/grammatical"] == 1.0
+    for picture in ("curves.png", "evaluation.png"):
+        assert (storage.path(there) / picture).read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    evaluation.compare([there])
+    assert "flow euler@1" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match=f"workdir {there} holds a run of another experiment .*seed = 0 there, 1 here"):
+        train_only(run_config(data_dir, seed=1), there)
+    with pytest.raises(FileNotFoundError, match=f"{BUCKET}/runs is not a run directory"):
+        load_trained(f"{BUCKET}/runs", mesh)
+
+
+STATE = {"a": jnp.arange(12.0).reshape(3, 4)}
+ABSTRACT = jax.eval_shape(lambda: STATE)
+
+
+def saved(directory, steps):
+    checkpoints = Checkpoints(directory, keep_latest=2)
+    for step in steps:
+        checkpoints.save(step, {"a": STATE["a"] + step})
+    checkpoints.close()
+    return storage.path(directory)
+
+
+def test_an_unfinished_checkpoint_is_not_taken():
+    """A save that was cut short has its arrays and no commit_success.txt; the step is saved again."""
+    directory = saved(f"{BUCKET}/unfinished", (1, 2, 3))
+    assert names_in(directory) == ["2", "3"]
+    (directory / "3/commit_success.txt").unlink()
+    checkpoints = Checkpoints(directory, keep_latest=2)
+    assert checkpoints.steps == [2]
+    np.testing.assert_array_equal(checkpoints.restore(ABSTRACT)["a"], STATE["a"] + 2)
+    checkpoints.save(3, STATE)
+    checkpoints.close()
+    assert Checkpoints(directory, read_only=True).steps == [2, 3]
+
+
+def test_a_damaged_checkpoint_is_set_aside():
+    directory = saved(f"{BUCKET}/damaged/checkpoints", (1, 2))
+    for arrays in (directory / "2/state/d").iterdir():
+        arrays.unlink()
+    checkpoints = Checkpoints(directory, keep_latest=2)
+    np.testing.assert_array_equal(checkpoints.restore(ABSTRACT)["a"], STATE["a"] + 1)
+    checkpoints.close()
+    assert names_in(directory) == ["1"]
+    assert "_METADATA" in names_in(f"{BUCKET}/damaged/unreadable_checkpoints/2/state")
+
+
+def test_every_metric_is_there_at_once():
+    """A process that is killed has written all of its lines; one that goes on from step 2 keeps two."""
+    MetricWriter(f"{BUCKET}/metrics").close()
+    killed = MetricWriter(f"{BUCKET}/metrics")
+    for step in (1, 2, 3):
+        killed.write(step, {"loss": 1 / step})
+    assert [m["step"] for m in read_metrics(f"{BUCKET}/metrics")] == [1, 2, 3]
+    MetricWriter(f"{BUCKET}/metrics", start=2).write(3, {"loss": 0.5})
+    assert [m["loss"] for m in read_metrics(f"{BUCKET}/metrics")] == [1.0, 0.5, 0.5]
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def test_one_host_prepares_for_all(data_dir, tmp_path, monkeypatch):
+    """A set is made on one host's disk and copied to the bucket; other hosts fetch it, if it is whole."""
+    arguments = ("grammar98", "grammar98", 19)
+    rows = open_dataset(*arguments, data_dir).validation.rows(0, 50)
+    there = f"{BUCKET}/data"
+    np.testing.assert_array_equal(open_dataset(*arguments, there).validation.rows(0, 50), rows)
+
+    monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "another host"))
+    with monkeypatch.context() as patch:
+        patch.setattr("flowlm.data.reader._prepare", None)
+        np.testing.assert_array_equal(open_dataset(*arguments, there).validation.rows(0, 50), rows)
+
+    (whole,) = storage.path(there).glob("tfds/grammar_rows/*/*/dataset_info.json")
+    whole.unlink()  # as in a copy that was cut short
+    monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "a third"))
+    np.testing.assert_array_equal(open_dataset(*arguments, there).validation.rows(0, 50), rows)
+    assert whole.exists()
+
+
+def test_sources_in_a_bucket(tmp_path):
+    text = "the quick brown fox " * 5000
+    for place in (storage.path(tmp_path), storage.path(f"{BUCKET}/texts")):
+        (place / "sources").mkdir(parents=True, exist_ok=True)
+        (place / "sources/text8").write_text(text)
+    read = lambda place: "".join(t for split in corpora.SPLITS for _, t in corpora.documents("text8", split, place))
+    assert read(f"{BUCKET}/texts") == read(tmp_path) == text
+    with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):
+        corpora.check("openwebtext", f"{BUCKET}/texts")
+
+
+def test_without_the_extra(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
+    with pytest.raises(ImportError, match=r"gs:// paths need gcsfs: .*\.\[gcp\]"):
+        load_trained(f"{BUCKET}/runs/flow", make_mesh(1))
