@@ -5,7 +5,7 @@ flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
-flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
+flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...] [--dry_run]
 """
 
 import ast
@@ -34,6 +34,7 @@ _RESULTS = flags.DEFINE_string(
     "results", None, "study, evaluate: where the results go (evaluate: in place of the run's directory)"
 )
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
@@ -130,16 +131,18 @@ def _prepare() -> None:
 
 
 def _study() -> None:
-    from flowlm.study import carry_out
+    from flowlm.study import carry_out, commands
 
     if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
         raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")
     path, _, argument = _STUDY.value.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
-    carry_out(
-        runpy.run_path(path)["get_study"](argument), Path(_WORKDIR.value), Path(_RESULTS.value), _EXTRA.value or []
-    )
+    study, workdir, extra = runpy.run_path(path)["get_study"](argument), Path(_WORKDIR.value), _EXTRA.value or []
+    if _DRY_RUN.value:
+        print(*commands(study, workdir, extra), sep="\n")
+    else:
+        carry_out(study, workdir, Path(_RESULTS.value), extra)
 
 
 COMMANDS = {

@@ -18,12 +18,15 @@ from flowlm.sharding import check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.stem != "study")
+FILES = sorted(
+    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("study", "ablations", "own_text")
+)
 ARGUMENTS = {
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
+    "lm1b": ("flow_map",),
     "quickstart": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]

@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
-from flowlm.interpolant import ancestral_step
+from flowlm.interpolant import MIN_NOISE, ancestral_step
 from flowlm.objectives.denoiser import Denoiser, check_noise_scale
 from flowlm.objectives.guidance import Predictor
 from flowlm.time_sampling import stratified
 
-LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error}
+LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error, "velocity": vocab.squared_error}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow(Denoiser):
     """Attributes:
-    loss_kind: `cross_entropy`, or the ablation `squared_error` on the posterior.
+    loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
+      implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
     eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
     temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
       softmax(logits / temperature) there (2605.13681).
@@ -60,10 +61,12 @@ class Flow(Denoiser):
         `aux` carries teachers for families that have one; unused here. `key` is for dropout alone, or None.
         """
         del aux
-        z = self.noised(net.embedding(params), batch, self.warp.t(batch["tau"]))
-        hidden = net.apply(params, z, batch["tau"], key=key)
-        per_token = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"])
-        loss = net.weighted(params, per_token.mean(-1), batch["tau"], batch["tau"])
+        t = self.warp.t(batch["tau"])
+        hidden = net.apply(params, self.noised(net.embedding(params), batch, t), batch["tau"], key=key)
+        per_row = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"]).mean(-1)
+        if self.loss_kind == "velocity":
+            per_row = per_row / jnp.maximum(1 - t, MIN_NOISE) ** 2
+        loss = net.weighted(params, per_row, batch["tau"], batch["tau"])
         return {self.loss_kind: loss}, {}
 
     def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
