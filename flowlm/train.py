@@ -14,7 +14,7 @@ from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, load_teacher
+from flowlm.experiment import abstract_state, build, load_origin, load_teacher
 from flowlm.metrics import MetricWriter
 
 
@@ -34,6 +34,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     teacher = None
     if config.teacher:
         teacher = load_teacher(config, tokenizer, experiment, mesh)
+    origin = None
+    if config.init_from:
+        origin = load_origin(config, tokenizer, experiment, mesh)
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
@@ -44,7 +47,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=places)(teacher)
+        state = jax.jit(init, out_shardings=places)(teacher, origin)
+    del origin
     first = int(state.step)
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")

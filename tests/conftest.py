@@ -1,6 +1,11 @@
-"""What is set for every test before jax starts: eight fake CPU devices, and one cache of compiled programs."""
+"""What is set for every test before jax starts: eight fake CPU devices, and one cache of compiled programs.
 
+A test marked `needs("NAME")` is skipped, with the reason, where what it needs is not here; with --with-NAME it fails instead.
+"""
+
+import importlib.util
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -12,6 +17,37 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="flowlm-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+SUITES = ("tpu-plan", "slurm", "browser", "torch")
+# NAME: (whether it is here, what is missing).
+AVAILABLE = {
+    "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
+    "slurm": (
+        shutil.which("sbatch") is not None and os.geteuid() == 0,
+        "no sbatch, or not root: apt-get install slurm-wlm",
+    ),
+    "browser": (shutil.which("chromium") is not None, "no chromium: apt-get install chromium"),
+    "torch": (importlib.util.find_spec("torch") is not None, "no torch: pip install -e .[torch]"),
+}
+
+
+def pytest_addoption(parser):
+    for name in SUITES:
+        parser.addoption(
+            f"--with-{name}", action="store_true", help=f"a test that needs {name} fails where it would be skipped"
+        )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"needs(name): what must be here, one of {', '.join(SUITES)}")
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        here, reason = AVAILABLE[mark.args[0]]
+        if not here:
+            (pytest.fail if item.config.getoption(f"--with-{mark.args[0]}") else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ A family is a frozen dataclass of its hyperparameters with
                                                               batch's rows, and their sum over rows / B is the loss
     sample(net, params, key, num, steps) -> ids [num, L]
     bound(net, params, batch, key) -> nats [B]                where it has one
+    trajectory(net, params, key, num, steps) -> [steps, num, L]   what `sample` would write at each of its steps, where it has one
 and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `surgery` (project conflicting
 gradients of the losses; False). A family that takes a teacher has start(net, params, teacher) -> the student's first parameters.
 Means, meshes and microbatches are the training step's affair. A family without `sample` is a stage on the way to one that has it.

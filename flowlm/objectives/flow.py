@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flowlm import vocab
 from flowlm.interpolant import MIN_NOISE, ancestral_step
 from flowlm.objectives.denoiser import Denoiser, check_noise_scale
-from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.guidance import Prediction, Predictor
 from flowlm.time_sampling import stratified
 
 LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error, "velocity": vocab.squared_error}
@@ -71,6 +71,15 @@ class Flow(Denoiser):
 
     def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls on a uniform grid of tau, the last of which is decoded by argmax."""
+        return self._sample(net, params, key, num, steps, lambda prediction: None)[1]
+
+    def trajectory(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """The likeliest tokens at every call of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
+        seen, ids = self._sample(net, params, key, num, steps, Prediction.argmax)
+        return jnp.concatenate([seen, ids[None]])
+
+    def _sample(self, net, params, key, num: int, steps: int, look):
+        """(look(prediction) of all calls but the last, stacked; ids)."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         params = net.prepared(params)
@@ -89,8 +98,8 @@ class Flow(Denoiser):
                 mean = net.embed(params, prediction.draw(token_key, self.temperature))
             # Euler's method needs no noise: the draw is dead code that XLA removes at eta = 0.
             fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
-            return ancestral_step(z, mean, fresh, self.warp.t(tau), self.warp.t(tau_next), self.eta), None
+            return ancestral_step(z, mean, fresh, self.warp.t(tau), self.warp.t(tau_next), self.eta), look(prediction)
 
         keys = jax.random.split(rest, steps - 1)
-        z, _ = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys))
-        return predict(z, jnp.full((num,), tau[-2]), key=rest).argmax()
+        z, seen = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys))
+        return seen, predict(z, jnp.full((num,), tau[-2]), key=rest).argmax()
