@@ -49,6 +49,8 @@ class Report:
     def status(self) -> str:
         if self.evaluated is not None and self.evaluated >= self.config["steps"]:
             return "finished"
+        if self.step >= self.config["steps"]:
+            return "trained"
         return "begun" if self.step == 0 else f"{100 * self.step // self.config['steps']} %"
 
 
@@ -186,7 +188,7 @@ def write(folders: Sequence[str], out: str) -> None:
     rows, keys, out = records(runs), varied(runs), epath.Path(out)
     shown = columns(rows)
     cells = [[show(row, column, keys) for column in shown] for row in rows]
-    titles = [column.replace("_", " ") for column in shown]
+    titles = [c if c in keys else c.replace("_", " ").replace("/", " ") for c in shown]
     out.mkdir(parents=True, exist_ok=True)
     with (out / "runs.csv").open("w") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
