@@ -26,6 +26,10 @@ def get_config(arg: str = "") -> ConfigDict:
             f"own_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
         )
     folder = Path(folder).expanduser().resolve()
+    if not (folder / own_text.MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} has no {own_text.MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
+        )
     manifest = own_text.load(folder)
     if manifest["rows"] is None:
         raise ValueError(

@@ -205,7 +205,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         _check_experiment(argv)
         return FLAGS(argv)
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
         # A KeyError shows the repr of its message, at times a repr of a repr: every line break and quote is escaped.
         message = str(error.args[0] if error.args else error).replace("\\n", " ")
         sys.exit("flowlm: " + " ".join(re.sub(r"[\\']", "", message).strip('"').split()))

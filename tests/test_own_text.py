@@ -156,6 +156,20 @@ def test_a_stream_of_other_texts_is_not_taken_up(tmp_path, monkeypatch):
     assert len(write([*after, "0123456789" * 3], path)) == (len(path.read_bytes()) // 4) // 15
 
 
+def test_one_process_in_a_workspace(tmp_path):
+    """A second one works beside it; what is left by one that failed is there for the next; success leaves nothing."""
+    place = tmp_path / "tokens/x"
+    with packing.workspace(place) as first, packing.workspace(place) as second:
+        assert first == place != second and second.is_dir()
+    assert not list((tmp_path / "tokens").iterdir())
+    with pytest.raises(KeyboardInterrupt), packing.workspace(place) as first:
+        (first / "kept").touch()
+        raise KeyboardInterrupt
+    with packing.workspace(place) as again:
+        assert again == place and (again / "kept").exists()
+    assert not place.exists()
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +236,6 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert "own_text takes DATA or DATA:flow_map" in error_of(
         "train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x"
     )
-    assert "nowhere/manifest.json is missing: make it with `flowlm prepare" in error_of(
+    assert "nowhere has no manifest.json: make it with `flowlm prepare" in error_of(
         "train", f"{config}:nowhere", "--workdir=x"
     )

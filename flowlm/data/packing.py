@@ -50,15 +50,19 @@ def workspace(directory: Path) -> Iterator[Path]:
     While another process is in it, or where files cannot be locked, a temporary directory beside it takes its place.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
+            lock = stack.enter_context((directory / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have finished, and removed the directory, just before.
+            held = os.path.samestat(os.fstat(lock.fileno()), (directory / "lock").stat())
         except OSError:
-            with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-                yield Path(temporary)
-            return
-        yield directory
-        shutil.rmtree(directory)
+            held = False
+        if held:
+            yield directory
+            shutil.rmtree(directory)
+        else:
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory.parent)))
 
 
 def write_stream(
