@@ -109,7 +109,7 @@ def get_study(arg: str = "") -> Study:
         students = runs(points, f"{size.experiment}:flow_map", size.student, "flow", seeds)
     elif name == "gamma":
         seeds, renoised = (0,), tuple(sweep("gamma", (0.4, 0.8, 1.0)))
-        students = [Run("gamma=0", f"{size.experiment}:flow_map", size.student, "flow", seeds, renoised)]
+        students = [Run("flow_map", f"{size.experiment}:flow_map", size.student, "flow", seeds, renoised)]
     else:
         raise ValueError(f"there are the ablations {', '.join(NAMES)}, each also with _cpu, not {arg!r}")
     return Study([Run("flow", size.experiment, size.flow, seeds=seeds), *students], size.metrics)

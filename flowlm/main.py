@@ -159,7 +159,8 @@ def _study() -> None:
         raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
     study, workdir, extra = runpy.run_path(path)["get_study"](argument), Path(_WORKDIR.value), _EXTRA.value or []
     if _DRY_RUN.value:
-        print(*commands(study, workdir, extra), sep="\n")
+        for line in commands(study, workdir, extra):
+            print(line)
     else:
         carry_out(study, workdir, Path(_RESULTS.value), extra)
 

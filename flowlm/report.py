@@ -198,6 +198,7 @@ def write(folders: Sequence[str], out: str) -> None:
     lines = [f"| {escaped(titles)} |", "|---" * len(titles) + "|", *(f"| {escaped(line)} |" for line in cells)]
     (out / "runs.md").write_text("\n".join(lines) + "\n")
     templates = jinja2.Environment(loader=jinja2.PackageLoader("flowlm", "templates"), autoescape=True)
+    templates.policies["json.dumps_kwargs"] = {}  # in its own order, not sorted
     page = templates.get_template("report.html").render(
         folders=[str(folder) for folder in folders],
         runs=runs,
