@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flowlm.metrics import read_metrics
-from flowlm.run_directory import flat
+from flowlm.run_directory import FREE, flat
 
 POINTS = 400  # of a curve in the page; of a longer one every k-th is taken, and the last
 SHOWN_TEXT = 4000  # characters of the samples of each sampler
 UNTOLD = ("data.dir",)  # settings that say nothing of an experiment
+FEW = 5  # settings that vary are columns of the table if they are no more than this; they have a table of their own too
 HEAD = ("loss", "held_out/cross_entropy", "held_out/bound_nats_per_token")
 
 
@@ -120,6 +121,11 @@ def varied(runs: Sequence[Report]) -> list[str]:
     return [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
 
 
+def compared(keys: Sequence[str]) -> list[str]:
+    """Those of the settings that change what is learnt, the number of steps among them."""
+    return [key for key in keys if key == "steps" or not key.startswith(FREE)]
+
+
 def records(runs: Sequence[Report]) -> list[dict]:
     """The lines of the table: run, status, step, the settings that vary, and one sampler's metrics."""
     keys, out = varied(runs), []
@@ -138,10 +144,13 @@ def records(runs: Sequence[Report]) -> list[dict]:
     return out
 
 
-def columns(rows: Sequence[dict]) -> list[str]:
-    """Columns with something in them, but for standard errors, which are shown beside what they are of."""
+def columns(rows: Sequence[dict], settings: Sequence[str]) -> list[str]:
+    """Columns of the table: what has something in it, but for standard errors, which stand beside what they are of."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [k for k in keys if not k.endswith("_stderr") and any(row.get(k) is not None for row in rows)]
+    told = compared(settings)
+    left_out = set(settings) - set(told if len(told) <= FEW else ())
+    filled = (k for k in keys if k not in left_out and any(row.get(k) is not None for row in rows))
+    return [k for k in filled if not k.endswith("_stderr")]
 
 
 def show(row: dict, column: str, settings: Sequence[str]) -> str:
@@ -161,7 +170,7 @@ def thinned(points: list) -> list:
 
 def page_data(runs: Sequence[Report]) -> dict:
     """What the page's script draws from: for each run its curves, final metrics, texts and trajectories."""
-    keys = varied(runs)
+    keys = compared(varied(runs))
     data = []
     for run in runs:
         curves: dict[str, list] = {}
@@ -186,7 +195,7 @@ def write(folders: Sequence[str], out: str) -> None:
     """Writes runs.csv, runs.md and index.html to `out` and prints the table. Raises FileNotFoundError as `gather`."""
     runs = gather(folders)
     rows, keys, out = records(runs), varied(runs), epath.Path(out)
-    shown = columns(rows)
+    shown = columns(rows, keys)
     cells = [[show(row, column, keys) for column in shown] for row in rows]
     titles = [c if c in keys else c.replace("_", " ").replace("/", " ") for c in shown]
     out.mkdir(parents=True, exist_ok=True)
@@ -210,10 +219,20 @@ def write(folders: Sequence[str], out: str) -> None:
         data=page_data(runs),
     )
     (out / "index.html").write_text(page)
-    table = Table(title=f"{len(runs)} runs")
-    for title, column in zip(titles, shown, strict=True):
-        table.add_column(title, justify="left" if column in ("run", "sampler") else "right", overflow="fold")
-    for line in cells:
-        table.add_row(*line)
-    Console(width=200 if not Console().is_terminal else None).print(table)
+    _print(titles, cells, f"{len(runs)} runs")
     print(f"{out / 'index.html'}")
+
+
+def _print(titles: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> None:
+    """The first columns of the table, as many as the terminal is wide."""
+    console = Console(width=200 if not Console().is_terminal else None)
+    table, room = Table(title=caption), console.width - 1
+    widths = [max(len(title), *(len(line[i]) for line in cells)) + 3 for i, title in enumerate(titles)]
+    count = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) <= room)
+    for title in titles[:count]:
+        table.add_column(title, no_wrap=True)
+    for line in cells:
+        table.add_row(*line[:count])
+    console.print(table)
+    if count < len(titles):
+        print(f"{len(titles) - count} more columns, from {titles[count]!r} on, are in runs.md")
