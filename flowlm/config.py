@@ -46,7 +46,7 @@ def objective(family: str) -> ConfigDict:
     jump = 1 / 32  # of a student: the step in time that it learns to take at once
     sections = dict(
         flow=dict(
-            loss="cross_entropy",  # cross_entropy | squared_error
+            loss="cross_entropy",  # cross_entropy | squared_error | velocity
             eta=1.0,  # sampler: 0 Euler .. 1 ancestral
             **sampler,
         ),
@@ -94,11 +94,12 @@ def defaults(family: str = "flow") -> ConfigDict:
             accumulation=1,  # microbatches it is cut into
             ema_decay=0.999,
             prior="gaussian",  # gaussian | dirichlet
-            time_warp="ambient",  # ambient | embedded
+            time_warp="ambient",  # ambient | embedded | identity
             data=dict(name="sotu", tokenizer="sotu_bpe_512", length=32, dir="~/.cache/flowlm"),
             model=model("tiny"),
             objective=objective(family),
             teacher=config_dict.placeholder(str),  # run directory of the flow that a flow map is distilled from
+            init_from=config_dict.placeholder(str),  # run directory whose averaged weights a fresh run starts from
             optimizer=dict(
                 learning_rate=1e-3,
                 schedule="cosine",  # constant | cosine

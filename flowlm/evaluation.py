@@ -11,7 +11,7 @@ Metrics are one flat dict:
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -40,6 +40,7 @@ from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 ROWS = 256  # rows in one call of a jitted function
 UNSHOWN = ("ngram_distance_1", "ngram_distance_3", "ngram_distance_5")  # in evaluation.json all the same
 SHOWN = 16  # samples of each kind in samples.txt
+FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
 MAX_ROWS = 20_000  # that counts are taken of
 
@@ -177,14 +178,16 @@ def compare(directories: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics as above; texts: {sampler@steps: samples as text}."""
+    """metrics as above; texts: {sampler@steps: samples as text}; trajectories: {sampler@steps: the likeliest token of every
+    position at every step, as text [sample][step][position]}."""
 
     step: int
     metrics: dict[str, float]
     texts: dict[str, list[str]]
+    trajectories: dict[str, list] = field(default_factory=dict)
 
     def save(self, directory) -> None:
-        """Writes evaluation.json, evaluation.png and samples.txt."""
+        """Writes evaluation.json, evaluation.png, samples.txt and trajectories.json."""
         directory = storage.path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         finite = {k: v if np.isfinite(v) else None for k, v in self.metrics.items()}
@@ -194,6 +197,7 @@ class Evaluation:
             "samples": {name: texts[0] for name, texts in self.texts.items()},
         }
         (directory / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        (directory / "trajectories.json").write_text(json.dumps(self.trajectories) + "\n")
         draw_evaluation(directory)
         blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
         (directory / "samples.txt").write_text("\n".join(blocks))
@@ -251,6 +255,14 @@ class Evaluator:
         self._samplers = {
             f"{name}@{n}": Sampler(net, variant, n, layout) for n in steps for name, variant in samplers(family).items()
         }
+        # One of each sampler is followed, the one with the most steps that a page can show.
+        followed = sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
+        self._trajectories = {
+            f"{name}@{n}": layout.jit(partial(variant.trajectory, net), static_argnums=(2, 3))
+            for n in followed
+            for name, variant in samplers(family).items()
+            if hasattr(variant, "trajectory")
+        }
         self._held_out = self._reference = self._judges = None
         # At once, unlike all else that is slow: a judge that is not here is an error before the training, not after it.
         self._language_models = make_language_models(settings.language_models, dataset.length, data_dir, layout)
@@ -281,7 +293,16 @@ class Evaluator:
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
             metrics |= {f"samples/{name}/{k}": v for k, v in score_all(self._judges, ids, texts[name]).items()}
-        return Evaluation(step, metrics, texts)
+        return Evaluation(step, metrics, texts, self._follow(params, step))
+
+    def _follow(self, params, step: int) -> dict[str, list]:
+        key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
+        out = {}
+        for name, follow in self._trajectories.items():
+            ids = gathered(follow(params, key, FOLLOWED, int(name.rpartition("@")[2]))).swapaxes(0, 1)
+            pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
+            out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
+        return out
 
     def _prepare(self) -> None:
         split = self._dataset.validation

@@ -102,6 +102,37 @@ class Trained(NamedTuple):
 STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "remat", "attention", "dtype", "loss_weight")
 
 
+def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] = ()) -> str:
+    """Settings of the network, and the others named, that must agree and do not, as text."""
+    names = [f"model.{key}" for key in ours.model if key not in STUDENTS_OWN]
+    flat = [dict(run_directory.flat(config.to_dict())) for config in (theirs, ours)]
+    pairs = {name: [settings.get(name) for settings in flat] for name in (*others, *names)}
+    return ", ".join(f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b)
+
+
+def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
+    """The averaged parameters of the run `config.init_from`, in this run's architecture (Network.adopt).
+
+    Raises:
+      FileNotFoundError: it is not a trained run.
+      ValueError: it has another tokenizer or network, and what differs; or there is a teacher, from which a student starts.
+    """
+    if config.teacher:
+        raise ValueError("a student starts from its teacher: give config.teacher or config.init_from, not both")
+    run = load_trained(config.init_from, layout)
+    if run.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"init_from {config.init_from} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
+        )
+    if differ := _differences(run.config, config):
+        raise ValueError(f"init_from {config.init_from} is another network: {differ}")
+    try:
+        jax.eval_shape(lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs), run.params)
+    except ValueError as error:
+        raise ValueError(f"init_from {config.init_from} is another network: {error}") from error
+    return run.params
+
+
 def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
     """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
 
@@ -118,13 +149,8 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
         raise ValueError(
             f"the teacher {config.teacher} has the tokenizer {theirs.data.tokenizer!r}, not {config.data.tokenizer!r}"
         )
-    pairs = {name: (theirs[name], config[name]) for name in ("prior", "time_warp")}
-    pairs["data.length"] = (theirs.data.length, config.data.length)
-    pairs |= {f"model.{k}": (theirs.model[k], v) for k, v in config.model.items() if k not in STUDENTS_OWN}
-    differ = {k: v for k, v in pairs.items() if v[0] != v[1]}
-    if differ:
-        shown = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in differ.items())
-        raise ValueError(f"the teacher {config.teacher} is another network: {shown}")
+    if differ := _differences(theirs, config, ("prior", "time_warp", "data.length")):
+        raise ValueError(f"the teacher {config.teacher} is another network: {differ}")
     wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
     if (theirs.objective.family == "residual") != (wanted == "residual"):
         raise ValueError(

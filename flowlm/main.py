@@ -6,7 +6,9 @@ flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
-flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
+flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR
+flowlm report DIR DIR ... --out=DIR
+flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...] [--dry_run]
 """
 
 import ast
@@ -40,7 +42,13 @@ _RESULTS = flags.DEFINE_string(
     "results", None, "study, evaluate: where the results go (evaluate: in place of the run's directory)"
 )
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
+_SOURCE = flags.DEFINE_string("source", None, "prepare: textfiles (a document a file) or jsonl (a document a line)")
+_PATH = flags.DEFINE_string("path", None, "prepare: the file or the folder with the text")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "prepare: name of a tokenizer or path of its file")
+_LENGTH = flags.DEFINE_integer("length", None, "prepare: ids in a row", 2)
+_OUT = flags.DEFINE_string("out", None, "prepare, report: the folder to make")
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
@@ -136,6 +144,18 @@ def _compare() -> None:
 
 
 def _prepare() -> None:
+    from flowlm.data.prepare import prepare
+
+    wanted = _SOURCE.value, _PATH.value, _TOKENIZER.value, _LENGTH.value, _OUT.value
+    if None in wanted:
+        raise ValueError("flowlm prepare needs --source, --path, --tokenizer, --length and --out (or the word judge)")
+    manifest = prepare(*wanted, _DATA_DIR.value)
+    for split, rows in manifest["rows"].items():
+        print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
+    print(f"flowlm train --config=experiments/own_text.py:{_OUT.value} --workdir=DIR")
+
+
+def _prepare_judge() -> None:
     from flowlm.judges import smollm2
 
     print(smollm2.prepare(_DATA_DIR.value))
@@ -143,19 +163,31 @@ def _prepare() -> None:
 
 def _study() -> None:
     from flowlm import storage
-    from flowlm.study import carry_out
+    from flowlm.study import carry_out, commands
 
     if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
         raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")
     path, _, argument = _STUDY.value.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
-    carry_out(
+    study, workdir, extra = (
         runpy.run_path(path)["get_study"](argument),
         storage.path(_WORKDIR.value),
-        Path(_RESULTS.value),
         _EXTRA.value or [],
     )
+    if _DRY_RUN.value:
+        for line in commands(study, workdir, extra):
+            print(line)
+    else:
+        carry_out(study, workdir, Path(_RESULTS.value), extra)
+
+
+def _report(*folders: str) -> None:
+    from flowlm.report import write
+
+    if not folders or _OUT.value is None:
+        raise ValueError("flowlm report needs folders with runs in them and --out=DIR")
+    write(folders, _OUT.value)
 
 
 COMMANDS = {
@@ -164,8 +196,11 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "study": _study,
-    "prepare judge": _prepare,
+    "prepare": _prepare,
+    "prepare judge": _prepare_judge,
 }
+# Commands that take places behind their name.
+PLACED = {"report": _report}
 
 
 def _check_experiment(argv: list[str]) -> None:
@@ -195,13 +230,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _main(argv: list[str]) -> None:
-    name = " ".join(argv[1:])
-    if name not in COMMANDS:
-        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {name or 'nothing'}\n{__doc__}")
+    name, places = " ".join(argv[1:]), []
+    if argv[1:2] and argv[1] in PLACED:
+        name, places = argv[1], argv[2:]
+    if name not in COMMANDS | PLACED:
+        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS | PLACED)}, got {name or 'nothing'}\n{__doc__}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
     try:
-        COMMANDS[name]()
+        (COMMANDS | PLACED)[name](*places)
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())  # --verbosity=1 shows it
         sys.exit(f"flowlm: {error}")

@@ -2,7 +2,7 @@
 
 config.json      every setting, resolved          checkpoints/<step>   training state
 tokenizer.json   the tokenizer itself             metrics.jsonl        curves (curves.png draws them)
-versions.json    packages and git commit          evaluation.json, samples.txt
+versions.json    packages and git commit          evaluation.json, samples.txt, trajectories.json
 """
 
 import importlib.metadata
@@ -35,10 +35,11 @@ FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation
 FREE += ("model.attention", "model.remat")
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"section.key": value} of nested settings."""
     out = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 
@@ -66,7 +67,7 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
         held = json.loads(_settings(workdir).to_json())
-        old, new = _flat(held), _flat(wanted)
+        old, new = flat(held), flat(wanted)
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
         if changed:
             shown = ", ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in changed[:4])

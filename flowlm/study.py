@@ -1,12 +1,14 @@
-"""A study: many runs under one budget, each an ordinary `flowlm train`, then one table and one picture of all of them.
+"""A study: many runs, each an ordinary `flowlm train`, then one table and one picture of all of them.
 
-Runs are taken one after another, seed 0 of all before seed 1 of any, so a study that is cut short is whole as far as it went.
-A run that is finished is left alone, one that was cut is taken up where it was, and one that fails is reported at the end
-while the others go on; a student waits for its teacher and is skipped without it.
+The methods of a comparison under one budget are a study, and so are the points of a sweep (sweeps.py). Runs are taken one after
+another, seed 0 of all before seed 1 of any, so a study that is cut short is whole as far as it went. A run that is finished is
+left alone, one that was cut is taken up where it was, and one that fails is reported at the end while the others go on; a student
+waits for its teacher and is skipped without it.
 """
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -43,7 +45,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal entropy, in nats."""
+    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal entropy, in nats.
+
+    Without `matched` every swept setting of a sampler is a row of the table.
+    """
 
     runs: Sequence[Run]
     metrics: Sequence[str]
@@ -76,10 +81,35 @@ def teacher_of(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run]) -> P
 def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> list[str]:
     """The command line of one run."""
     line = [sys.executable, "-m", "flowlm.main", "train", f"--config={run.config}", f"--config.seed={seed}"]
-    line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in run.settings.items()]
+    settings = {key: value for key, value in run.settings.items() if value is not None}
+    line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in settings.items()]
     if run.teacher is not None:
         line.append(f"--config.teacher={teacher_of(run, seed, workdir, runs)}")
     return [*line, *extra, f"--workdir={directory(workdir, run, seed)}"]
+
+
+def in_order(study: Study) -> tuple[list[tuple[Run, int]], dict[str, Run]]:
+    """(run, seed) of the study in the order they are made, and its runs by name.
+
+    Raises:
+      ValueError: two runs of one name, or a teacher that is no earlier run of the study.
+    """
+    runs: dict[str, Run] = {}
+    for run in study.runs:
+        if run.name in runs:
+            raise ValueError(f"two runs are called {run.name!r}: a name is a directory")
+        if run.teacher is not None and run.teacher not in runs:
+            raise ValueError(f"the teacher {run.teacher!r} of {run.name!r} is no earlier run: there are {sorted(runs)}")
+        runs[run.name] = run
+    seeds = sorted({seed for run in study.runs for seed in run.seeds})
+    return [(run, seed) for seed in seeds for run in study.runs if seed in run.seeds], runs
+
+
+def commands(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[str]:
+    """What is left of the study, as lines for a shell. Raises ValueError as `in_order`."""
+    order, runs = in_order(study)
+    left = [(run, seed) for run, seed in order if not finished(directory(workdir, run, seed))]
+    return [shlex.join(command(run, seed, workdir, runs, extra)) for run, seed in left]
 
 
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = ()) -> None:
@@ -89,31 +119,27 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
       extra: further flags of every run, such as --config.steps=10.
 
     Raises:
-      ValueError: a teacher that is no earlier run of the study.
+      ValueError: as `in_order`.
       RuntimeError: runs that failed, by name, after all others were done.
     """
-    runs, failed = {}, []
-    for run in study.runs:
-        if run.teacher is not None and run.teacher not in runs:
-            raise ValueError(f"the teacher {run.teacher!r} of {run.name!r} is no earlier run: there are {sorted(runs)}")
-        runs[run.name] = run
-    for seed in sorted({seed for run in study.runs for seed in run.seeds}):
-        for run in (run for run in study.runs if seed in run.seeds):
-            path = directory(workdir, run, seed)
-            if run.teacher is not None and not finished(teacher_of(run, seed, workdir, runs)):
-                failed.append(f"{path} (without its teacher)")
-            elif not finished(path):
-                print(f"== {path}", file=sys.stderr, flush=True)
-                if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
-                    failed.append(str(path))
-            if not finished(path):
-                continue
-            for place in (swept(path, setting) for setting in run.sweep):
-                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
-                line += [f"--objective={place.name}", f"--results={place}"]
-                if not (place / "evaluation.json").exists() and subprocess.run(line, check=False).returncode:
-                    failed.append(str(place))
-            write(study, workdir, results)
+    order, runs = in_order(study)
+    failed = []
+    for run, seed in order:
+        path = directory(workdir, run, seed)
+        if run.teacher is not None and not finished(teacher_of(run, seed, workdir, runs)):
+            failed.append(f"{path} (without its teacher)")
+        elif not finished(path):
+            print(f"== {path}", file=sys.stderr, flush=True)
+            if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
+                failed.append(str(path))
+        if not finished(path):
+            continue
+        for place in (swept(path, setting) for setting in run.sweep):
+            line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+            line += [f"--objective={place.name}", f"--results={place}"]
+            if not (place / "evaluation.json").exists() and subprocess.run(line, check=False).returncode:
+                failed.append(str(place))
+        write(study, workdir, results)
     write(study, workdir, results)
     if failed:
         raise RuntimeError(f"these runs failed, their own errors are above: {', '.join(failed)}")
@@ -166,8 +192,9 @@ def write(study: Study, workdir: Path, results: Path) -> None:
         writer.writerows(records)
 
     cells: dict[tuple, list[dict]] = defaultdict(list)
-    for record in (record for record in records if not record["setting"]):
-        cells[record["method"], record["sampler"], record["steps"]].append(record)
+    for record in (record for record in records if not (record["setting"] and study.matched)):
+        method = f"{record['method']} {record['setting']}".strip()
+        cells[method, record["sampler"], record["steps"]].append(record)
     head = ["method", "steps", "seeds", *study.metrics]
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in head)} |", "|---" * len(head) + "|"]
     steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))

@@ -11,7 +11,7 @@ with I_t = (1 - t) x0 + t x1, so tau(0) = 0, tau(1) = 1 and uniform tau spends e
 
 `ambient` is the paper's. Where V > D the network sees only the projection z = x @ E, which keeps about D / V of a token's
 signal power: `embedded` scales r by sqrt(min(1, D / V)). Both are pure functions of (prior, V, D), tabulated once on the
-host with knots in t and interpolated inside jit.
+host with knots in t and interpolated inside jit. `identity` is tau = t: no warp, for the ablation.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import gammaln, log_ndtr
 
 KNOTS = 4097
-KINDS = ("ambient", "embedded")
+KINDS = ("ambient", "embedded", "identity")
 
 
 def _gaussian_q(ratio: np.ndarray, vocab: int) -> np.ndarray:
@@ -79,7 +79,7 @@ class TimeWarp:
 
     Attributes:
       prior: `gaussian` or `dirichlet`.
-      kind: `ambient` (the paper's) or `embedded` (what is left of the signal after projection to D dimensions).
+      kind: `ambient` (the paper's), `embedded` (what is left of the signal after projection to D dimensions) or `identity`.
       vocab: V. width: D.
     """
 
@@ -99,6 +99,9 @@ class TimeWarp:
     @property
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(t, tau, dtau/dt) at the knots."""
+        if self.kind == "identity":
+            ends = np.array([0.0, 1.0], np.float32)
+            return ends, ends, np.ones(2, np.float32)
         scale = 1.0 if self.kind == "ambient" else math.sqrt(min(1.0, self.width / self.vocab))
         return _table(self.prior, self.vocab, scale)
 

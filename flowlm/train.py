@@ -13,7 +13,7 @@ from flowlm import evaluation, processes, run_directory, sharding, storage, toke
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, load_teacher
+from flowlm.experiment import abstract_state, build, load_origin, load_teacher
 from flowlm.metrics import MetricWriter
 from flowlm.profiling import Profiler, Recompilations
 
@@ -38,6 +38,9 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     teacher = None
     if config.teacher:
         teacher = load_teacher(config, tokenizer, experiment, layout)
+    origin = None
+    if config.init_from:
+        origin = load_origin(config, tokenizer, experiment, layout)
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
@@ -48,7 +51,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=places)(teacher)
+        state = jax.jit(init, out_shardings=places)(teacher, origin)
+    del origin
     first = int(state.step)
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")

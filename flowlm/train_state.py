@@ -42,10 +42,16 @@ def purpose_key(seed: int, step, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def init_state(net, family, optimizer: optax.GradientTransformation, seed: int, teacher=None) -> TrainState:
-    """A fresh state, or one that the family makes of a teacher; the moving average starts at the parameters."""
+def init_state(
+    net, family, optimizer: optax.GradientTransformation, seed: int, teacher=None, origin=None
+) -> TrainState:
+    """A fresh state, one that the family makes of a teacher, or one with the parameters of another run, `origin`.
+
+    The moving average starts at the parameters.
+    """
     params = net.init(purpose_key(seed, 0, INIT))
     params = params if teacher is None else family.start(net, params, teacher)
+    params = params if origin is None else net.adopt(params, origin)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 

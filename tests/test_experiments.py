@@ -18,7 +18,9 @@ from flowlm.sharding import Layout, check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.stem != "study")
+FILES = sorted(
+    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("study", "ablations", "own_text")
+)
 ARGUMENTS = {
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),

@@ -35,6 +35,7 @@ def commands(monkeypatch):
                 "samples/map heat@4/entropy": 2 + heat,
                 "samples/map heat@4/nats": 5 * heat,
                 "samples/map heat@4/nats_stderr": 0.3,
+                "samples/map heat@4/seconds_per_100": 3.0,
             }
             (place / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
             return subprocess.CompletedProcess(line, 0)
@@ -109,6 +110,14 @@ def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
     count = len(commands)
     carry_out(Study(runs, ["entropy"], ["nats"]), tmp_path / "w", tmp_path / "r")
     assert len(commands) == count == 7
+    # With nothing to be matched each setting is a row of its own.
+    carry_out(Study(runs[1:], ["entropy"]), tmp_path / "w", tmp_path / "r2")
+    rows = [line.split("|")[1:5] for line in (tmp_path / "r2/study.md").read_text().splitlines()[2:-1]]
+    assert [(row[0].strip(), row[3].split()[0]) for row in rows] == [
+        ("far, map", "2.000"),
+        ("far heat=0.25, map heat", "2.250"),
+        ("far heat=0.5, map heat", "2.500"),
+    ]
 
 
 def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):

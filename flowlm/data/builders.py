@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -76,17 +75,25 @@ class _Rows(tfds.core.ShardBasedBuilder, skip_registration=True):
 class PackedText(_Rows, skip_registration=True):
     """Documents of a corpus, tokenised, laid end to end and cut to rows of one length."""
 
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        config = self.builder_config
+        with packing.workspace(pathlib.Path(config.data_dir) / "tokens" / config.name) as self._tokens:
+            super()._download_and_prepare(dl_manager, download_config)
+
     def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
         del dl_manager
         config = self.builder_config
         separated = corpora.CORPORA[config.source].separated
         shards = {}
         for split in corpora.SPLITS:
-            texts = (text for _, text in corpora.documents(config.source, split, config.data_dir))
+
+            def texts(split=split):
+                return (text for _, text in corpora.documents(config.source, split, config.data_dir))
+
             # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
-            stream = packing.token_stream(texts, config.tokenizer, separated)
-            with tempfile.TemporaryFile(dir=self.data_dir) as scratch:
-                shards[split] = self._shards(split, packing.write_stream(stream, scratch, config.length - 1))
+            path = self._tokens / f"{split}.tokens"
+            rows = packing.write_stream(texts, config.tokenizer, separated, path, config.length - 1)
+            shards[split] = self._shards(split, rows)
         return shards
 
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from absl import logging
 
 from flowlm import storage
+from flowlm.data import own_text
 
 SPLITS = ("train", "validation", "test")
 
@@ -178,6 +179,7 @@ CORPORA = {
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),
+    "own_text": Corpus(own_text.check, own_text.read, separated=True),
 }
 
 

@@ -5,8 +5,16 @@ stream is cut every `length - 1` tokens, and each piece gets a start token in fr
 every document in it stands between start tokens. Only the last, incomplete piece of a split is dropped.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -35,16 +43,71 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def write_stream(stream: Iterable[np.ndarray], file: BinaryIO, width: int) -> np.ndarray:
-    """Writes a token stream to a file and returns it as rows [num, width] that are read from the file as needed."""
-    num_tokens = 0
-    for ids in stream:
-        file.write(ids.astype(np.int32).tobytes())
-        num_tokens += len(ids)
-    file.flush()
-    if num_tokens < width:
-        return np.empty((0, width), np.int32)
-    return np.memmap(file, np.int32, "r", shape=(num_tokens // width, width))
+@contextlib.contextmanager
+def workspace(directory: Path) -> Iterator[Path]:
+    """`directory`, which an interrupted process leaves for the next and which goes when all went well.
+
+    While another process is in it, or where files cannot be locked, a temporary directory beside it takes its place.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((directory / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have finished, and removed the directory, just before.
+            held = os.path.samestat(os.fstat(lock.fileno()), (directory / "lock").stat())
+        except OSError:
+            held = False
+        if held:
+            yield directory
+            shutil.rmtree(directory)
+        else:
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory.parent)))
+
+
+def write_stream(
+    texts: Callable[[], Iterable[str]], tokenizer: Tokenizer, separated: bool, path: Path, width: int
+) -> np.ndarray:
+    """Writes the token stream of the texts to `path` and returns it as rows [num, width] that are read from it as needed.
+
+    After every batch `path`.json says how many texts and tokens there are, and the digest of those texts: an interrupted call
+    is taken up there if the texts still begin with these.
+    """
+    record = path.with_suffix(".json")
+    texts_done = tokens_done = 0
+    digest, stream = hashlib.sha256(), iter(texts())
+    if record.exists() and path.exists():
+        held = json.loads(record.read_text())
+        for text in itertools.islice(stream, held["texts"]):
+            digest.update(_mark(text))
+        if digest.hexdigest() == held["sha256"] and path.stat().st_size >= 4 * held["tokens"]:
+            texts_done, tokens_done = held["texts"], held["tokens"]
+        else:
+            digest, stream = hashlib.sha256(), iter(texts())
+    path.touch()
+    with path.open("r+b") as file:
+        file.truncate(4 * tokens_done)
+        file.seek(0, os.SEEK_END)
+        for batch in _batches(stream):
+            for ids in token_stream(batch, tokenizer, separated):
+                file.write(ids.astype(np.int32).tobytes())
+                tokens_done += len(ids)
+            file.flush()
+            os.fsync(file.fileno())  # before the record that counts on it
+            texts_done += len(batch)
+            for text in batch:
+                digest.update(_mark(text))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"texts": texts_done, "tokens": tokens_done, "sha256": digest.hexdigest()}))
+            temporary.replace(record)
+        if tokens_done < width:
+            return np.empty((0, width), np.int32)
+        return np.memmap(file, np.int32, "r", shape=(tokens_done // width, width))
+
+
+def _mark(text: str) -> bytes:
+    content = text.encode("utf-8")
+    return len(content).to_bytes(8, "big") + content
 
 
 def framed(rows: np.ndarray, start: int) -> np.ndarray:

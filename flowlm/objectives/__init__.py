@@ -6,6 +6,7 @@ A family is a frozen dataclass of its hyperparameters with
                                                               batch's rows, and their sum over rows / B is the loss
     sample(net, params, key, num, steps) -> ids [num, L]
     bound(net, params, batch, key) -> nats [B]                where it has one
+    trajectory(net, params, key, num, steps) -> [steps, num, L]   what `sample` would write at each of its steps, where it has one
 and, where they differ from the defaults, `group` (rows that stay together in a microbatch; 1), `parts` (names of losses whose
 conflicting gradients are projected; ("loss",), their sum). A family that takes a teacher has start(net, params, teacher) -> the
 student's first parameters. `keys` [B] are for dropout, or None. Means, meshes and microbatches are the training step's affair. A

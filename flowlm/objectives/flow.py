@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
-from flowlm.interpolant import ancestral_step
+from flowlm.interpolant import MIN_NOISE, ancestral_step
 from flowlm.objectives.denoiser import Denoiser, check_noise_scale
-from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.guidance import Prediction, Predictor
 from flowlm.time_sampling import stratified
 
-LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error}
+LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error, "velocity": vocab.squared_error}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow(Denoiser):
     """Attributes:
-    loss_kind: `cross_entropy`, or the ablation `squared_error` on the posterior.
+    loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
+      implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
     eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
     temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
       softmax(logits / temperature) there (2605.13681).
@@ -60,14 +61,25 @@ class Flow(Denoiser):
         `aux` carries teachers for families that have one; unused here. `keys` [B] are for dropout alone, or None.
         """
         del aux
-        z = self.noised(net.embedding(params), batch, self.warp.t(batch["tau"]))
-        hidden = net.apply(params, z, batch["tau"], keys=keys)
-        per_token = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"])
-        loss = net.weighted(params, per_token.mean(-1), batch["tau"], batch["tau"])
+        t = self.warp.t(batch["tau"])
+        hidden = net.apply(params, self.noised(net.embedding(params), batch, t), batch["tau"], keys=keys)
+        per_row = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"]).mean(-1)
+        if self.loss_kind == "velocity":
+            per_row = per_row / jnp.maximum(1 - t, MIN_NOISE) ** 2
+        loss = net.weighted(params, per_row, batch["tau"], batch["tau"])
         return {self.loss_kind: loss}, {}
 
     def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls on a uniform grid of tau, the last of which is decoded by argmax."""
+        return self._sample(net, params, key, num, steps, lambda prediction: None)[1]
+
+    def trajectory(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """The likeliest tokens at every call of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
+        seen, ids = self._sample(net, params, key, num, steps, Prediction.argmax)
+        return jnp.concatenate([seen, ids[None]])
+
+    def _sample(self, net, params, key, num: int, steps: int, look):
+        """(look(prediction) of all calls but the last, stacked; ids)."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         params = net.prepared(params)
@@ -86,8 +98,8 @@ class Flow(Denoiser):
                 mean = net.embed(params, prediction.draw(token_key, self.temperature))
             # Euler's method needs no noise: the draw is dead code that XLA removes at eta = 0.
             fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
-            return ancestral_step(z, mean, fresh, self.warp.t(tau), self.warp.t(tau_next), self.eta), None
+            return ancestral_step(z, mean, fresh, self.warp.t(tau), self.warp.t(tau_next), self.eta), look(prediction)
 
         keys = jax.random.split(rest, steps - 1)
-        z, _ = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys))
-        return predict(z, jnp.full((num,), tau[-2]), key=rest).argmax()
+        z, seen = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys))
+        return seen, predict(z, jnp.full((num,), tau[-2]), key=rest).argmax()

@@ -32,7 +32,7 @@ from jax.tree_util import Partial
 from flowlm import flow_map, vocab
 from flowlm.flow_map import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
 from flowlm.objectives.denoiser import Denoiser, check_noise_scale
-from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.guidance import Prediction, Predictor
 from flowlm.time_sampling import PAIRS, pairs, stratified
 
 
@@ -334,6 +334,15 @@ class FlowMap(Denoiser):
 
     def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` jumps; one step does not depend on gamma."""
+        return self._sample(net, params, key, num, steps, lambda prediction: None)[1]
+
+    def trajectory(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """The likeliest tokens at every jump of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
+        seen, ids = self._sample(net, params, key, num, steps, Prediction.argmax)
+        return jnp.concatenate([seen, ids[None]])
+
+    def _sample(self, net, params, key, num: int, steps: int, look):
+        """(look(prediction) of all jumps but the last, stacked; ids)."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         params = net.prepared(params)
@@ -349,15 +358,16 @@ class FlowMap(Denoiser):
             s, sigma = self.warp.t(tau), 1 - self.warp.t(tau_next)
             kept = sigma * (1 - self.gamma**2) ** 0.5  # of the old noise; the jump goes on to where only this is left
             to = jnp.full((num,), self.warp.tau(1 - kept))
-            mean = predict(z, jnp.full((num,), tau), to, weak_key).mean(embedding)
+            prediction = predict(z, jnp.full((num,), tau), to, weak_key)
+            mean = prediction.mean(embedding)
             z = transport(z, mean, s, 1 - kept) + (kept - sigma) * mean
             fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
-            return z + self.gamma * sigma * (fresh - center) + (sigma - kept) * center, None
+            return z + self.gamma * sigma * (fresh - center) + (sigma - kept) * center, look(prediction)
 
         keys = jax.random.split(rest, steps)
-        z, _ = jax.lax.scan(jump, z, (tau[:-2], tau[1:-1], keys[:-1]))
+        z, seen = jax.lax.scan(jump, z, (tau[:-2], tau[1:-1], keys[:-1]))
         weak_key, token_key = jax.random.split(keys[-1])
         prediction = predict(z, jnp.full((num,), tau[-2]), jnp.ones((num,)), weak_key)
         if self.temperature is None:
-            return prediction.argmax()
-        return prediction.draw(token_key, self.temperature, self.top_p)
+            return seen, prediction.argmax()
+        return seen, prediction.draw(token_key, self.temperature, self.top_p)

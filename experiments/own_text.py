@@ -1,0 +1,57 @@
+"""Text of your own, with the quickstart's network and budget: about 10 minutes on 2 CPU cores.
+
+    flowlm prepare --source=textfiles --path=TEXTS --tokenizer=sotu_bpe_512 --length=32 --out=DATA
+    flowlm train --config=experiments/own_text.py:DATA --workdir=DIR
+    flowlm train --config=experiments/own_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
+
+The folder says which tokenizer, how many tokens and how long the rows are. The settings are those that were right for a million
+characters of speeches: give more `steps` and a larger `model` to more text. What to expect depends on the text; held-out rows and
+tokens without a model stand in every table for comparison.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from flowlm import config as settings
+from flowlm.data import own_text
+from flowlm.tokenizers import Tokenizer
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg` is a folder that `flowlm prepare` made, with `:flow_map` behind it to distil a run on it."""
+    folder, _, family = arg.partition(":")
+    if not folder or family not in ("", "flow_map"):
+        raise ValueError(
+            f"own_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
+        )
+    folder = Path(folder).expanduser().resolve()
+    if not (folder / own_text.MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} has no {own_text.MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
+        )
+    manifest = own_text.load(folder)
+    if manifest["rows"] is None:
+        raise ValueError(
+            f"the preparation of {folder} was cut: run the same `flowlm prepare` again, it goes on where it was"
+        )
+    config = settings.defaults(family or "flow")
+    config.update(steps=2000, batch_size=64)
+    config.optimizer.update(learning_rate=2e-3, b2=0.99)
+    tokenizer = folder / "tokenizer.json"
+    config.data.update(name="own_text", tokenizer=str(tokenizer), length=manifest["length"], dir=str(folder))
+    config.model.update(
+        vocab_size=Tokenizer.load(tokenizer).vocab_size,
+        time_scale=1000.0,
+        gate_init=1.0,
+        learned_positions=True,
+        input="white",
+        output="early_skip",
+    )
+    config.evaluation.update(every=2000, steps=(1, 2, 4, 8, 32, 64), samples=128, final_samples=512)
+    if family == "flow_map":
+        config.steps = 600
+        config.model.update(preview=True, time_embeddings=2)
+        config.objective.update(noise_scale=0.5)
+        config.evaluation.steps = (1, 2, 4, 8, 32)
+    return config
