@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
 
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh over `data` devices, all of them for -1. Raises ValueError if there are not that many."""
-    devices = jax.devices()
+def make_mesh(data: int, devices=None) -> Mesh:
+    """A mesh over `data` of the devices (jax.devices()), all of them for -1. Raises ValueError if there are not that many."""
+    devices = jax.devices() if devices is None else devices
     data = len(devices) if data == -1 else data
     if not 1 <= data <= len(devices):
         raise ValueError(

@@ -14,7 +14,7 @@ from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, load_teacher
+from flowlm.experiment import abstract_state, build, jit_step, load_teacher
 from flowlm.metrics import MetricWriter
 
 
@@ -51,16 +51,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
     print(f"{parameters:,} parameters on {mesh.size} device(s), from step {first} to {config.steps}", file=sys.stderr)
 
-    step_fn = train_state.make_step(
-        experiment.net,
-        experiment.family,
-        experiment.optimizer,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        accumulation=config.accumulation,
-        dropout=config.model.dropout > 0,
-    )
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
+    step_fn = jit_step(config, experiment, abstract)
     rows = dataset.train.shuffled(config.seed)
     evaluator = evaluation.Evaluator(experiment, dataset, mesh, config.seed, config.evaluation, data.dir)
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard)
