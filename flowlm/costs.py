@@ -94,7 +94,8 @@ def count_flops(jaxpr, kernels_only: bool = False) -> float:
             elif name == "pallas_call":
                 times, deeper = math.prod(params["grid_mapping"].grid), True
             elif name == "shard_map":  # its body is what one device does
-                times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+                axes = next(value for key, value in params.items() if key.endswith("manual_axes"))  # jax renames it
+                times = math.prod(params["mesh"].shape[axis] for axis in axes)
             parts = [count(each, deeper) for value in params.values() for each in _inner(value)]
             total += times * (max(parts, default=0.0) if name == "cond" else sum(parts))
         return total

@@ -112,7 +112,13 @@ def _instruction(root: bool, name: str, text: str) -> Instruction:
     close = _closing("(" + tail, 0) - 1
     argument, rest = tail[:close], tail[close + 1 :]
     return Instruction(
-        name, opcode, _shapes(text[:end]), tuple(re.findall(r"%([\w.\-]+)", argument)), argument, rest, root
+        name,
+        opcode,
+        _shapes(text[:end]),
+        tuple(part.split(" ")[-1].lstrip("%") for part in argument.split(", ") if part),
+        argument,
+        rest,
+        root,
     )
 
 

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,10 +293,6 @@ def largest_batch(need: Callable[[int], float], unit: int, limit: float, needs: 
         needs[guess] = need(guess * unit)
 
 
-def _unit(config: ConfigDict, experiment) -> int:
-    return config.accumulation * getattr(experiment.family, "group", 1)
-
-
 # ---- The command -------------------------------------------------------------------------------------------------
 
 
@@ -312,23 +309,24 @@ def plan(config: ConfigDict, topologies: Sequence[str], out: str | None, per_chi
     experiment = build(config, config.model.vocab_size)
     check_compiler()
     names = ["train", *["sample"] * bool(evaluation.samplers(experiment.family))]
+    points = []
     with ThreadPoolExecutor(2) as pool:
-        jobs = {(p.name, name): pool.submit(compile_point, config, p, name, per_chip) for p in places for name in names}
-        points = []
-        for place in places:
-            point = {"topology": place.name, **{name: jobs[place.name, name].result() for name in names}}
-            points.append({**point, "estimate": _estimate(config, place, point["train"])})
-        if largest:
-
-            def most(place, train):
-                need = lambda rows: _total(compile_point(config, place, "train", rows))
-                return largest_batch(
-                    need, _unit(config, experiment), place.chip.hbm, {int(train["per_chip"]): _total(train)}
-                )
-
-            found = [pool.submit(most, place, point["train"]) for place, point in zip(places, points, strict=True)]
-            for point, job in zip(points, found, strict=True):
-                point["largest_per_chip"] = job.result()
+        try:
+            jobs = {
+                (p.name, name): pool.submit(compile_point, config, p, name, per_chip) for p in places for name in names
+            }
+            for place in places:
+                point = {"topology": place.name, **{name: jobs[place.name, name].result() for name in names}}
+                points.append({**point, "estimate": _estimate(config, place, point["train"])})
+            if largest:
+                unit = config.accumulation * getattr(experiment.family, "group", 1)
+                most = partial(_most, config, unit)
+                found = [pool.submit(most, *pair) for pair in zip(places, points, strict=True)]
+                for point, job in zip(points, found, strict=True):
+                    point["largest_per_chip"] = job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     report = {"points": points, "efficiency": EFFICIENCY, "versions": versions, "config": json.loads(config.to_json())}
     _table(report, out)
@@ -336,6 +334,13 @@ def plan(config: ConfigDict, topologies: Sequence[str], out: str | None, per_chi
 
 def _total(point: Mapping) -> float:
     return point["hbm"]["total"] + point["hbm"]["reserved"]
+
+
+def _most(config: ConfigDict, unit: int, place: Topology, point: Mapping) -> int:
+    """The largest batch of training, from the point that is known already."""
+    need = lambda rows: _total(compile_point(config, place, "train", rows))
+    known = {int(point["train"]["per_chip"]): _total(point["train"])}
+    return largest_batch(need, unit, place.chip.hbm, known)
 
 
 def network_flops(config: ConfigDict) -> float:
@@ -361,13 +366,15 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     points = report["points"]
     rows = []
 
-    def row(label, number, show="{:.2f}"):
+    def row(label, number, show=None):
         def cell(point):
             try:
                 value = number(point)
             except KeyError:  # a program that does not fit has no more to tell than that
                 return "-"
-            return value if isinstance(value, str) else show.format(value)
+            if isinstance(value, str):
+                return value
+            return show.format(value) if show else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
         cells = [cell(point) for point in points]
         if set(cells) != {"-"}:
@@ -382,23 +389,23 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     row("of GiB", lambda p: train(p)["hbm"]["limit"] / GIB)
     row("fits", lambda p: "yes" if train(p)["fits"] else "**no**")
     row("most sequences per chip that fit", lambda p: p["largest_per_chip"], "{:,}")
-    row("FLOPs per token, G", lambda p: p["estimate"]["flops_per_token"] / 1e9, "{:.3f}")
-    row("of those the network's (closed form), G", lambda p: p["estimate"]["network_flops_per_token"] / 1e9, "{:.3f}")
+    row("FLOPs per token, G", lambda p: p["estimate"]["flops_per_token"] / 1e9)
+    row("of those the network's (closed form), G", lambda p: p["estimate"]["network_flops_per_token"] / 1e9)
     row("FLOPs per chip and step, T", lambda p: train(p)["flops_per_chip"] / 1e12)
-    row("HBM traffic per chip and step, GB", lambda p: train(p)["traffic"] / 1e9, "{:.1f}")
+    row("HBM traffic per chip and step, GB", lambda p: train(p)["traffic"] / 1e9)
     row("sent per chip and step, GB", lambda p: train(p)["wire"] / 1e9)
     row("sent between slices, GB", lambda p: train(p)["dcn"] / 1e9 if any(train(q).get("dcn") for q in points) else "-")
     for kind in dict.fromkeys(kind for p in points for kind in train(p).get("collectives", {}) if kind != "dcn"):
         get = lambda p, key, kind=kind: train(p)["collectives"].get(kind, {}).get(key, 0.0)
-        row(f"{kind}: number, GB", lambda p, get=get: f"{get(p, 'count'):,.0f}, {get(p, 'wire') / 1e9:.2f}")
+        row(f"{kind}: number, GB", lambda p, get=get: f"{get(p, 'count'):,.0f}, {get(p, 'wire') / 1e9:.3g}")
     for part in ("compute", "memory", "network"):
-        row(f"roofline: {part}, ms", lambda p, part=part: 1e3 * train(p)["roofline"][part], "{:.1f}")
-    row("estimate: step, ms", lambda p: 1e3 * train(p)["roofline"]["estimate"], "{:.0f}")
+        row(f"roofline: {part}, ms", lambda p, part=part: 1e3 * train(p)["roofline"][part])
+    row("estimate: step, ms", lambda p: 1e3 * train(p)["roofline"]["estimate"])
     row("estimate: MFU", lambda p: f"{p['estimate']['mfu']:.0%}")
     row("estimate: tokens per second and chip", lambda p: p["estimate"]["tokens_per_second_per_chip"], "{:,.0f}")
     row("sampler: sequences per chip", lambda p: sample(p)["per_chip"], "{:g}")
     row("sampler: peak HBM, GiB", lambda p: _total(sample(p)) / GIB)
-    row("estimate: one call of the sampler, ms", lambda p: 1e3 * sample(p)["roofline"]["estimate"], "{:.1f}")
+    row("estimate: one call of the sampler, ms", lambda p: 1e3 * sample(p)["roofline"]["estimate"])
     return rows
 
 
@@ -481,7 +488,7 @@ def plan_device(config: ConfigDict, limit: float | None = None) -> int:
       ValueError: bad settings.
     """
     experiment = build(config, config.model.vocab_size)
-    unit, device = _unit(config, experiment), jax.devices()[0]
+    unit, device = config.accumulation * getattr(experiment.family, "group", 1), jax.devices()[0]
     source = "given"
     if limit is None:
         limit, source = _limit(device)

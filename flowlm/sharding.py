@@ -22,6 +22,8 @@ def make_mesh(data: int, devices=None) -> Mesh:
         raise ValueError(
             f"mesh.data = {data}, but {len(devices)} devices are here: set mesh.data to -1 or at most that"
         )
+    if len({getattr(device, "slice_index", 0) for device in devices[:data]}) > 1:  # jax.make_mesh knows one slice only
+        return Mesh(np.asarray(devices[:data]), ("data",), axis_types=(AxisType.Auto,))
     # Linen's contractions fail on the Explicit axes that make_mesh gives by default.
     return jax.make_mesh((data,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:data])
 
