@@ -171,6 +171,22 @@ def abstract_state(experiment: Experiment, layout: Layout):
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
 
 
+def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract):
+    """The training step as it is run, step(state, ids, teacher) -> (state, metrics): the state is donated and keeps its place."""
+    step = train_state.make_step(
+        experiment.net,
+        experiment.family,
+        experiment.optimizer,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulation=config.accumulation,
+        dropout=config.model.dropout > 0,
+        layout=layout,
+    )
+    places = jax.tree.map(lambda a: a.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+
 def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run, read only.
 

@@ -4,6 +4,8 @@ flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...]
              [--distributed] [--profile_steps=a:b] [--compile_cache=DIR]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
+flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--results=DIR]
+flowlm plan --config=experiments/NAME.py[:arg] --device
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
 flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR
@@ -25,7 +27,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", None, "train: the experiment, and --config.key=value to change it")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "train, plan: the experiment, and --config.key=value to change it"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "train: the run directory; a run found there is taken up again")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "train: one of several processes; only needed where JAX does not find the others itself"
@@ -39,7 +43,7 @@ _OBJECTIVE = flags.DEFINE_list(
 )
 _STUDY = flags.DEFINE_string("study", None, "study: the file that lists its runs, with an argument behind a colon")
 _RESULTS = flags.DEFINE_string(
-    "results", None, "study, evaluate: where the results go (evaluate: in place of the run's directory)"
+    "results", None, "study, plan, evaluate: where the results go (evaluate: in place of the run's directory)"
 )
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
@@ -53,6 +57,12 @@ _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); e
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
 _SEED = flags.DEFINE_integer("seed", 0, "sample: the seed")
+_TOPOLOGY = flags.DEFINE_list("topology", None, "plan: TPU slices as CHIP:SHAPE, or CHIP:SHAPE:SLICES for several")
+_PER_CHIP = flags.DEFINE_integer(
+    "per_chip", None, "plan: sequences on each chip, in place of config.batch_size over all", 1
+)
+_LARGEST = flags.DEFINE_bool("largest", True, "plan: also search the largest batch that fits")
+_DEVICE = flags.DEFINE_bool("device", False, "plan: the largest batch that fits on the devices at hand")
 
 
 def _train() -> None:
@@ -143,6 +153,17 @@ def _compare() -> None:
     compare(_RUNS.value)
 
 
+def _plan() -> None:
+    from flowlm.plan import plan, plan_device
+
+    if _CONFIG.value is None or bool(_TOPOLOGY.value) == _DEVICE.value:
+        raise ValueError("flowlm plan needs --config=experiments/NAME.py and either --topology=v5e:4x4,... or --device")
+    if _DEVICE.value:
+        plan_device(_CONFIG.value)
+    else:
+        plan(_CONFIG.value, _TOPOLOGY.value, _RESULTS.value, _PER_CHIP.value, _LARGEST.value)
+
+
 def _prepare() -> None:
     from flowlm.data.prepare import prepare
 
@@ -195,6 +216,7 @@ COMMANDS = {
     "sample": _sample,
     "evaluate": _evaluate,
     "compare": _compare,
+    "plan": _plan,
     "study": _study,
     "prepare": _prepare,
     "prepare judge": _prepare_judge,

@@ -13,7 +13,7 @@ from flowlm import evaluation, processes, run_directory, sharding, storage, toke
 from flowlm.checkpoint import Checkpoints
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, load_origin, load_teacher
+from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.metrics import MetricWriter
 from flowlm.profiling import Profiler, Recompilations
 
@@ -60,17 +60,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     told = f"{parameters:,} parameters on {layout.mesh.size} device(s), from step {first} to {config.steps}"
     _say(told + (f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""))
 
-    step_fn = train_state.make_step(
-        experiment.net,
-        experiment.family,
-        experiment.optimizer,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        accumulation=config.accumulation,
-        dropout=config.model.dropout > 0,
-        layout=layout,
-    )
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
+    step_fn = jit_step(config, experiment, layout, abstract)
     rows = dataset.train.shuffled(config.seed)
     evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
     # Of several processes the first writes and prints what all of them know.

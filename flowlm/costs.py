@@ -1,0 +1,124 @@
+"""What a step costs on paper: FLOPs in closed form and counted, chips as published, and the roofline of the two.
+
+    forward  = N (24 D^2 + 4 L D) + 2 D V   FLOPs a token: N blocks of width D, length L, V tokens; the conditioning once a row
+    training = 3 forward                    the network's own share of a step; recomputation, noise and teachers come on top
+
+Only products are counted, two FLOPs for each multiplication with its addition.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jax.extend import core
+
+from flowlm.models.dit import SINUSOIDS
+
+
+class Chip(NamedTuple):
+    """One device of a TPU topology: a chip, or half of one where a chip is two devices.
+
+    Attributes:
+      flops: bfloat16 FLOP/s. bandwidth: of HBM, bytes/s. links: bytes/s that it sends to its neighbours, all links together;
+        published (cloud.google.com/tpu/docs), of which nothing was measured here.
+      hbm: bytes that the compiler lets a program have, as its own error says. reserved: of those, never given to programs.
+      shapes: topologies that are offered.
+      options: of `get_topology_desc`.
+    """
+
+    flops: float
+    bandwidth: float
+    links: float
+    hbm: float
+    shapes: tuple[str, ...]
+    options: Mapping[str, str] = {}
+    reserved: float = 258 * 2**20
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+CHIPS = {
+    "v4": Chip(275e12, 1228e9, 300e9, 30.75 * 2**30, _CUBES, {"chip_config_name": "megacore"}),
+    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * 2**30, _FLAT),
+    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * 2**30, (*_CUBES, "8x8x16", "8x16x16", "16x16x16", "16x16x24")),
+    "v6e": Chip(918e12, 1600e9, 400e9, 31.25 * 2**30, _FLAT),
+    # Two devices a chip: half of 2,307 TFLOP/s, 7,380 GB/s and 600 GB/s each.
+    "tpu7x": Chip(1153.5e12, 3690e9, 300e9, 94.75 * 2**30, _CUBES[:5]),
+}
+# The share of the roofline that an estimate of time supposes. An assumption: nothing ran.
+EFFICIENCY = 0.5
+
+
+def forward_flops(
+    width: int, blocks: int, cond: int, time_embeddings: int, vocab: int, length: int, with_output: bool = True
+) -> float:
+    """FLOPs a token of one pass of the network with input `raw`, and of its output layer."""
+    row = 0.0
+    if time_embeddings:
+        row = time_embeddings * 2 * (SINUSOIDS * cond + cond**2) + 2 * cond * width * (6 * blocks + 2)
+    return blocks * (24 * width**2 + 4 * length * width) + with_output * 2 * width * vocab + row / length
+
+
+def _inner(value):
+    """Every jaxpr among the parameters of an equation."""
+    if isinstance(value, core.ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _inner(each)
+
+
+def count_flops(jaxpr, kernels_only: bool = False) -> float:
+    """FLOPs of all products of a jaxpr, over all devices: the body of a scan as often as it runs, of a branch the dearest.
+
+    A Pallas kernel counts as its body times its grid. A `while` counts once: its length is not in the jaxpr.
+
+    Args:
+      kernels_only: only those inside Pallas kernels, which no count from HLO can see.
+    """
+
+    def count(jaxpr, inside):
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            name, params, deeper = eqn.primitive.name, eqn.params, inside
+            if name == "dot_general" and inside:
+                (contracted, _), _ = params["dimension_numbers"]
+                shape = eqn.invars[0].aval.shape
+                total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+                continue
+            times = 1
+            if name == "scan":
+                times = params["length"]
+            elif name == "pallas_call":
+                times, deeper = math.prod(params["grid_mapping"].grid), True
+            elif name == "shard_map":  # its body is what one device does
+                axes = next(value for key, value in params.items() if key.endswith("manual_axes"))  # jax renames it
+                times = math.prod(params["mesh"].shape[axis] for axis in axes)
+            parts = [count(each, deeper) for value in params.values() for each in _inner(value)]
+            total += times * (max(parts, default=0.0) if name == "cond" else sum(parts))
+        return total
+
+    return count(getattr(jaxpr, "jaxpr", jaxpr), not kernels_only)
+
+
+class Roofline(NamedTuple):
+    """Seconds of a step: what its products, its HBM traffic and its wires take at published peaks, and what that suggests.
+
+    floor: the largest of the three; no step is faster. estimate: floor / EFFICIENCY. bound: which one is the largest.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    floor: float
+    estimate: float
+    bound: str
+
+
+def roofline(chip: Chip, flops: float, traffic: float, wire: float) -> Roofline:
+    """Args: of one chip and step: FLOPs, each counted as often as the multiplier passes; bytes of HBM; bytes sent."""
+    parts = {"compute": flops / chip.flops, "memory": traffic / chip.bandwidth, "network": wire / chip.links}
+    bound = max(parts, key=parts.get)
+    return Roofline(**parts, floor=parts[bound], estimate=parts[bound] / EFFICIENCY, bound=bound)

@@ -1,0 +1,152 @@
+"""The plan of a run: errors before any work, the search for the largest batch; with the TPU compiler, that every step compiles."""
+
+import importlib.util
+import math
+import re
+
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from test_bad_input import error_of
+from test_experiments import ARGUMENTS, FILES, ROOT, load
+from test_hlo import KNOWN, known_program, totals
+from toy import run_config
+
+from flowlm import plan
+from flowlm.costs import CHIPS
+from flowlm.plan import RESOLUTION, device_need, largest_batch, parse_topology, plan_device
+
+# ---- Without the TPU compiler -----------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = "--config=experiments/test.py"
+    assert re.search(r"'v5e:3x3'.*v5e: 2x2, .*16x16; v5p", error_of("plan", config, "--topology=v5e:3x3"))
+    assert "CHIP:SHAPE:SLICES" in error_of("plan", config, "--topology=v5e:4x4,v9:2x2")
+    assert "either --topology" in error_of("plan", config)
+    assert "either --topology" in error_of("plan", config, "--topology=v5e:4x4", "--device")
+    assert "model.heads 3" in error_of("plan", config, "--topology=v5e:4x4", "--config.model.heads=3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install -e .[tpu-plan]" in error_of("plan", config, "--topology=v5e:4x4")
+
+
+def test_topologies():
+    assert parse_topology("v5e:4x4:2")[2:] == ("4x4", 2)
+    chips = [math.prod(map(int, shape.split("x"))) for chip in CHIPS.values() for shape in chip.shapes]
+    assert min(chips) == 4 and 1024 in chips
+    for wrong in ("v5e", "v5e:4x4:0", "v5e:4x4:x", "4x4"):
+        with pytest.raises(ValueError, match="unknown --topology"):
+            parse_topology(wrong)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("most", [0, 3, 30, 257, 3000])
+@pytest.mark.parametrize("law", ["line", "plateau", "silent"])
+def test_the_largest_batch(unit, most, law):
+    """Needs are never asked twice nor often, and the answer is within its resolution of the truth."""
+    limit, asked = 1000.0, []
+    slope = 900 / (most + 0.5)
+
+    def need(rows):
+        asked.append(rows)
+        assert rows % unit == 0
+        units = rows // unit
+        if units > most:
+            return math.inf if law == "silent" else 100 + slope * units
+        return limit if law == "plateau" and units > 0.8 * most else 100 + slope * units  # XLA spends what it has
+
+    known = 8 * unit
+    found = largest_batch(need, unit, limit, {known: need(known)})
+    assert found % unit == 0 and found // unit <= most
+    assert most - found // unit <= max(1, RESOLUTION * most) and (found > 0 or most <= 1)
+    assert len(asked) == len(set(asked)) <= 20
+
+
+def test_the_search_for_the_largest_batch_ends():
+    assert largest_batch(lambda rows: 1.0, 4, 2.0, {8: 1.0}) == plan.MOST
+
+
+def test_the_largest_batch_of_the_device_at_hand(tmp_path, capsys):
+    """What fits is compiled and needs no more than the limit; a little more would need more."""
+    config = run_config(tmp_path)
+    config.mesh.data = 1
+    limit = 4 * 2**20
+    found = plan_device(config, limit)
+    assert f"{found:,} sequences of 19 tokens" in capsys.readouterr().out
+    assert device_need(config, found) <= limit < device_need(config, math.ceil(found * (1 + 2 * RESOLUTION)) + 1)
+
+
+# ---- With it -----------------------------------------------------------------------------------------------------
+
+tpu = pytest.mark.needs("tpu-plan")
+
+
+@pytest.fixture
+def four_chips(monkeypatch):
+    for name, value in plan.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return parse_topology("v5e:2x2").devices()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    config = run_config(tmp_path)
+    config.update(batch_size=32)
+    config.mesh.data = -1
+    return config
+
+
+def reduced(config):
+    """Two blocks of width 64, few tokens: the same program at a size that compiles in seconds."""
+    config.batch_size = 16
+    config.accumulation = 1
+    config.data.length = min(config.data.length, 128 if config.model.attention == "splash" else 32)
+    config.model.update(width=64, blocks=2, heads=2, cond=32, vocab_size=min(config.model.vocab_size, 512))
+    if "start" in config.objective:
+        config.objective.start = min(config.objective.start, 500)
+    return config
+
+
+STUDENTS = ("flow_map", "residual", "sdtt", "dcd")
+EXPERIMENTS = [(path, "") for path in FILES] + [
+    (path, argument) for path in FILES if path.stem == "grammar" for argument in ARGUMENTS["grammar"]
+]
+
+
+@tpu
+@pytest.mark.parametrize(("path", "argument"), EXPERIMENTS, ids=lambda value: getattr(value, "stem", value))
+def test_every_experiment_compiles_for_tpus(path, argument, four_chips):
+    config = reduced(load(path).get_config(argument))
+    config.teacher = "its run directory" if argument in STUDENTS else None
+    compile_all(config, four_chips)
+
+
+@tpu
+@pytest.mark.parametrize(
+    "target", ["psd", "psd_squared", "teacher_steps", "residual", "lsd", "lsd_logit", "ecld", "esd", "esd_logit"]
+)
+def test_every_target_compiles_for_tpus(target, four_chips):
+    config = reduced(load(ROOT / "experiments/grammar.py").get_config("flow_map"))
+    config.objective.update(target=target, tau_max=0.99)
+    config.teacher = "its run directory"
+    compile_all(config, four_chips)
+
+
+def compile_all(config, devices):
+    traced = plan.trace_step(config, devices).traced
+    compiled = traced.lower().compile(compiler_options={"xla_optimization_level": "EFFORT_O1"})
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+
+
+@tpu
+def test_known_collectives_of_a_tpu_program(monkeypatch):
+    """The program whose collectives are counted by hand, after all passes of the TPU compiler."""
+    for name, value in plan.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    devices = parse_topology("v5e:2x4").devices()
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    counted = totals(known_program(mesh).compile().as_text())
+    for kind, (number, _, wire) in KNOWN.items():
+        assert counted[kind][0] == number
+        assert wire / 2 <= counted[kind][2] <= wire, kind  # what is multiplied in bfloat16 may be sent so
