@@ -9,9 +9,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flowlm import run_directory, sharding, train_state
-from flowlm.checkpoint import Checkpoints
+from flowlm.checkpoint import Checkpoints, has_params, load_params
 from flowlm.models import Network, make_network
-from flowlm.objectives import NEEDS, make_family
+from flowlm.objectives import MAY, NEEDS, make_family
 from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.time_warp import TimeWarp
 from flowlm.tokenizers import Tokenizer
@@ -70,7 +70,7 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None) -> Expe
                 "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both or white"
             )
     for key, value in NEEDS.get(config.objective.family, {"mask_token": False}).items():
-        if model[key] != value:
+        if model[key] not in (value, MAY.get(config.objective.family, {}).get(key, value)):
             raise ValueError(
                 f"the family {config.objective.family} needs model.{key}={value!r}, but it is {model[key]!r}: "
                 f"set --config.model.{key}={value}"
@@ -141,7 +141,7 @@ def abstract_state(experiment: Experiment, mesh: jax.sharding.Mesh):
 
 
 def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any] | None = None) -> Trained:
-    """The newest checkpoint of a run, read only.
+    """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
 
     Args:
       objective: settings of the run's `objective` section to replace, such as those of its sampler.
@@ -161,6 +161,10 @@ def load_trained(directory, mesh: jax.sharding.Mesh, objective: Mapping[str, Any
         except TypeError as error:
             raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
+    if has_params(directory):
+        abstract = abstract_state(experiment, mesh)
+        params, step = load_params(directory, abstract.params, abstract.step)
+        return Trained(config, tokenizer, experiment, params, step)
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, mesh))
     checkpoints.close()

@@ -5,6 +5,9 @@ flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
+flowlm export DIR --out=DIR --format=params|safetensors|jax [--dtype=float32|bfloat16] [--steps=N [--sampler=NAME]]
+flowlm import CKPT --to=DIR [--weights=ema|live] [--config=experiments/NAME.py]
+flowlm inspect PATH
 flowlm study --study=experiments/study.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
 """
 
@@ -15,6 +18,7 @@ import re
 import runpy
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -39,6 +43,11 @@ _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); e
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
 _SEED = flags.DEFINE_integer("seed", 0, "sample: the seed")
+_FORMAT = flags.DEFINE_enum("format", "params", ["params", "safetensors", "jax"], "export: what is written")
+_OUT = flags.DEFINE_string("out", None, "export: a new directory")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the parameters in the files")
+_TO = flags.DEFINE_string("to", None, "import: a new run directory")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "live"], "import, inspect: which parameters of a .ckpt")
 
 
 def _train() -> None:
@@ -142,6 +151,46 @@ def _study() -> None:
     )
 
 
+def _export(path: str) -> None:
+    from flowlm.export import export
+    from flowlm.sharding import make_mesh
+
+    if _OUT.value is None:
+        raise ValueError("flowlm export needs --out=DIR, a new directory")
+    steps = None if _STEPS.value is None else _step_counts([])
+    if steps is not None and len(steps) != 1:
+        raise ValueError("flowlm export takes one number of --steps")
+    export(
+        path,
+        _OUT.value,
+        make_mesh(-1),
+        format=_FORMAT.value,
+        dtype=_DTYPE.value,
+        steps=steps and steps[0],
+        sampler=_SAMPLER.value,
+        objective=_objective(),
+    )
+    print(f"{_FORMAT.value} of {path} in {_OUT.value}")
+
+
+def _import(path: str) -> None:
+    from flowlm.importing import import_run
+
+    if _TO.value is None:
+        raise ValueError("flowlm import needs --to=DIR, a new run directory")
+    run = import_run(path, _TO.value, _WEIGHTS.value, _CONFIG.value)
+    print(f"{run.config.objective.family} of {path} at step {run.step} in {_TO.value}")
+    if run.config.data.tokenizer == "none":
+        print("its tokenizer is not known: tokens are written as numbers; name an experiment with --config to have its")
+
+
+def _inspect(path: str) -> None:
+    from flowlm.inspection import inspect, show
+    from flowlm.sharding import make_mesh
+
+    show(inspect(path, make_mesh(-1), _WEIGHTS.value))
+
+
 COMMANDS = {
     "train": _train,
     "sample": _sample,
@@ -150,6 +199,7 @@ COMMANDS = {
     "study": _study,
     "prepare judge": _prepare,
 }
+PATH_COMMANDS = {"export": _export, "import": _import, "inspect": _inspect}  # on the path that follows
 
 
 def _check_experiment(argv: list[str]) -> None:
@@ -180,12 +230,17 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _main(argv: list[str]) -> None:
     name = " ".join(argv[1:])
-    if name not in COMMANDS:
-        sys.exit(f"flowlm: expected one of {', '.join(COMMANDS)}, got {name or 'nothing'}\n{__doc__}")
+    if len(argv) == 3 and argv[1] in PATH_COMMANDS:
+        command = partial(PATH_COMMANDS[argv[1]], argv[2])
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+    else:
+        known = [*COMMANDS, *(f"{command} PATH" for command in PATH_COMMANDS)]
+        sys.exit(f"flowlm: expected one of {', '.join(known)}, got {name or 'nothing'}\n{__doc__}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
     try:
-        COMMANDS[name]()
+        command()
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())  # --verbosity=1 shows it
         sys.exit(f"flowlm: {error}")

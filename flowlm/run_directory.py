@@ -14,6 +14,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
+from flowlm.config import complete
 from flowlm.tokenizers import Tokenizer
 
 PACKAGES = (
@@ -32,10 +33,11 @@ PACKAGES = (
 FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir")
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"section.key": value} of nested settings."""
     out = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 
@@ -59,6 +61,12 @@ def _write(path, text: str) -> None:
     temporary.replace(path)
 
 
+def check_empty(directory) -> None:
+    """Raises ValueError where a new directory is wanted and there is something in this one."""
+    if epath.Path(directory).exists() and any(epath.Path(directory).iterdir()):
+        raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
+
+
 def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Makes `workdir` this experiment's, or checks that it already is.
 
@@ -68,8 +76,9 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     workdir = epath.Path(workdir)
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
-        held = json.loads((workdir / "config.json").read_text())
-        old, new = _flat(held), _flat(wanted)
+        held, held_tokenizer = load(workdir)
+        held = json.loads(held.to_json())
+        old, new = flat(held), flat(wanted)
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
         if changed:
             shown = ", ".join(f"{k} = {old.get(k)!r} there, {new.get(k)!r} here" for k in changed[:4])
@@ -77,7 +86,7 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
                 f"workdir {workdir} holds a run of another experiment ({len(changed)} settings differ: {shown}): "
                 "give another --workdir, or the settings it was started with"
             )
-        if Tokenizer.load(workdir / "tokenizer.json").sha256 != tokenizer.sha256:
+        if held_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "git_commit": _git_commit()}
@@ -94,11 +103,15 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def load(workdir) -> tuple[ConfigDict, Tokenizer]:
-    """Settings and tokenizer of a run. Raises FileNotFoundError if `workdir` is not a run directory."""
+    """Settings of a run (those that flowlm did not have yet at their defaults), locked, and its tokenizer.
+
+    Raises:
+      FileNotFoundError: `workdir` is not a run directory.
+    """
     workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir} is not a run directory (no config.json): give the --workdir of a `flowlm train`"
         )
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    return config.lock(), Tokenizer.load(workdir / "tokenizer.json")
+    config = complete(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    return config, Tokenizer.load(workdir / "tokenizer.json")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, run_directory, sharding, tokenizers, train_state
-from flowlm.checkpoint import Checkpoints
+from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.experiment import abstract_state, build, load_teacher
@@ -34,6 +34,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     teacher = None
     if config.teacher:
         teacher = load_teacher(config, tokenizer, experiment, mesh)
+    if has_params(workdir):
+        raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 
