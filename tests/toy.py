@@ -49,11 +49,11 @@ def perturbed(params, scale=0.3, seed=0):
     return tree.unflatten([p + scale * jax.random.normal(k, jnp.shape(p)) for p, k in zip(leaves, keys, strict=True)])
 
 
-def drawn(net, scale=0.5, seed=0):
-    """Parameters of a network, all drawn from one normal law: quick, and nothing is zero."""
+def drawn(net, scale=0.2, seed=0):
+    """Parameters of a network, all drawn from one normal law around 1 (norms) or 0: quick, and nothing is left at zero."""
     rng = np.random.default_rng(seed)
-    draw = lambda shape: jnp.asarray(scale * rng.standard_normal(shape.shape), jnp.float32)
-    return jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0)))
+    draw = lambda path, a: jnp.float32(scale * rng.standard_normal(a.shape) + ("scale" in jax.tree_util.keystr(path)))
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
 
 
 def run_config(data_dir, family="flow", **changes):
