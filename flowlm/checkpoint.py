@@ -1,11 +1,14 @@
-"""Checkpoints of the training state: asynchronous, whole or absent, never fewer than there were.
+"""Checkpoints of the training state: asynchronous, whole or absent, never fewer than there were. And parameters alone.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process killed in the middle of a
 save leaves the earlier ones as they were; in a bucket, which cannot rename, a file commit_success.txt makes it complete. Its v1
 API lives under `experimental` in the releases supported here.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -16,6 +19,45 @@ from flowlm.sharding import path_of
 def _shapes(tree) -> dict[str, tuple]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_of(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _differences(saved: dict[str, tuple], asked: dict[str, tuple]) -> str:
+    """What differs between the shapes of two trees, or nothing."""
+    wrong = sorted(k for k in saved.keys() | asked.keys() if saved.get(k) != asked.get(k))
+    shown = ", ".join(f"{k}: saved {saved.get(k)}, wanted {asked.get(k)}" for k in wrong[:4])
+    return f"({len(wrong)} arrays differ: {shown})" if wrong else ""
+
+
+def has_params(directory) -> bool:
+    """Whether `directory` holds parameters alone (save_params), not a training state."""
+    return (storage.path(directory) / "params").is_dir()
+
+
+def save_params(directory, params, step: int, dtype) -> None:
+    """Writes the parameters alone, in `dtype`, and the step they are of, to `directory`/params."""
+    # As arrays of jax: those of numpy would each have a file of their own.
+    tree = {"params": jax.tree.map(lambda a: jnp.asarray(a, dtype), params), "step": jnp.int32(step)}
+    ocp.save(storage.path(directory) / "params", tree)
+
+
+def load_params(directory, abstract_params, abstract_step) -> tuple[Any, int]:
+    """(params, step) of `save_params`, in the types and places that the two say.
+
+    Raises:
+      ValueError: they are of another architecture. RuntimeError: they cannot be read.
+    """
+    path = storage.path(directory) / "params"
+    asked = {"params": abstract_params, "step": abstract_step}
+    try:
+        differ = _differences(_shapes(ocp.metadata(path).metadata), _shapes(asked))
+        tree = None if differ else ocp.load(path, asked)
+    except Exception as error:  # orbax, tensorstore and json each raise their own
+        raise RuntimeError(
+            f"the parameters in {path} cannot be read ({str(error).split(chr(10))[0][:200]}): restore them from a copy"
+        ) from error
+    if differ:
+        raise ValueError(f"the parameters in {path} are of another architecture {differ}")
+    return tree["params"], int(tree["step"])
 
 
 class Checkpoints:
@@ -68,12 +110,10 @@ class Checkpoints:
         asked = _shapes(abstract_state)
         if not saved:  # orbax only logs metadata that it cannot parse
             raise OSError("its metadata are damaged")
-        if saved != asked:
-            wrong = sorted(k for k in saved.keys() | asked.keys() if saved.get(k) != asked.get(k))
-            shown = ", ".join(f"{k}: saved {saved.get(k)}, wanted {asked.get(k)}" for k in wrong[:4])
+        if differ := _differences(saved, asked):
             raise ValueError(
-                f"the checkpoint at step {step} in {self.directory} is of another architecture ({len(wrong)} arrays differ: "
-                f"{shown}): use the settings it was trained with, or another workdir"
+                f"the checkpoint at step {step} in {self.directory} is of another architecture {differ}: "
+                "use the settings it was trained with, or another workdir"
             )
 
     def restore(self, abstract_state):

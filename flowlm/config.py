@@ -133,3 +133,10 @@ def defaults(family: str = "flow") -> ConfigDict:
     )
     config.model.update(NEEDS.get(family, {}))
     return config.lock()
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Saved settings, with the defaults of those that were not there yet when they were saved. Locked."""
+    out = defaults(config.objective.family).unlock()
+    out.update(config)
+    return out.lock()

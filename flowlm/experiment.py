@@ -8,10 +8,10 @@ import optax
 from ml_collections import ConfigDict
 
 from flowlm import run_directory, storage, train_state
-from flowlm.checkpoint import Checkpoints
+from flowlm.checkpoint import Checkpoints, has_params, load_params
 from flowlm.models import Network, make_network
 from flowlm.models.attention import runs_on
-from flowlm.objectives import NEEDS, make_family
+from flowlm.objectives import MAY, NEEDS, make_family
 from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.sharding import Layout
 from flowlm.time_warp import TimeWarp
@@ -76,7 +76,7 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None) -> Expe
             "set --config.model.attention=xla"
         )
     for key, value in NEEDS.get(config.objective.family, {"mask_token": False}).items():
-        if model[key] != value:
+        if model[key] not in (value, MAY.get(config.objective.family, {}).get(key, value)):
             raise ValueError(
                 f"the family {config.objective.family} needs model.{key}={value!r}, but it is {model[key]!r}: "
                 f"set --config.model.{key}={value}"
@@ -188,7 +188,7 @@ def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstrac
 
 
 def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
-    """The newest checkpoint of a run, read only.
+    """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
 
     Args:
       objective: settings of the run's `objective` section to replace, such as those of its sampler.
@@ -210,6 +210,10 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
+    if has_params(directory):
+        abstract = abstract_state(experiment, layout)
+        params, step = load_params(directory, abstract.params, abstract.step)
+        return Trained(config, tokenizer, experiment, params, step)
     checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, layout))
     checkpoints.close()

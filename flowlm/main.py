@@ -8,6 +8,9 @@ flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chi
 flowlm plan --config=experiments/NAME.py[:arg] --device
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
+flowlm export DIR --out=DIR --format=params|safetensors|jax [--dtype=float32|bfloat16] [--steps=N [--sampler=NAME]]
+flowlm import CKPT --to=DIR [--weights=ema|live] [--config=experiments/NAME.py]
+flowlm inspect PATH
 flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR
 flowlm report DIR DIR ... --out=DIR
 flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...] [--dry_run]
@@ -63,6 +66,10 @@ _PER_CHIP = flags.DEFINE_integer(
 )
 _LARGEST = flags.DEFINE_bool("largest", True, "plan: also search the largest batch that fits")
 _DEVICE = flags.DEFINE_bool("device", False, "plan: the largest batch that fits on the devices at hand")
+_FORMAT = flags.DEFINE_enum("format", "params", ["params", "safetensors", "jax"], "export: what is written")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the parameters in the files")
+_TO = flags.DEFINE_string("to", None, "import: a new run directory")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "live"], "import, inspect: which parameters of a .ckpt")
 
 
 def _train() -> None:
@@ -211,6 +218,46 @@ def _report(*folders: str) -> None:
     write(folders, _OUT.value)
 
 
+def _export(path: str) -> None:
+    from flowlm.export import export
+    from flowlm.sharding import Layout, make_mesh
+
+    if _OUT.value is None:
+        raise ValueError("flowlm export needs --out=DIR, a new directory")
+    steps = None if _STEPS.value is None else _step_counts([])
+    if steps is not None and len(steps) != 1:
+        raise ValueError("flowlm export takes one number of --steps")
+    export(
+        path,
+        _OUT.value,
+        Layout(make_mesh(), fsdp=True),
+        format=_FORMAT.value,
+        dtype=_DTYPE.value,
+        steps=steps and steps[0],
+        sampler=_SAMPLER.value,
+        objective=_objective(),
+    )
+    print(f"{_FORMAT.value} of {path} in {_OUT.value}")
+
+
+def _import(path: str) -> None:
+    from flowlm.importing import import_run
+
+    if _TO.value is None:
+        raise ValueError("flowlm import needs --to=DIR, a new run directory")
+    run = import_run(path, _TO.value, _WEIGHTS.value, _CONFIG.value)
+    print(f"{run.config.objective.family} of {path} at step {run.step} in {_TO.value}")
+    if run.config.data.tokenizer == "none":
+        print("its tokenizer is not known: tokens are written as numbers; name an experiment with --config to have its")
+
+
+def _inspect(path: str) -> None:
+    from flowlm.inspection import inspect, show
+    from flowlm.sharding import Layout, make_mesh
+
+    show(inspect(path, Layout(make_mesh(), fsdp=True), _WEIGHTS.value))
+
+
 COMMANDS = {
     "train": _train,
     "sample": _sample,
@@ -221,8 +268,8 @@ COMMANDS = {
     "prepare": _prepare,
     "prepare judge": _prepare_judge,
 }
-# Commands that take places behind their name.
-PLACED = {"report": _report}
+# Commands that take places behind their name: any number, or one.
+PLACED = {"report": _report, "export": _export, "import": _import, "inspect": _inspect}
 
 
 def _check_experiment(argv: list[str]) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from flowlm import storage
 from flowlm.metrics import read_metrics
 from flowlm.run_directory import FREE, flat
 
@@ -102,7 +102,7 @@ def read_run(path, name: str) -> Report:
 def gather(folders: Sequence[str]) -> list[Report]:
     """Every run below the folders. Raises FileNotFoundError naming a folder without one."""
     runs = []
-    for folder in map(epath.Path, folders):
+    for folder in map(storage.path, folders):
         found = list(find_runs(folder))
         if not found:
             raise FileNotFoundError(
@@ -194,7 +194,7 @@ def page_data(runs: Sequence[Report]) -> dict:
 def write(folders: Sequence[str], out: str) -> None:
     """Writes runs.csv, runs.md and index.html to `out` and prints the table. Raises FileNotFoundError as `gather`."""
     runs = gather(folders)
-    rows, keys, out = records(runs), varied(runs), epath.Path(out)
+    rows, keys, out = records(runs), varied(runs), storage.path(out)
     shown = columns(rows, keys)
     cells = [[show(row, column, keys) for column in shown] for row in rows]
     titles = [c if c in keys else c.replace("_", " ").replace("/", " ") for c in shown]

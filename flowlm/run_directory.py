@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flowlm import storage
-from flowlm.config import defaults
+from flowlm.config import complete
 from flowlm.processes import is_first
 from flowlm.tokenizers import Tokenizer
 
@@ -57,6 +57,12 @@ def _git_commit() -> str:
     return commit.stdout.strip() or "unknown"
 
 
+def check_empty(directory) -> None:
+    """Raises ValueError where a new directory is wanted and there is something in this one."""
+    if storage.path(directory).exists() and any(storage.path(directory).iterdir()):
+        raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
+
+
 def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
@@ -66,7 +72,8 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     workdir = storage.path(workdir)
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
-        held = json.loads(_settings(workdir).to_json())
+        held, held_tokenizer = load(workdir)
+        held = json.loads(held.to_json())
         old, new = flat(held), flat(wanted)
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
         if changed:
@@ -75,7 +82,7 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
                 f"workdir {workdir} holds a run of another experiment ({len(changed)} settings differ: {shown}): "
                 "give another --workdir, or the settings it was started with"
             )
-        if Tokenizer.load(workdir / "tokenizer.json").sha256 != tokenizer.sha256:
+        if held_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
     if not is_first():
         return
@@ -93,19 +100,16 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     storage.write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
 
-def _settings(workdir) -> ConfigDict:
-    """What the run was started with; settings that are younger than it have their defaults."""
-    held = json.loads((workdir / "config.json").read_text())
-    config = defaults(held["objective"]["family"]).unlock()
-    config.update(held)
-    return config.lock()
-
-
 def load(workdir) -> tuple[ConfigDict, Tokenizer]:
-    """Settings and tokenizer of a run. Raises FileNotFoundError if `workdir` is not a run directory."""
+    """Settings of a run (those that flowlm did not have yet at their defaults), locked, and its tokenizer.
+
+    Raises:
+      FileNotFoundError: `workdir` is not a run directory.
+    """
     workdir = storage.path(workdir)
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir} is not a run directory (no config.json): give the --workdir of a `flowlm train`"
         )
-    return _settings(workdir), Tokenizer.load(workdir / "tokenizer.json")
+    config = complete(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    return config, Tokenizer.load(workdir / "tokenizer.json")

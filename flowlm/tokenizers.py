@@ -48,6 +48,12 @@ class Tokenizer:
             raise ValueError(f"{path} has no start token; its vocabulary must hold one of {START_TOKENS}")
         return tokenizer
 
+    def with_pad(self) -> "Tokenizer":
+        """The same with one more id, of a token [PAD] that no text has and that is not decoded."""
+        model = tokenizers.Tokenizer.from_str(self.json)
+        model.add_special_tokens(["[PAD]"])
+        return Tokenizer(model.to_str())
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the file that `load` reads back to an equal tokenizer."""
         storage.path(path).write_text(self.json, "utf-8")
@@ -112,6 +118,15 @@ class Tokenizer:
     def decode_batch(self, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
         """`decode` of many sequences of ids [num, length], or of sequences of several lengths."""
         return self._model.decode_batch([np.asarray(row).tolist() for row in ids], skip_special_tokens=True)
+
+
+def numbers(size: int) -> Tokenizer:
+    """A stand-in for a tokenizer that is not known: `size` ids written as numbers, of which 0 is the start token."""
+    vocabulary = {START_TOKENS[0]: 0} | {str(i): i for i in range(1, size)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=START_TOKENS[0]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens([START_TOKENS[0]])
+    return Tokenizer(model.to_str())
 
 
 def shipped_names() -> list[str]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
-from flowlm.checkpoint import Checkpoints
+from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
@@ -41,6 +41,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     origin = None
     if config.init_from:
         origin = load_origin(config, tokenizer, experiment, layout)
+    if has_params(workdir):
+        raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
 

@@ -23,7 +23,8 @@ CHUNK = 1024
 
 
 def _span(batch: int, length: int, size: int) -> int:
-    """Positions of the length axis in one chunk, for `size` logits a token."""
+    """Positions of the length axis in one chunk, for `size` logits a token. A batch that is a symbol (jax.export) counts as 1."""
+    batch = batch if isinstance(batch, int) else 1
     if batch * length * size <= SMALL:
         return length
     return max(1, min(CHUNK // batch, -(-length // PARTS)))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flowlm import config as settings
@@ -47,6 +48,13 @@ def perturbed(params, scale=0.3, seed=0):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return tree.unflatten([p + scale * jax.random.normal(k, jnp.shape(p)) for p, k in zip(leaves, keys, strict=True)])
+
+
+def drawn(net, scale=0.2, seed=0):
+    """Parameters of a network, all drawn from one normal law around 1 (norms) or 0: quick, and nothing is left at zero."""
+    rng = np.random.default_rng(seed)
+    draw = lambda path, a: jnp.float32(scale * rng.standard_normal(a.shape) + ("scale" in jax.tree_util.keystr(path)))
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
 
 
 def run_config(data_dir, family="flow", **changes):

@@ -57,6 +57,7 @@ FAMILIES = {
 
 # What a family asks of the settings of its network.
 NEEDS = {f.__name__.lower(): f.needs for f in (Autoregressive, Masked, Uniform)}
+MAY = {"masked": Masked.may}  # and puts up with
 
 
 def make_family(family: str, warp: TimeWarp, teacher: bool, **settings):

@@ -49,6 +49,7 @@ class Masked(Discrete):
     greedy: bool = False
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
+    may: ClassVar[dict] = dict(time_embeddings=1)  # as the reference's networks have, which are always shown time 0
     sampler: ClassVar[str] = "ancestral"
 
     def _see(self, net, params, ids, keys=None):

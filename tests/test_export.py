@@ -1,0 +1,264 @@
+"""What is taken out of a run is the run: the same numbers in every form, and the same text where flowlm is not installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from toy import drawn, run_config, train_only
+
+from flowlm import run_directory
+from flowlm.checkpoint import Checkpoints, save_params
+from flowlm.evaluation import Sampler, samplers
+from flowlm.experiment import abstract_state, build, load_trained
+from flowlm.export import checksum, export
+from flowlm.importing import import_run
+from flowlm.inspection import inspect, show
+from flowlm.sharding import Layout, make_mesh
+from flowlm.tokenizers import shipped
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"model.width": 16, "model.cond": 16}
+FAMILIES = {
+    "flow": {"model.input": "raw"},
+    "flow_map": {
+        "model.preview": True,
+        "model.loss_weight": True,
+        "objective.temperature": 0.7,
+        "objective.gamma": 0.5,
+    },
+    "masked": {},
+    "autoregressive": {},
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Layout(make_mesh(data=1))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{family: a run directory of parameters that no initialisation left at zero}."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for family, changes in FAMILIES.items():
+        config = run_config("~/.cache/flowlm", family, **SMALL, **changes)
+        tokenizer = shipped(config.data.tokenizer)
+        params = drawn(build(config, tokenizer.vocab_size).net)
+        run_directory.prepare(folder / family, config, tokenizer)
+        save_params(folder / family, params, 5, jnp.float32)
+        made[family] = folder / family
+    return made
+
+
+def same(ours, theirs):
+    """Whether two trees are equal to the last bit."""
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert ours.keys() == theirs.keys()
+    return all(np.asarray(a).tobytes() == np.asarray(theirs[k]).tobytes() for k, a in ours.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_safetensors_come_back_as_they_went(family, runs, mesh, tmp_path):
+    export(runs[family], tmp_path / "one", mesh, format="safetensors")
+    import_run(tmp_path / "one", tmp_path / "run", "ema", None)
+    export(tmp_path / "run", tmp_path / "two", mesh, format="safetensors")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    before, after = load_trained(runs[family], mesh), load_trained(tmp_path / "run", mesh)
+    assert same(before.params, after.params) and before.step == after.step == 5
+    assert checksum(before.params) in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_card_says_what_the_reference_has_not(runs, mesh, tmp_path):
+    export(runs["flow_map"], tmp_path / "map", mesh, format="safetensors", dtype="bfloat16")
+    card = (tmp_path / "map" / "README.md").read_text()
+    assert "`input: both`, `preview: True`, `gate_init: 1.0`, `loss_weight: True`" in card and "bfloat16" in card
+    held = (tmp_path / "map" / "model.safetensors").stat().st_size
+    assert held < 2.5 * sum(a.size for a in jax.tree.leaves(load_trained(runs["flow_map"], mesh).params))
+
+
+def test_parameters_alone_are_a_run_on_any_mesh(runs, mesh, tmp_path):
+    run = load_trained(runs["flow"], mesh)
+    export(runs["flow"], tmp_path / "half", mesh, format="params", dtype="bfloat16")
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), run.params)
+    for devices in (1, 8):
+        half = load_trained(tmp_path / "half", Layout(make_mesh(data=devices)))
+        assert same(half.params, rounded) and not same(half.params, run.params) and half.step == 5
+        assert {a.dtype for a in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
+        assert {len(a.sharding.device_set) for a in jax.tree.leaves(half.params)} == {devices}
+    assert len([p for p in (tmp_path / "half" / "params").rglob("*") if p.is_file()]) < 15
+
+
+def test_parameters_alone_teach_but_are_not_trained_on(runs, mesh, tmp_path, data_dir):
+    config = run_config(
+        data_dir, "flow_map", **SMALL, **{"model.input": "raw", "steps": 1, "teacher": str(runs["flow"])}
+    )
+    train_only(config, tmp_path / "student")
+    student, teacher = (load_trained(path, mesh).params for path in (tmp_path / "student", runs["flow"]))
+    np.testing.assert_allclose(student["embedding"], teacher["embedding"], rtol=1e-6)  # which a student keeps
+    with pytest.raises(ValueError, match="holds parameters alone, no training state: give another --workdir"):
+        train_only(run_config(data_dir, "flow", **SMALL, **FAMILIES["flow"]), runs["flow"])
+
+
+FRESH = """
+import runpy, sys
+sys.modules["flowlm"] = None  # importing it is an error
+load = runpy.run_path(sys.argv[1])["load"]
+import jax, json, numpy as np
+out = {}
+for directory in sys.argv[2:]:
+    sampler, weights, _ = load(directory)
+    out[directory] = [np.asarray(sampler(weights, np.uint32(7), np.zeros(b, np.int32))).tolist() for b in (1, 5)]
+print(json.dumps(out))
+"""
+
+
+def test_programs_write_the_same_elsewhere(runs, mesh, tmp_path):
+    """Ids of the in-process sampler, in a process that has no flowlm, at numbers of rows that no one told the exporter."""
+    folders, wanted = {}, {}
+    for family, path in runs.items():
+        dtype, steps = ("bfloat16", 18) if family == "autoregressive" else ("float32", 3)
+        out = tmp_path / family
+        export(path, out, mesh, format="jax", steps=steps, dtype=dtype)
+        run = load_trained(path, mesh)
+        params = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype).astype("float32"), run.params)
+        draw = Sampler(run.experiment.net, list(samplers(run.experiment.family).values())[-1], steps, mesh)
+        wanted[str(out)] = draw(params, jax.random.key(7), 5)
+        folders[family] = out
+    command = [sys.executable, "-c", FRESH, str(ROOT / "examples" / "run_exported.py"), *wanted]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, (one, five) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert len(np.unique(wanted[folder])) > 5
+        np.testing.assert_array_equal(five, wanted[folder], folder)
+        np.testing.assert_array_equal(one, wanted[folder][:1], folder)
+
+    # The denoisers, and what the programs were lowered for.
+    for family, folder in folders.items():
+        program = jax.export.deserialize(bytearray((folder / "denoiser.jax").read_bytes()))
+        assert program.platforms == ("cpu", "cuda", "tpu")
+        run = load_trained(runs[family], mesh)
+        net, key, tau = run.experiment.net, jax.random.key(1), jnp.array([0.2, 0.9])
+        discrete = family in ("masked", "autoregressive")
+        state = (
+            jax.random.randint(key, (2, net.length), 0, 99) if discrete else jax.random.normal(key, (2, net.length, 16))
+        )
+        with np.load(folder / "weights.npz") as weights:
+            logits = program.call(dict(weights), state, tau, tau)
+        params = run.params
+        if family == "autoregressive":
+            params = jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), params)
+        z = net.embed(params, state) if discrete else state
+        np.testing.assert_allclose(logits, net.unembed(params, net.apply(params, z, tau, tau)), atol=1e-5)
+
+    # A file that was changed is not run, and not inspected.
+    weights = folders["flow"] / "weights.npz"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="weights.npz is not the file that was exported"):
+        inspect(folders["flow"], mesh)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode != 0 and "weights.npz is not the file that was exported" in done.stderr
+
+
+def test_every_form_has_the_same_checksum(runs, mesh, tmp_path, capsys):
+    export(runs["masked"], tmp_path / "st", mesh, format="safetensors")
+    export(runs["masked"], tmp_path / "params", mesh, format="params")
+    export(runs["masked"], tmp_path / "jax", mesh, format="jax", steps=2)
+    paths = {
+        runs["masked"]: "parameters of a run",
+        tmp_path / "params": "parameters of a run",
+        tmp_path / "st": "parameters that can be imported",
+        tmp_path / "st" / "model.safetensors": "parameters that can be imported",
+        tmp_path / "jax": "programs: 2 sampling steps, for cpu, cuda, tpu",
+    }
+    digest = checksum(load_trained(runs["masked"], mesh).params)
+    for path, kind in paths.items():
+        found = inspect(path, mesh)
+        assert found.kind == kind and found.step == 5 and checksum(found.params) == digest
+    show(found)
+    printed = capsys.readouterr().out
+    assert (
+        digest in printed and "blocks/mlp_in/kernel" in printed and "(2, 16, 64)" in printed and "grammar98" in printed
+    )
+    changed = jax.tree.map(np.copy, found.params)
+    changed["unembed_bias"][0] += 1e-6
+    assert checksum(changed) != digest
+
+
+def broken(arrays, how):
+    if how == "missing":
+        return {k: v for k, v in arrays.items() if k != "blocks.1.mlp.0.bias"}
+    if how == "not known":
+        return arrays | {"blocks.2.mlp.0.bias": arrays["blocks.1.mlp.0.bias"]}
+    return arrays | {"blocks.1.mlp.0.bias": arrays["blocks.1.mlp.0.bias"][:-1]}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "missing: blocks.1.mlp.0.bias$"),
+        ("not known", "not known: blocks.2.mlp.0.bias$"),
+        ("of another shape", r"of another shape: blocks.1.mlp.0.bias \(63,\) instead of \(64,\)"),
+    ],
+)
+def test_safetensors_that_do_not_fit_are_refused(how, message, runs, mesh, tmp_path):
+    export(runs["flow"], tmp_path / "st", mesh, format="safetensors")
+    file = tmp_path / "st" / "model.safetensors"
+    save_file(broken(load_file(file), how), file)
+    with pytest.raises(ValueError, match=message):
+        import_run(file, tmp_path / "run", "ema", None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_arguments_and_files(runs, mesh, tmp_path):
+    export(runs["flow"], tmp_path / "st", mesh, format="safetensors")
+    file = tmp_path / "st" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is damaged"):
+        import_run(file, tmp_path / "run", "ema", None)
+    with pytest.raises(ValueError, match="leave out --weights=live"):
+        import_run(file, tmp_path / "run", "live", None)
+    with pytest.raises(FileNotFoundError, match="there is no .*nothing"):
+        inspect(tmp_path / "nothing", mesh)
+    (tmp_path / "st" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config.json beside it"):
+        import_run(file, tmp_path / "run", "ema", None)
+    out = tmp_path / "out"
+    for arguments, message in (
+        (dict(format="jax"), "needs --steps=N"),
+        (dict(format="params", steps=3), "neither --steps nor --sampler"),
+        (dict(format="jax", steps=3, sampler="eulr"), r"unknown --sampler 'eulr': the family flow has \['euler'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(runs["flow"], out, mesh, **arguments)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="is not empty"):
+        export(runs["flow"], tmp_path / "st", mesh, format="params")
+
+
+def test_a_checkpoint_of_the_past_restores_and_trains_on(mesh, tmp_path, data_dir):
+    """tests/data/run is as 0.1 wrote it (its README says how). It must always be readable, whatever settings are new."""
+    shutil.copytree(Path(__file__).parent / "data" / "run", tmp_path / "run")
+    run = load_trained(tmp_path / "run", mesh)
+    assert run.step == 2
+    assert checksum(run.params) == (tmp_path / "run" / "checksum.txt").read_text().strip()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    state = checkpoints.restore(abstract_state(run.experiment, mesh))
+    checkpoints.close()
+    assert int(state.step) == 2 and not same(state.params, state.ema)
+    moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim > 0]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params)) and any(np.abs(a).max() > 0 for a in moments)
+    config = run.config.unlock()
+    config.steps, config.data.dir = 3, str(data_dir)
+    train_only(config.lock(), tmp_path / "run")
+    assert load_trained(tmp_path / "run", mesh).step == 3
