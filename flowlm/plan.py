@@ -492,10 +492,9 @@ def plan_device(config: ConfigDict, limit: float | None = None) -> int:
     source = "given"
     if limit is None:
         limit, source = _limit(device)
-    needs = {unit: device_need(config, unit)}
-    if math.isfinite(needs[unit]) and needs[unit] <= limit:
-        needs[2 * unit] = device_need(config, 2 * unit)
-    largest = largest_batch(lambda rows: device_need(config, rows), unit, limit, needs)
+    first = unit * max(1, config.batch_size // sharding.make_mesh(config.mesh.data).size // unit)
+    need = partial(device_need, config)
+    largest = largest_batch(need, unit, limit, {first: need(first)})
     print(f"{device.device_kind}: {limit / GIB:.2f} GiB ({source})")
     print(f"largest batch that fits: {largest:,} sequences of {config.data.length} tokens on each device")
     return largest
