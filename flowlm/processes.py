@@ -45,9 +45,9 @@ def start(distributed: bool) -> None:
             heartbeat_timeout_seconds=TIMEOUT_SECONDS,
         )
     except ValueError as error:
-        # JAX asks for what it could not find; with nothing said at all this is the only process.
-        said = [name for name in ("JAX_COORDINATOR_ADDRESS", *names) if name in os.environ]
-        if distributed or said:
+        # Where JAX finds no cluster it asks for the coordinator; with nothing said at all this is the only process.
+        said = any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", *names))
+        if distributed or said or "coordinator_address" not in str(error):
             raise ValueError(
                 f"no cluster was found here ({error}): set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID for every process"
