@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowlm import storage
 from flowlm.study import finished
@@ -33,6 +34,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 15
+AXES = ("replica", "data", "model")
 
 State = tpu_v2.QueuedResourceState.State
 
@@ -88,16 +90,17 @@ def _kind(accelerator: str) -> tuple[Kind, int]:
     raise ValueError(f"unknown --accelerator {accelerator!r}: known are {known}")
 
 
-def check_mesh(mesh: Mapping[str, int], accelerator: str) -> None:
-    """Raises ValueError unless the axes' product is the number of chips (one axis of -1 takes what is left)."""
+def check_mesh(mesh: Mapping[str, Any], accelerator: str) -> None:
+    """Raises ValueError unless the product of the axes of `config.mesh` is the number of chips (-1 takes what is left)."""
     have = chips(accelerator)
-    fixed = math.prod(size for size in mesh.values() if size != -1)
-    fits = have % fixed == 0 if -1 in mesh.values() else have == fixed
+    sizes = {axis: mesh[axis] for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fits = have % fixed == 0 if -1 in sizes.values() else have == fixed
     if not fits:
-        axes = ", ".join(f"mesh.{axis} = {size}" for axis, size in mesh.items())
+        axes = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
         raise ValueError(
             f"{accelerator} has {have} chips, and the mesh ({axes}) {fixed}"
-            f"{' or a multiple' if -1 in mesh.values() else ''}: change --config.mesh or --accelerator"
+            f"{' or a multiple' if -1 in sizes.values() else ''}: change --config.mesh or --accelerator"
         )
 
 
@@ -114,7 +117,7 @@ def _check_resources(jobs: Sequence[Job]) -> None:
         if not job.workdir.startswith(storage.SCHEME):
             raise ValueError(f"workers share nothing but a bucket: --workdir must be gs://..., got {job.workdir}")
         if wanted.accelerator:
-            check_mesh(settings(job).mesh.to_dict(), wanted.accelerator)
+            check_mesh(settings(job).mesh, wanted.accelerator)
 
 
 def check(jobs: Sequence[Job]) -> None:
@@ -130,7 +133,7 @@ def check(jobs: Sequence[Job]) -> None:
             node = _node(_client(), job.resources)
             if node.state != tpu_v2.Node.State.READY:
                 raise ValueError(f"the TPU VM {job.resources.existing} is {node.state.name}, not READY")
-            check_mesh(settings(job).mesh.to_dict(), node.accelerator_type)
+            check_mesh(settings(job).mesh, node.accelerator_type)
 
 
 def _git(*arguments: str) -> str:

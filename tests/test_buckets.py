@@ -145,6 +145,8 @@ def test_sources_in_a_bucket(tmp_path):
     for place in (storage.path(tmp_path), storage.path(f"{BUCKET}/texts")):
         (place / "sources").mkdir(parents=True, exist_ok=True)
         (place / "sources/text8").write_text(text)
+    rows = [open_dataset("text8", "chars", 32, place).test.rows(0, 100) for place in (f"{BUCKET}/texts", tmp_path)]
+    np.testing.assert_array_equal(*rows)
     read = lambda place: "".join(t for split in corpora.SPLITS for _, t in corpora.documents("text8", split, place))
     assert read(f"{BUCKET}/texts") == read(tmp_path) == text
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):

@@ -350,6 +350,7 @@ BAD = {
     ("--accelerator=v5litepod-12",): "unknown --accelerator 'v5litepod-12'",
     ("--config.mesh.data=8",): "v5litepod-16 has 16 chips, and the mesh .*mesh.data = 8.*: change --config.mesh",
     ("--accelerator=v5p-16", "--config.mesh.data=16"): "v5p-16 has 8 chips",
+    ("--config.mesh.model=3",): r"mesh.model = 3\) 3 or a multiple",
     ("--zone=",): "needs --zone",
     ("--project=",): "needs --project",
     ("--workdir=/tmp/run",): "--workdir must be gs://..., got /tmp/run",

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
+from flowlm import storage
 from flowlm.data import corpora, packing
 from flowlm.data.grammar import Grammar
 from flowlm.tokenizers import Tokenizer
@@ -77,7 +78,8 @@ class PackedText(_Rows, skip_registration=True):
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         config = self.builder_config
-        with packing.workspace(pathlib.Path(config.data_dir) / "tokens" / config.name) as self._tokens:
+        local = pathlib.Path(storage.mirror(storage.path(config.data_dir)))
+        with packing.workspace(local / "tokens" / config.name) as self._tokens:
             super()._download_and_prepare(dl_manager, download_config)
 
     def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
