@@ -1,5 +1,6 @@
 """Run directories and data in a bucket: the same numbers as on the local disk, and nothing half written is taken for whole."""
 
+import csv
 import importlib.util
 import json
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 from toy import run_config, train_only
 
-from flowlm import evaluation, storage
+from flowlm import evaluation, report, storage
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset
 from flowlm.experiment import load_trained
 from flowlm.metrics import MetricWriter, read_metrics
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.train import train
 
 # Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.
@@ -48,8 +49,8 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
     assert names_in(f"{there}/checkpoints") == ["3"]
     train(run_config(data_dir), there)
 
-    mesh = make_mesh(1)
-    ours, theirs = load_trained(there, mesh), load_trained(tmp_path, mesh)
+    layout = Layout(make_mesh(data=1))
+    ours, theirs = load_trained(there, layout), load_trained(tmp_path, layout)
     assert ours.step == theirs.step == 6
     assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params)):
@@ -57,18 +58,22 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
     losses = [[(m["step"], m["loss"]) for m in read_metrics(workdir)] for workdir in (there, tmp_path)]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
-    report = json.loads((storage.path(there) / "evaluation.json").read_text())
-    assert report["step"] == 6 and report["metrics"]["samples/held_out/grammatical"] == 1.0
+    found = json.loads((storage.path(there) / "evaluation.json").read_text())
+    assert found["step"] == 6 and found["metrics"]["samples/held_out/grammatical"] == 1.0
     for picture in ("curves.png", "evaluation.png"):
         assert (storage.path(there) / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     evaluation.compare([there])
     assert "flow euler@1" in capsys.readouterr().out
+    report.write([f"{BUCKET}/runs"], f"{BUCKET}/report")
+    assert names_in(f"{BUCKET}/report") == ["index.html", "runs.csv", "runs.md"]
+    rows = list(csv.DictReader((storage.path(BUCKET) / "report/runs.csv").read_text().splitlines()))
+    assert {"euler", "held_out"} <= {row["sampler"] for row in rows} and rows[0]["run"] == "flow"
 
     with pytest.raises(ValueError, match=f"workdir {there} holds a run of another experiment .*seed = 0 there, 1 here"):
         train_only(run_config(data_dir, seed=1), there)
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/runs is not a run directory"):
-        load_trained(f"{BUCKET}/runs", mesh)
+        load_trained(f"{BUCKET}/runs", layout)
 
 
 STATE = {"a": jnp.arange(12.0).reshape(3, 4)}
@@ -157,4 +162,4 @@ def test_without_the_extra(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
     with pytest.raises(ImportError, match=r"gs:// paths need gcsfs: .*\.\[gcp\]"):
-        load_trained(f"{BUCKET}/runs/flow", make_mesh(1))
+        load_trained(f"{BUCKET}/runs/flow", None)
