@@ -10,6 +10,7 @@ Noise of one example depends on that example's key alone, so it is the same on e
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,6 +60,25 @@ def _white(keys: jax.Array, length: int, size: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, (length, size)))(keys)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _colored(keys: jax.Array, length: int, color: jax.Array, carrier: jax.Array) -> jax.Array:
+    """xi @ color [B, L, D] with the gradient of xi @ carrier, both [R, D]; xi is drawn again in the backward pass."""
+    return jnp.matmul(_white(keys, length, color.shape[0]), color, precision=HIGHEST)
+
+
+def _colored_forward(keys, length, color, carrier):
+    return _colored(keys, length, color, carrier), (keys, color)
+
+
+def _colored_backward(length, kept, gradient):
+    keys, color = kept
+    xi = _white(keys, length, color.shape[0])
+    return None, jnp.zeros_like(color), jnp.einsum("blr,bld->rd", xi, gradient)
+
+
+_colored.defvjp(_colored_forward, _colored_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
     """x0 ~ N(0, I_V): the paper's prior."""
@@ -77,10 +97,10 @@ class Gaussian:
         """
         geo, embedding = geometry(embedding), embedding.astype(jnp.float32)
         if embedding.shape[0] < embedding.shape[1]:
-            return self._sample(keys, length, geo.color, embedding)
+            return _colored(keys, length, geo.color, embedding)
         # codes^T E without the codes, which are as large as E.
         gram = jnp.matmul(stop_gradient(embedding).T, embedding, precision=HIGHEST)
-        return self._sample(keys, length, geo.color, jnp.matmul(geo.whiten.T, gram, precision=HIGHEST))
+        return _colored(keys, length, geo.color, jnp.matmul(geo.whiten.T, gram, precision=HIGHEST))
 
     def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
         """The value of `sample` without its gradient, for geo = geometry(embedding) that is at hand."""
@@ -93,18 +113,7 @@ class Gaussian:
         """
         codes, color = jnp.linalg.qr(stop_gradient(embedding).astype(jnp.float32))
         carrier = jnp.matmul(codes.T, embedding.astype(jnp.float32), precision=HIGHEST)
-        return self._sample(keys, length, color, carrier)
-
-    def _sample(self, keys, length, color, carrier):
-        """xi @ color [B, L, D] with the gradient of xi @ carrier, both [R, D]; xi is drawn again in the backward pass."""
-
-        @jax.checkpoint
-        def sample(keys, color, carrier):
-            xi = _white(keys, length, color.shape[0])
-            carried = xi @ carrier
-            return stop_gradient(jnp.matmul(xi, color, precision=HIGHEST)) + carried - stop_gradient(carried)
-
-        return sample(keys, stop_gradient(color), carrier)
+        return _colored(keys, length, color, carrier)
 
 
 @dataclasses.dataclass(frozen=True)

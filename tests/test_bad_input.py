@@ -68,7 +68,9 @@ SETTINGS = {
     ("mesh.data=9",): "mesh.data = 9, mesh.model = 1, but 8 devices are here",
     ("mesh.data=0",): "mesh.data = 0",
     ("objective.family=flows",): r"unknown objective.family 'flows': choose one of \[.*'flow'",
-    ("objective.loss=mse",): r"unknown objective.loss 'mse': choose one of \['cross_entropy', 'squared_error'\]",
+    (
+        "objective.loss=mse",
+    ): r"unknown objective.loss 'mse': choose one of \['cross_entropy', 'squared_error', 'velocity'\]",
     ("objective.eta=2.0",): r"objective.eta must be in \[0, 1\], got 2.0",
     ("prior=laplace",): r"unknown prior 'laplace': choose one of \['dirichlet', 'gaussian'\]",
     ("prior=dirichlet",): "model.input 'both' .*needs the gaussian prior",

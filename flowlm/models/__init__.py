@@ -63,8 +63,8 @@ class Network:
       weak: `apply` with dropout of at least WEAK_DROPOUT; needs the keys. For autoguidance.
       head: params -> a pytree mapping hidden [..., F] to float32 logits [..., V] (what vocab.py works on).
       decode: (params, cache, ids [B]) -> (cache, hidden [B, 1, F]): `apply` on one more token of a causal network.
-      gathering: fn -> the same network, whose blocks call fn on their parameters to make them whole (sharding.py).
       empty_cache: B -> the cache before the first token.
+      gathering: fn -> the same network, whose blocks call fn on their parameters to make them whole (sharding.py).
       vocab: V. length: L. width: D.
     """
 
@@ -72,12 +72,12 @@ class Network:
     apply: Callable[..., jax.Array]
     weak: Callable[..., jax.Array]
     head: Callable[[Any], vocab.Head]
-    gathering: Callable[[Callable], "Network"]
     vocab: int
     length: int
     width: int
     decode: Callable[..., tuple[Any, jax.Array]] | None = None
     empty_cache: Callable[[int], Any] | None = None
+    gathering: Callable[[Callable], "Network"] | None = None
 
     def embedding(self, params) -> jax.Array:
         """E [V, D]; with a mask token [V + 1, D], the last row is the mask's."""
@@ -310,6 +310,6 @@ def make_network(
         own = module.clone(whole=whole)
         weak = own.clone(dropout=max(dropout, WEAK_DROPOUT))
         apply, weak = functools.partial(run, own), functools.partial(run, weak)
-        return Network(init, apply, weak, head, network, vocab_size, length, width, *streams)
+        return Network(init, apply, weak, head, vocab_size, length, width, *streams, gathering=network)
 
     return network()
