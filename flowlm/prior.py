@@ -95,12 +95,14 @@ class Gaussian:
         The value is xi @ color. Its gradient is that of E[x0 | xi] @ E, the mean of the dense draw's gradient given
         the noise that the network sees: unbiased, and less noisy than the dense draw's (Rao-Blackwell).
         """
-        geo, embedding = geometry(embedding), embedding.astype(jnp.float32)
+        embedding = embedding.astype(jnp.float32)
+        fixed = stop_gradient(embedding)
         if embedding.shape[0] < embedding.shape[1]:
-            return _colored(keys, length, geo.color, embedding)
-        # codes^T E without the codes, which are as large as E.
-        gram = jnp.matmul(stop_gradient(embedding).T, embedding, precision=HIGHEST)
-        return _colored(keys, length, geo.color, jnp.matmul(geo.whiten.T, gram, precision=HIGHEST))
+            return _colored(keys, length, fixed, embedding)
+        # geometry's codes^T E, of the Gram matrix alone: the codes are as large as E.
+        gram = jnp.matmul(fixed.T, embedding, precision=HIGHEST)
+        factor = _cholesky(stop_gradient(gram))
+        return _colored(keys, length, factor.T, solve_triangular(factor, gram, lower=True))
 
     def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
         """The value of `sample` without its gradient, for geo = geometry(embedding) that is at hand."""
