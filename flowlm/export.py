@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import jinja2
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export as jax_export
 
 from flowlm import reference, run_directory, storage
 from flowlm.checkpoint import save_params
@@ -171,7 +172,7 @@ def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None)
     flat = {k: a.astype(jnp.dtype(dtype)) for k, a in flatten_dict(params, sep="/").items()}
     weights = {k: a.view(np.uint16) if a.dtype == jnp.bfloat16 else a for k, a in flat.items()}
     shapes = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in weights.items()}
-    (rows,) = jax.export.symbolic_shape("b")
+    (rows,) = jax_export.symbolic_shape("b")
     array = jax.ShapeDtypeStruct
     state = array((rows, net.length, net.width), jnp.float32) if has_noise else array((rows, net.length), jnp.int32)
     times = array((rows,), jnp.float32)
@@ -185,4 +186,4 @@ def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None)
 
 
 def _serialized(program: Callable, *shapes) -> bytes:
-    return bytes(jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize())
+    return bytes(jax_export.export(jax.jit(program), platforms=PLATFORMS)(*shapes).serialize())
