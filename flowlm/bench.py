@@ -39,6 +39,7 @@ from flowlm import vocab as vocabulary
 from flowlm.config import objective
 from flowlm.models import make_network
 from flowlm.objectives import make_family
+from flowlm.objectives.dense_flow import DenseFlow
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import TARGETS
 from flowlm.optimizers import make_optimizer
@@ -59,19 +60,6 @@ flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and 
 FLAGS = flags.FLAGS
 
 MIB = 2**20
-
-
-class DenseFlow(Flow):
-    """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
-
-    def loss(self, net, params, aux, batch, keys):
-        del aux
-        ids, t = batch["ids"], self.warp.t(batch["tau"])[:, None, None]
-        x0 = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.vocab)))(batch["noise"])
-        x = (1 - t) * x0 + t * jax.nn.one_hot(ids, net.vocab)
-        hidden = net.apply(params, net.embed(params, x), batch["tau"], keys=keys)
-        log_probs = jax.nn.log_softmax(net.unembed(params, hidden))
-        return {"cross_entropy": -jnp.take_along_axis(log_probs, ids[..., None], -1).mean((1, 2))}, {}
 
 
 def _resident(field: str) -> int:

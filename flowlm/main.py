@@ -4,7 +4,7 @@ flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...]
              [--distributed] [--profile_steps=a:b] [--compile_cache=DIR]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
-flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--results=DIR]
+flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--dense] [--results=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --device
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
@@ -65,6 +65,7 @@ _PER_CHIP = flags.DEFINE_integer(
     "per_chip", None, "plan: sequences on each chip, in place of config.batch_size over all", 1
 )
 _LARGEST = flags.DEFINE_bool("largest", True, "plan: also search the largest batch that fits")
+_DENSE = flags.DEFINE_bool("dense", False, "plan: compile also the step written over the whole vocabulary")
 _DEVICE = flags.DEFINE_bool("device", False, "plan: the largest batch that fits on the devices at hand")
 _FORMAT = flags.DEFINE_enum("format", "params", ["params", "safetensors", "jax"], "export: what is written")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the parameters in the files")
@@ -168,7 +169,7 @@ def _plan() -> None:
     if _DEVICE.value:
         plan_device(_CONFIG.value)
     else:
-        plan(_CONFIG.value, _TOPOLOGY.value, _RESULTS.value, _PER_CHIP.value, _LARGEST.value)
+        plan(_CONFIG.value, _TOPOLOGY.value, _RESULTS.value, _PER_CHIP.value, _LARGEST.value, _DENSE.value)
 
 
 def _prepare() -> None:

@@ -36,6 +36,8 @@ from flowlm.costs import CHIPS, EFFICIENCY, Chip, count_flops, forward_flops, ro
 from flowlm.curves import draw_panels
 from flowlm.experiment import abstract_state, build, jit_step
 from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.objectives.dense_flow import DenseFlow
+from flowlm.objectives.flow import Flow
 
 # Of a process that compiles for TPUs where there are none: without them libtpu looks for its cloud, or for a lock file.
 ENVIRONMENT = {
@@ -64,17 +66,22 @@ class Program(NamedTuple):
     rows: int
 
 
-def trace_step(config: ConfigDict, devices: Sequence[Any], per_device: int | None = None) -> Program:
+def trace_step(
+    config: ConfigDict, devices: Sequence[Any], per_device: int | None = None, dense: bool = False
+) -> Program:
     """The training step of a run on these devices, without an array being made.
 
     Args:
       per_device: sequences on each device, in place of config.batch_size over all. A teacher has the student's network; what
         config.teacher names is not read.
+      dense: the same step of a flow written over the whole vocabulary, for comparison.
 
     Raises:
       ValueError: bad settings, or a batch that does not divide over the devices.
     """
     experiment = build(config, config.model.vocab_size)
+    if dense:
+        experiment = experiment._replace(family=DenseFlow(experiment.family.prior, experiment.family.warp))
     layout = sharding.make_layout(config, devices)
     # A chip's share: with a model axis several chips work on one row.
     rows = config.batch_size if per_device is None else per_device * layout.mesh.size
@@ -106,7 +113,11 @@ def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | 
     return Program(sampler.trace(params, key), layout.mesh.size, sampler.rows)
 
 
-PROGRAMS: dict[str, Callable[..., Program]] = {"train": trace_step, "sample": trace_sampler}
+PROGRAMS: dict[str, Callable[..., Program]] = {
+    "train": trace_step,
+    "dense": partial(trace_step, dense=True),
+    "sample": trace_sampler,
+}
 
 
 # ---- Topologies --------------------------------------------------------------------------------------------------
@@ -296,19 +307,29 @@ def largest_batch(need: Callable[[int], float], unit: int, limit: float, needs: 
 # ---- The command -------------------------------------------------------------------------------------------------
 
 
-def plan(config: ConfigDict, topologies: Sequence[str], out: str | None, per_chip: int | None, largest: bool) -> None:
+def plan(
+    config: ConfigDict,
+    topologies: Sequence[str],
+    out: str | None,
+    per_chip: int | None,
+    largest: bool,
+    dense: bool = False,
+) -> None:
     """Plans a run on every topology, prints the table and, with `out`, writes plan.json, plan.md and plan.png there.
 
     Args:
       per_chip: sequences on each chip, in place of config.batch_size over all. largest: also search the most that fit.
+      dense: compile also the step of the flow written over the whole vocabulary.
 
     Raises:
-      ValueError: bad settings or an unknown topology. ImportError: no TPU compiler.
+      ValueError: bad settings, an unknown topology, `dense` for another family than flow. ImportError: no TPU compiler.
     """
     places = [parse_topology(name) for name in topologies]
     experiment = build(config, config.model.vocab_size)
+    if dense and type(experiment.family) is not Flow:
+        raise ValueError(f"--dense is of the family flow, not {config.objective.family}")
     check_compiler()
-    names = ["train", *["sample"] * bool(evaluation.samplers(experiment.family))]
+    names = ["train", *["dense"] * dense, *["sample"] * bool(evaluation.samplers(experiment.family))]
     points = []
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -403,6 +424,8 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     row("estimate: step, ms", lambda p: 1e3 * train(p)["roofline"]["estimate"])
     row("estimate: MFU", lambda p: f"{p['estimate']['mfu']:.0%}")
     row("estimate: tokens per second and chip", lambda p: p["estimate"]["tokens_per_second_per_chip"], "{:,.0f}")
+    row("written over the whole vocabulary: peak HBM, GiB", lambda p: _total(p["dense"]) / GIB)
+    row("fits so", lambda p: "yes" if p["dense"]["fits"] else "**no**")
     row("sampler: sequences per chip", lambda p: sample(p)["per_chip"], "{:g}")
     row("sampler: peak HBM, GiB", lambda p: _total(sample(p)) / GIB)
     row("estimate: one call of the sampler, ms", lambda p: 1e3 * sample(p)["roofline"]["estimate"])
@@ -492,7 +515,7 @@ def plan_device(config: ConfigDict, limit: float | None = None) -> int:
     source = "given"
     if limit is None:
         limit, source = _limit(device)
-    first = unit * max(1, config.batch_size // sharding.make_mesh(config.mesh.data).size // unit)
+    first = unit * max(1, config.batch_size // sharding.make_layout(config).mesh.size // unit)
     need = partial(device_need, config)
     largest = largest_batch(need, unit, limit, {first: need(first)})
     print(f"{device.device_kind}: {limit / GIB:.2f} GiB ({source})")

@@ -7,9 +7,10 @@ import pytest
 import toy
 
 from flowlm import bench
-from flowlm.bench import DenseFlow, compare
+from flowlm.bench import compare
 from flowlm.config import objective
 from flowlm.objectives import make_family
+from flowlm.objectives.dense_flow import DenseFlow
 from flowlm.objectives.flow import Flow
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
