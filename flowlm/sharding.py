@@ -86,9 +86,9 @@ def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) ->
                 f"{shown}, but the devices lie on {slices} slices: make mesh.replica a multiple of {slices}"
             )
         inside = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Linen's contractions fail on the Explicit axes that make_mesh gives by default.
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * 3)
 

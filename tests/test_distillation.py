@@ -139,7 +139,7 @@ def test_surgery_takes_the_conflict_out():
     """Of two losses pulling in opposite directions along x the second loses its pull, and keeps it along y."""
 
     class Pulls:
-        surgery = True
+        parts = ("first", "second")
 
         def draw(self, key, num):
             return {}
@@ -157,7 +157,7 @@ def test_surgery_takes_the_conflict_out():
     )
     assert step(Pulls()) == {"x": -1.0, "y": -1.0}
     plain = Pulls()
-    plain.surgery = False
+    plain.parts = ("loss",)
     assert step(plain) == {"x": 2.0, "y": -1.0}
 
 
