@@ -21,7 +21,7 @@ from flowlm import processes, run_directory, sharding
 from flowlm.experiment import abstract_state, build
 from flowlm.metrics import read_metrics
 from flowlm.profiling import parse_steps
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def saved_steps(workdir):
 def assert_same_checkpoint(ours, theirs, step):
     """Parameters, average and optimizer state, as one device reads them: every array to 1e-5 of its norm."""
     config, _ = run_directory.load(ours)
-    abstract = abstract_state(build(config, 99), make_mesh(1))
+    abstract = abstract_state(build(config, 99), Layout(make_mesh(data=1)))
     ours, theirs = (ocp.load(workdir / "checkpoints" / str(step), abstract) for workdir in (ours, theirs))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
