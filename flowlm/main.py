@@ -20,7 +20,6 @@ import ast
 import difflib
 import itertools
 import re
-import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -192,18 +191,11 @@ def _prepare_judge() -> None:
 
 def _study() -> None:
     from flowlm import storage
-    from flowlm.study import carry_out, commands
+    from flowlm.study import carry_out, commands, load
 
     if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
         raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")
-    path, _, argument = _STUDY.value.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
-    study, workdir, extra = (
-        runpy.run_path(path)["get_study"](argument),
-        storage.path(_WORKDIR.value),
-        _EXTRA.value or [],
-    )
+    study, workdir, extra = load(_STUDY.value), storage.path(_WORKDIR.value), _EXTRA.value or []
     if _DRY_RUN.value:
         for line in commands(study, workdir, extra):
             print(line)

@@ -8,6 +8,7 @@ waits for its teacher and is skipped without it.
 
 import csv
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,11 +107,38 @@ def in_order(study: Study) -> tuple[list[tuple[Run, int]], dict[str, Run]]:
     return [(run, seed) for seed in seeds for run in study.runs if seed in run.seeds], runs
 
 
-def commands(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[str]:
-    """What is left of the study, as lines for a shell. Raises ValueError as `in_order`."""
+class Unfinished(NamedTuple):
+    """A run that is left to do. ready: its teacher, if it has one, is finished."""
+
+    name: str
+    directory: Path
+    command: list[str]
+    ready: bool
+
+
+def unfinished(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[Unfinished]:
+    """What is left of the study, in order. Raises ValueError as `in_order`."""
     order, runs = in_order(study)
-    left = [(run, seed) for run, seed in order if not finished(directory(workdir, run, seed))]
-    return [shlex.join(command(run, seed, workdir, runs, extra)) for run, seed in left]
+    left = []
+    for run, seed in order:
+        path = directory(workdir, run, seed)
+        if not finished(path):
+            ready = run.teacher is None or finished(teacher_of(run, seed, workdir, runs))
+            left.append(Unfinished(f"{run.name}-seed{seed}", path, command(run, seed, workdir, runs, extra), ready))
+    return left
+
+
+def commands(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[str]:
+    """The same as lines for a shell."""
+    return [shlex.join(run.command) for run in unfinished(study, workdir, extra)]
+
+
+def load(argument: str) -> Study:
+    """The study of `FILE.py[:ARGUMENT]`. Raises ValueError if there is no such file, or no such study in it."""
+    path, _, name = argument.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
+    return runpy.run_path(path)["get_study"](*[name] * bool(name))
 
 
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = ()) -> None:

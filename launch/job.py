@@ -69,9 +69,13 @@ def training_job(
     config: str, extra: Sequence[str], workdir: str, resources: Any, environment: Mapping[str, str]
 ) -> Job:
     """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
-    name = re.sub(r"[^a-z0-9]+", "-", storage.path(workdir).name.lower()).strip("-")
     command = ("-m", "flowlm.main", "train", f"--config={config}", *extra, f"--workdir={workdir}")
-    return Job(f"flowlm-{name}", command, workdir, resources, environment)
+    return Job(job_name(storage.path(workdir).name), command, workdir, resources, environment)
+
+
+def job_name(name: str) -> str:
+    """A name as every engine takes it."""
+    return "flowlm-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def settings(job: Job) -> ConfigDict:
@@ -98,13 +102,18 @@ def remember(backend: str, job: Job, handle: Handle) -> None:
     (directory / "launch.json").write_text(json.dumps(entry, indent=2) + "\n")
 
 
-def recall(workdir: str) -> tuple[str, Handle]:
-    """(backend, handle) of the job last started in `workdir`. Raises FileNotFoundError if none was."""
-    path = storage.path(workdir) / "launch.json"
-    if not path.exists():
+def recall(workdir: str) -> list[tuple[str, str, Handle]]:
+    """(workdir, backend, handle) of the job last started in `workdir`, or of all those of the sweep started there.
+
+    Raises:
+      FileNotFoundError: none was.
+    """
+    here = storage.path(workdir)
+    found = [path for pattern in ("launch.json", "*/*/launch.json") for path in sorted(here.glob(pattern))]
+    if not found:
         raise FileNotFoundError(f"{workdir} has no launch.json: nothing was started there by `python -m launch.run`")
-    entry = json.loads(path.read_text())
-    return entry["backend"], entry["handle"]
+    entries = [(str(path.parent), json.loads(path.read_text())) for path in found]
+    return [(directory, entry["backend"], entry["handle"]) for directory, entry in entries]
 
 
 # ---- What the processes on machines with a common file system say.

@@ -2,6 +2,7 @@
 
 python -m launch.run --backend=local|slurm|tpu_vm --config=experiments/NAME.py[:arg] --workdir=DIR [--dry_run] [RESOURCES]
                      [--environment=NAME=VALUE ...] [--config.path.to.key=value ...] [other flags of flowlm train]
+python -m launch.run --backend=... --sweep=experiments/ablations.py:NAME --workdir=DIR ...    # its runs, below DIR
 python -m launch.run status|logs|stop --workdir=DIR
 python -m launch.run --backend=NAME --help      # lists that backend's RESOURCES
 
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.job import Backend, Job, recall, remember, settings, training_job
+from flowlm import storage, study
+from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
 BACKENDS = ("local", "slurm", "tpu_vm")
 
@@ -39,7 +41,8 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
     parser.add_argument("action", nargs="?", default="start", choices=("start", "status", "logs", "stop"))
     parser.add_argument("--backend", default=None, choices=BACKENDS, help="what runs the job")
     parser.add_argument("--config", default=None, help="the experiment")
-    parser.add_argument("--workdir", default=None, help="the run directory")
+    parser.add_argument("--sweep", default=None, help="in place of --config: a study or a sweep, all of its runs")
+    parser.add_argument("--workdir", default=None, help="the run directory; of a sweep, the folder of all of them")
     parser.add_argument("--environment", action="append", default=[], help="NAME=VALUE of its processes; no secrets")
     parser.add_argument("--dry_run", action="store_true", help="print what would be sent")
     for field in dataclasses.fields(backend.Resources) if backend else ():
@@ -50,9 +53,29 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
 
 
 def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
-    """What is to be run: one job of the experiment."""
+    """What is to be run: one job of the experiment, or one of every run of a sweep that is left to do and can begin.
+
+    Raises:
+      ValueError: nothing of the sweep is left, or all that is left waits for teachers.
+    """
     environment = dict(pair.split("=", 1) for pair in asked.environment)
-    return [training_job(asked.config, extra, asked.workdir, resources, environment)]
+    if asked.sweep is None:
+        return [training_job(asked.config, extra, asked.workdir, resources, environment)]
+    left = study.unfinished(study.load(asked.sweep), storage.path(asked.workdir), extra)
+    ready = [run for run in left if run.ready]
+    if not ready:
+        raise ValueError(
+            f"nothing of {asked.sweep} can be started in {asked.workdir}: "
+            + (f"{len(left)} runs wait for their teachers" if left else "all of it is finished")
+        )
+    if len(left) > len(ready):
+        waiting = ", ".join(run.name for run in left if not run.ready)
+        print(f"when their teachers are finished, give the same command again for {waiting}", file=sys.stderr)
+    python = 1  # the backend has its own
+    return [
+        Job(job_name(run.name), tuple(run.command[python:]), str(run.directory), resources, environment)
+        for run in ready
+    ]
 
 
 def check(command_line: list[Job]) -> None:
@@ -76,8 +99,10 @@ def start(argv: list[str]) -> None:
         raise ValueError(f"give --backend=NAME, one of {', '.join(BACKENDS)}, with --config and --workdir")
     backend = load(name)
     asked, extra = _parser(backend).parse_known_args(argv)
-    if asked.config is None or asked.workdir is None:
-        raise ValueError("give --config=experiments/NAME.py and --workdir=DIR")
+    if (asked.config is None) == (asked.sweep is None) or asked.workdir is None:
+        raise ValueError(
+            "give --config=experiments/NAME.py or --sweep=experiments/ablations.py:NAME, and --workdir=DIR"
+        )
     if wrong := [pair for pair in asked.environment if not pair.partition("=")[1]]:
         raise ValueError(f"--environment takes NAME=VALUE, got {wrong[0]!r}")
     resources = {field.name: getattr(asked, field.name) for field in dataclasses.fields(backend.Resources)}
@@ -98,9 +123,10 @@ def main(argv: list[str]) -> None:
             return
         if asked.workdir is None:
             raise ValueError(f"{asked.action} needs --workdir=DIR, that of a job that was started")
-        name, handle = recall(asked.workdir)
-        told = getattr(load(name), asked.action)(handle)
-        print(told if told is not None else f"{asked.workdir}: {load(name).status(handle)}")
+        found = recall(asked.workdir)
+        for workdir, name, handle in found:
+            told = getattr(load(name), asked.action)(handle) or load(name).status(handle)
+            print(told if len(found) == 1 else f"{workdir}: {told}")
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
         sys.exit(f"launch: {error}")
 

@@ -149,7 +149,7 @@ def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[Network, dict]:
     vocab, width = flow.embedding.shape
     dot = functools.partial(jnp.matmul, precision="highest")
 
-    def apply(params, z, tau_s, tau_t=None, key=None):
+    def apply(params, z, tau_s, tau_t=None, keys=None):
         s, t = (warp.t(tau)[:, None, None] for tau in (tau_s, tau_s if tau_t is None else tau_t))
         s = jnp.minimum(s, LIMIT / (1 + LIMIT))
 

@@ -42,7 +42,7 @@ def oracle(
     sequences, log_weights = jnp.asarray(sequences), jnp.log(jnp.asarray(weights))
     tilt = jnp.zeros(vocab) if tilt is None else jnp.asarray(tilt)
 
-    def apply(params, z, tau_s, tau_t=None, key=None):
+    def apply(params, z, tau_s, tau_t=None, keys=None):
         t = warp.t(tau_s)[:, None]
         scores = jnp.matmul(z, inverse, precision="highest")  # [B, L, V]
         x = jnp.take_along_axis(scores[:, None], sequences[None, :, :, None], -1)[..., 0]  # [B, K, L]

@@ -79,7 +79,7 @@ def exact(sequences, weights, kind):
     """The exact posterior of every token of the finite law as a network without parameters."""
     data, size = jnp.asarray(sequences), V + (kind == "masked")
 
-    def apply(params, z, alpha, tau_t=None, key=None):
+    def apply(params, z, alpha, tau_t=None, keys=None):
         ids = jnp.argmax(z, -1)
         same = data[None] == ids[:, None]  # [B, K, L]
         if kind == "masked":

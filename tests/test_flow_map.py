@@ -378,7 +378,7 @@ def anything():
     flow, _ = setting("wide")
     kernel = jnp.asarray(np.random.default_rng(13).standard_normal((8, 6)), jnp.float32)
 
-    def apply(params, z, tau_s, tau_t, key=None):
+    def apply(params, z, tau_s, tau_t, keys=None):
         return jnp.sin(2 * z @ kernel + tau_s[:, None, None]) + jnp.cos(
             z[..., ::-1] @ kernel + 3 * tau_t[:, None, None]
         )
@@ -436,7 +436,7 @@ def test_both_stages_of_the_two_network_map_are_stationary_at_the_oracle():
     flow, warp = setting("wide")
     net, params = network(flow, warp)
 
-    def apply(p, z, tau_s, tau_t, key=None):
+    def apply(p, z, tau_s, tau_t, keys=None):
         logits = net.apply(p, z, tau_s, tau_t)
         k = eulerian_weight(warp.t(tau_s), warp.t(tau_t))[:, None, None]
         bend = jax.nn.softmax(logits) - jax.nn.softmax(net.apply(p, z, tau_s, tau_s))
@@ -566,7 +566,7 @@ def test_which_gradients_pass_through_the_derivative(target, through):
     net, params = anything()
     moves = lambda tau: tau - jax.lax.stop_gradient(tau)
 
-    def apply(params, z, tau_s, tau_t, key=None):
+    def apply(params, z, tau_s, tau_t, keys=None):
         still = net.apply(params, z, tau_s, tau_t)
         return still + params["gain"] * (moves(tau_s) + 2 * moves(tau_t))[:, None, None] * jnp.arange(6.0)
 
@@ -590,7 +590,7 @@ def seen_states(size, width, same, num=4096):
     warp = TimeWarp("gaussian", "ambient", size, width)
     seen = []
 
-    def apply(params, z, tau_s, tau_t=None, key=None):
+    def apply(params, z, tau_s, tau_t=None, keys=None):
         seen.append((params["embedding"], z, warp.t(tau_s)))
         return z @ jnp.zeros((width, size))
 
@@ -677,7 +677,7 @@ def test_a_jump_is_one_network_call(steps, guidance):
     calls = {"apply": 0, "weak": 0}
 
     def counted(which):
-        def apply(params, z, tau_s, tau_t=None, key=None):
+        def apply(params, z, tau_s, tau_t=None, keys=None):
             jax.debug.callback(lambda: calls.update({which: calls[which] + 1}))
             return net.apply(params, z, tau_s, tau_t)
 
@@ -715,7 +715,7 @@ def test_states_between_jumps_are_the_interpolant_s(name, gamma, scale):
     net, params = network(flow, warp)
     seen = []
 
-    def apply(params, z, tau_s, tau_t=None, key=None):
+    def apply(params, z, tau_s, tau_t=None, keys=None):
         jax.debug.callback(lambda *a: seen.append(a), z, tau_s[0], ordered=True)
         return jnp.broadcast_to(50 * jax.nn.one_hot(1, size), (*z.shape[:2], size))
 

@@ -75,7 +75,7 @@ def test_one_step_of_the_denoiser_fails(teacher):
     flow, net, params, exact = teacher
     assert distance(law(flow, net, params, 1), exact) > 0.3
     diagonal = family("flow_map", temperature=1.0)
-    single = lambda params, z, tau_s, tau_t, key=None: net.apply(params, z, tau_s)
+    single = lambda params, z, tau_s, tau_t, keys=None: net.apply(params, z, tau_s)
     draws = law(diagonal, dataclasses.replace(net, apply=single), params, 1)
     assert draws[2] > 0.4
 

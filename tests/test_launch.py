@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import experiment_file, run_config, train_only
+from toy import experiment_file, run_config, sweep_file, train_only
 
+from flowlm import report
 from flowlm.metrics import read_metrics
 from launch import job as jobs
 from launch import local, run, slurm
@@ -43,7 +44,7 @@ def submit(job):
 
 
 def handle_of(job):
-    return jobs.recall(job.workdir)[1]
+    return jobs.recall(job.workdir)[0][2]
 
 
 # --- this machine ------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def test_processes_without_their_supervisor(tmp_path):
     wait_until((tmp_path / "logs/job.json").exists, supervisor)
     supervisor.kill()
     supervisor.wait()
-    _, handle = jobs.recall(str(tmp_path))
+    ((_, _, handle),) = jobs.recall(str(tmp_path))
     assert local.status(handle) == "running"
     local.stop(handle)
     wait_until(lambda: local.status(handle).startswith("lost"))
@@ -151,6 +152,22 @@ def test_what_a_dry_run_prints_is_what_would_be_run(tmp_path, capfd):
     subprocess.run(["bash", "-c", local.describe([job])], check=True)
     assert (tmp_path / "logs/0.log").read_text() == "0 a 'word' 0,1\n"
     assert (tmp_path / "logs/1.log").read_text() == "1 a 'word' 2,3\n"
+
+
+def test_a_sweep_of_two_points(tmp_path, data_dir):
+    """Both are run, a report has both, what is finished is not run again; a student waits for its teacher."""
+    study = sweep_file(tmp_path, data_dir)
+    here = dict(cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests"}, capture_output=True)
+    start = launch("--backend=local", f"--sweep={study}", f"--workdir={tmp_path}/sweep", "--cpu_devices=1")
+    done = subprocess.run(start, **here)
+    assert done.returncode == 0, done.stderr
+    assert "when their teachers are finished, give the same command again for student-seed0" in done.stderr
+    told = subprocess.run(launch("status", f"--workdir={tmp_path}/sweep"), **here).stdout
+    assert told.splitlines() == [f"{tmp_path}/sweep/ema_decay=0.{n}/seed0: ended" for n in (5, 9)]
+    found = {run.name: run.status for run in report.gather([str(tmp_path / "sweep")])}
+    assert found == {"ema_decay=0.5/seed0": "finished", "ema_decay=0.9/seed0": "finished"}
+    left = subprocess.run([*start, "--dry_run"], **here).stdout
+    assert f"--config.teacher={tmp_path}/sweep/ema_decay=0.5/seed0" in left and "ema_decay=0.9" not in left
 
 
 # --- what is sent to SLURM ---------------------------------------------------------------------------------------
@@ -192,7 +209,7 @@ def test_an_array_of_jobs(tmp_path):
     ("arguments", "expected"),
     [
         ([], "give --backend=NAME, one of local, slurm, tpu_vm"),
-        (["--backend=local"], "give --config=experiments/NAME.py and --workdir=DIR"),
+        (["--backend=local"], "give --config=experiments/NAME.py or --sweep=.*, and --workdir=DIR"),
         (
             ["--backend=local", "--config=experiments/gramar.py", "--workdir=/tmp/run"],
             "no experiment experiments/gramar.py",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import experiment_file, run_config, train_only
+from toy import experiment_file, run_config, sweep_file, train_only
 
+from flowlm import report
 from flowlm.metrics import read_metrics
 from launch import job as jobs
 from launch import slurm
@@ -87,7 +88,7 @@ def test_two_nodes_through_a_time_limit_and_a_requeue(tmp_path, data_dir):
     told = lambda action: subprocess.run(
         [sys.executable, "-m", "launch.run", action, f"--workdir={workdir}"], cwd=ROOT, text=True, capture_output=True
     )
-    _, handle = jobs.recall(str(workdir))
+    ((_, _, handle),) = jobs.recall(str(workdir))
 
     wait_until(lambda: len(read_metrics(workdir)) >= 7, handle)
     assert slurm.status(handle).startswith("RUNNING")
@@ -127,6 +128,22 @@ def test_an_array_is_one_submission(tmp_path):
     for name, handle in zip(("one", "two"), handles):
         wait_for("COMPLETED", handle)
         assert f"I am {name}" in slurm.logs(handle)
+
+
+def test_a_sweep_is_an_array(tmp_path, data_dir):
+    """Both of its points are run, and a report has both."""
+    study = sweep_file(tmp_path, data_dir)
+    start = [
+        sys.executable, "-m", "launch.run", "--backend=slurm", f"--sweep={study}", f"--workdir={tmp_path}/sweep",
+        "--time=30", f"--environment=PYTHONPATH={ROOT}/tests",
+    ]  # fmt: skip
+    subprocess.run(start, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests"})
+    found = jobs.recall(str(tmp_path / "sweep"))
+    assert len({handle["id"].partition("_")[0] for _, _, handle in found}) == 1 and len(found) == 2
+    for _, _, handle in found:
+        wait_for("COMPLETED", handle)
+    told = {run.name: run.status for run in report.gather([str(tmp_path / "sweep")])}
+    assert told == {"ema_decay=0.5/seed0": "finished", "ema_decay=0.9/seed0": "finished"}
 
 
 def test_a_job_that_fails_tells_why(tmp_path):

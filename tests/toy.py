@@ -118,6 +118,24 @@ def get_config(arg=""):
 """
 
 
+_SWEEP = """
+from flowlm.study import Run, Study
+from flowlm.sweeps import runs, sweep
+
+def get_study(arg=""):
+    points = runs(sweep("ema_decay", (0.5, 0.9)), {experiment!r})
+    return Study([*points, Run("student", {experiment!r}, {{}}, points[0].name)], ("entropy",))
+"""
+
+
+def sweep_file(directory, data_dir):
+    """A sweep of two points and a student of the first, as a file for commands."""
+    experiment = experiment_file(directory / "experiment.py", data_dir, evaluate=True, steps=3)
+    path = directory / "sweep.py"
+    path.write_text(_SWEEP.format(experiment=str(experiment)))
+    return path
+
+
 def experiment_file(path, data_dir, evaluate=False, **changes):
     """Writes `run_config` as an experiment for commands, whose PYTHONPATH must have the tests."""
     path.write_text(_EXPERIMENT.format(data_dir=str(data_dir), evaluate=evaluate, changes=changes))
