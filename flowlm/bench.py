@@ -46,18 +46,20 @@ from flowlm.optimizers import make_optimizer
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
 
+FLAGS = flags.FlagValues()  # of its own: `flowlm` has some of these names too
 SETTINGS = {"vocab": 30522, "width": 256, "blocks": 8, "batch": 8, "length": 128}
 for _name, _default in SETTINGS.items():
-    flags.DEFINE_integer(_name, _default, "of the model and its batch", 1)
-flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of both formulations")
-flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1)
-flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1)
-flags.DEFINE_string("out", None, "write every measurement there, as JSON")
+    flags.DEFINE_integer(_name, _default, "of the model and its batch", 1, flag_values=FLAGS)
+flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of both formulations", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1, flag_values=FLAGS)
+flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
 SAMPLING = ["sample", "forward"]
 FORMULATIONS = ["flow", "dense", *TARGETS, *SAMPLING]
-flags.DEFINE_list("pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}")
-flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON")
-FLAGS = flags.FLAGS
+flags.DEFINE_list(
+    "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
+)
+flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON", flag_values=FLAGS)
 
 MIB = 2**20
 
@@ -207,4 +209,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    app.run(_main, flags_parser=lambda argv: FLAGS(argv))
