@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
@@ -182,7 +182,7 @@ def _show(results: dict, title: str) -> None:
     Console().print(table)
 
 
-def _main(argv: list[str]) -> None:
+def _main() -> None:
     logging.set_verbosity(logging.WARNING)
     settings = {name: FLAGS[name].value for name in (*SETTINGS, "remat", "repeats")}
     if FLAGS.formulation:
@@ -209,4 +209,10 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=lambda argv: FLAGS(argv))
+    if "--help" in sys.argv:
+        sys.exit(f"{__doc__}\n{FLAGS.get_help()}")
+    try:
+        FLAGS(sys.argv)
+    except flags.Error as error:
+        sys.exit(f"flowlm.bench: {error}")
+    _main()

@@ -9,7 +9,7 @@ from toy import run_config, train_only
 from flowlm import experiment as experiments
 from flowlm import train_state
 from flowlm.metrics import read_metrics
-from flowlm.sharding import make_mesh
+from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
 
 
@@ -21,7 +21,7 @@ def origin(tmp_path_factory, data_dir):
 
 
 def load(config):
-    mesh, tokenizer = make_mesh(1), shipped(config.data.tokenizer)
+    mesh, tokenizer = Layout(make_mesh(data=1)), shipped(config.data.tokenizer)
     experiment = experiments.build(config, tokenizer.vocab_size, tokenizer.start)
     return experiment, experiments.load_origin(config, tokenizer, experiment, mesh)
 
@@ -50,7 +50,7 @@ def test_a_flow_map_starts_as_the_flow(origin, data_dir):
     config = run_config(data_dir, "flow_map", init_from=str(origin))
     experiment, params = load(config)
     state = train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0, None, params)
-    run = experiments.load_trained(origin, make_mesh(1))
+    run = experiments.load_trained(origin, Layout(make_mesh(data=1)))
     z = jax.random.normal(jax.random.key(0), (4, 19, 32))
     tau_s, tau_t = np.full(4, 0.3, np.float32), np.linspace(0.3, 1, 4, dtype=np.float32)
     np.testing.assert_array_equal(
