@@ -207,6 +207,10 @@ def test_layouts_that_the_network_does_not_fit():
     config.model.heads = 4
     with pytest.raises(ValueError, match=r"mesh.model = 8 does not divide model.heads = 4"):
         make_layout(config)
-    config.mesh.update(model=1, grad_reduce_dtype="float16")
+    config.mesh.update(model=1, fsdp=True)
+    config.model.width = 4 * 9
+    with pytest.raises(ValueError, match=r"model.width = 36, which mesh.data = 8 does not divide: set mesh.data=4 and"):
+        make_layout(config)
+    config.mesh.update(model=1, fsdp=False, grad_reduce_dtype="float16")
     with pytest.raises(ValueError, match="float16"):
         make_layout(config)
