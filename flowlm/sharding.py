@@ -277,8 +277,8 @@ def make_layout(config, devices=None) -> Layout:
     if wanted.fsdp and width % data:
         fits = max(n for n in range(1, data + 1) if width % n == 0 and data % n == 0)
         raise ValueError(
-            f"mesh.fsdp splits matrices along model.width = {width}, which mesh.data = {data} does not divide: set mesh.data={fits} "
-            "and mesh.replica=-1"
+            f"mesh.fsdp splits matrices along model.width = {width}, which mesh.data = {data} does not divide: "
+            f"set mesh.data={fits} and mesh.replica=-1"
         )
     layout = Layout(mesh, wanted.fsdp, wanted.grad_reduce_dtype, config.model.dtype)
     if not runs_on(config.model.attention, layout.platform):
