@@ -197,7 +197,7 @@ def _study() -> None:
         raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")
     study, workdir, extra = load(_STUDY.value), storage.path(_WORKDIR.value), _EXTRA.value or []
     if _DRY_RUN.value:
-        for line in commands(study, workdir, extra):
+        for line in commands(study, workdir, extra, Path(_RESULTS.value)):
             print(line)
     else:
         carry_out(study, workdir, Path(_RESULTS.value), extra)

@@ -116,21 +116,22 @@ class Unfinished(NamedTuple):
     ready: bool
 
 
-def unfinished(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[Unfinished]:
-    """What is left of the study, in order. Raises ValueError as `in_order`."""
+def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: Path | None = None) -> list[Unfinished]:
+    """What is left of the study, in order; with `results`, of what is not kept there. Raises ValueError as `in_order`."""
     order, runs = in_order(study)
     left = []
     for run, seed in order:
         path = directory(workdir, run, seed)
-        if not finished(path):
+        done = results is not None and complete(directory(results / "runs", run, seed), run)
+        if not done and not finished(path):
             ready = run.teacher is None or finished(teacher_of(run, seed, workdir, runs))
             left.append(Unfinished(f"{run.name}-seed{seed}", path, command(run, seed, workdir, runs, extra), ready))
     return left
 
 
-def commands(study: Study, workdir: Path, extra: Sequence[str] = ()) -> list[str]:
+def commands(study: Study, workdir: Path, extra: Sequence[str] = (), results: Path | None = None) -> list[str]:
     """The same as lines for a shell."""
-    return [shlex.join(run.command) for run in unfinished(study, workdir, extra)]
+    return [shlex.join(run.command) for run in unfinished(study, workdir, extra, results)]
 
 
 def load(argument: str) -> Study:
@@ -141,8 +142,25 @@ def load(argument: str) -> Study:
     return runpy.run_path(path)["get_study"](*[name] * bool(name))
 
 
+def complete(path: Path, run: Run) -> bool:
+    """Whether the run in `path` is finished, and every setting of its sampler evaluated."""
+    return finished(path) and all((swept(path, setting) / "evaluation.json").exists() for setting in run.sweep)
+
+
+def keep(path: Path, kept: Path, run: Run) -> None:
+    """Copies what the tables are made of."""
+    names = ["config.json", "evaluation.json"]
+    names += [f"{swept(path, setting).relative_to(path)}/evaluation.json" for setting in run.sweep]
+    for name in names:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_text((path / name).read_text())
+
+
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = ()) -> None:
     """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
+
+    The evaluations are kept in `results`/runs. A run that is there is done, though its run directory be gone: it is made again
+    only where a student that is left needs it for its teacher. So a study can be carried out in pieces, on several machines.
 
     Args:
       extra: further flags of every run, such as --config.steps=10.
@@ -152,33 +170,45 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
       RuntimeError: runs that failed, by name, after all others were done.
     """
     order, runs = in_order(study)
-    failed = []
+    kept, failed, tried = results / "runs", [], set()
+
+    def make(run: Run, seed: int) -> bool:
+        path = directory(workdir, run, seed)
+        if finished(path) or path in tried:
+            return finished(path)
+        tried.add(path)
+        if run.teacher is not None:
+            teacher = runs[run.teacher]
+            if not make(teacher, seed if seed in teacher.seeds else teacher.seeds[0]):
+                failed.append(f"{path} (without its teacher)")
+                return False
+        print(f"== {path}", file=sys.stderr, flush=True)
+        if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
+            failed.append(str(path))
+        return finished(path)
+
     for run, seed in order:
         path = directory(workdir, run, seed)
-        if run.teacher is not None and not finished(teacher_of(run, seed, workdir, runs)):
-            failed.append(f"{path} (without its teacher)")
-        elif not finished(path):
-            print(f"== {path}", file=sys.stderr, flush=True)
-            if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
-                failed.append(str(path))
-        if not finished(path):
+        if complete(directory(kept, run, seed), run) or not make(run, seed):
             continue
         for place in (swept(path, setting) for setting in run.sweep):
             line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
             line += [f"--objective={place.name}", f"--results={place}"]
             if not (place / "evaluation.json").exists() and subprocess.run(line, check=False).returncode:
                 failed.append(str(place))
-        write(study, workdir, results)
-    write(study, workdir, results)
+        if complete(path, run):
+            keep(path, directory(kept, run, seed), run)
+        write(study, kept, results)
+    write(study, kept, results)
     if failed:
         raise RuntimeError(f"these runs failed, their own errors are above: {', '.join(failed)}")
 
 
-def evaluations(study: Study, workdir: Path) -> Iterator[tuple[Run, int, str, Path]]:
+def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:
     """(run, seed, setting of the sampler or "", evaluation.json) of all that is there."""
     for run in study.runs:
         for seed in run.seeds:
-            path = directory(workdir, run, seed)
+            path = directory(kept, run, seed)
             if finished(path):
                 yield run, seed, "", path / "evaluation.json"
                 for setting in run.sweep:
@@ -186,10 +216,10 @@ def evaluations(study: Study, workdir: Path) -> Iterator[tuple[Run, int, str, Pa
                         yield run, seed, swept(path, setting).name, swept(path, setting) / "evaluation.json"
 
 
-def gather(study: Study, workdir: Path) -> list[dict]:
+def gather(study: Study, kept: Path) -> list[dict]:
     """One record for each finished run, setting, sampler and number of steps, and one for each row of reference of seed 0."""
     records = []
-    for run, seed, setting, path in evaluations(study, workdir):
+    for run, seed, setting, path in evaluations(study, kept):
         metrics = json.loads(path.read_text())["metrics"]
         samples: dict[str, dict] = defaultdict(dict)
         for key, value in metrics.items():
@@ -208,9 +238,9 @@ def gather(study: Study, workdir: Path) -> list[dict]:
     return [record for record in records if record["steps"]] + list(references.values())
 
 
-def write(study: Study, workdir: Path, results: Path) -> None:
+def write(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread. study*.png: against steps, against time."""
-    records = gather(study, workdir)
+    records = gather(study, kept)
     if not records:
         return
     results.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,25 @@ def test_runs_in_order_and_only_what_is_left(commands, tmp_path):
     # Evaluated in its middle only, a run is not done.
     path = tmp_path / "w/student/seed1/evaluation.json"
     path.write_text(path.read_text().replace('"step": 7', '"step": 4'))
-    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r")
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r2")
     assert len(commands) == 4
+
+
+def test_what_is_kept_is_done_wherever_it_was_run(commands, tmp_path):
+    """On another machine only what is left is made, and a teacher again if a student that is left needs it."""
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r")
+    table = (tmp_path / "r/study.md").read_text()
+    assert len(commands) == 3
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "elsewhere", tmp_path / "r")
+    assert len(commands) == 3 and (tmp_path / "r/study.md").read_text() == table
+    more = [*RUNS, Run("late", "experiments/a.py", teacher="teacher")]
+    left = [
+        line.rpartition("/elsewhere/")[2]
+        for line in study.commands(Study(more, []), tmp_path / "elsewhere", (), tmp_path / "r")
+    ]
+    assert left == ["late/seed0"]
+    carry_out(Study(more, ["entropy"]), tmp_path / "elsewhere", tmp_path / "r")
+    assert [line[-1].split("/elsewhere/")[1] for line in commands[3:]] == ["teacher/seed0", "late/seed0"]
 
 
 def test_the_table_is_the_evaluations(commands, tmp_path):
