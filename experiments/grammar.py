@@ -33,6 +33,7 @@ steps (results/grammar_flow_map*.json; standard errors .007 to .011), at least .
     seed    all of the noise                 half of it (objective.noise_scale, the experiment's sampler)
     0       .151 / .388 / .512 / .599        .180 / .599 / .790 / .870
     1       .148 / .372 / .516 / .589        .185 / .568 / .779 / .859
+    2       .177 / .429 / .558 / .638        .230 / .615 / .803 / .884      from a flow trained anew by the same command
 
 6,000 steps of `psd` in the same time, seed 0: .129 / .331 / .462 / .566; in one step with .9, .8, .7, .6, .5, .4, .3 of the noise
 .150, .150, .158, .173, .185, .190, .145. A trigram chain drawn from the training rows writes .62 grammatical ones.
