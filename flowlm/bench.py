@@ -4,6 +4,8 @@
 
     flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
     dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
+    bare    forward and backward of the network alone on a state that is given: no vocabulary, the floor of a step
+    input   a batch of token rows read as training reads them (the quickstart's speeches): time alone
     psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
     sample  a batch of token rows by a flow map in one step, from key to ids
     forward the network and its output layer alone: ids of a state that is given
@@ -37,6 +39,7 @@ from rich.table import Table
 from flowlm import train_state
 from flowlm import vocab as vocabulary
 from flowlm.config import objective
+from flowlm.data import open_dataset
 from flowlm.models import make_network
 from flowlm.objectives import make_family
 from flowlm.objectives.dense_flow import DenseFlow
@@ -55,7 +58,7 @@ flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_value
 flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
 SAMPLING = ["sample", "forward"]
-FORMULATIONS = ["flow", "dense", *TARGETS, *SAMPLING]
+FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
 flags.DEFINE_list(
     "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
 )
@@ -74,6 +77,27 @@ def _reset_peak() -> None:
     """Gives free memory back and makes now the start of VmHWM, so that what the compiler needed does not count."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+class Bare(Flow):
+    """The mean square of the hidden states of noise: what a step costs whatever the vocabulary."""
+
+    def loss(self, net, params, aux, batch, keys):
+        del aux
+        z = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.width)))(batch["noise"])
+        hidden = net.apply(params, z, batch["tau"], keys=keys)
+        return {"square": jnp.square(hidden).mean((1, 2))}, {}
+
+
+def _reading(batch: int, length: int, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` batches of rows, shuffled over the whole corpus, after one that warms up."""
+    rows = open_dataset("sotu", "sotu_bpe_512", length, "~/.cache/flowlm").train.shuffled(0)
+    seconds = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        rows(i * batch, (i + 1) * batch)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def _training(net, family, batch: int, distils: bool):
@@ -101,13 +125,15 @@ def _sampling(formulation: str, net, family, batch: int):
 
 def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, repeats: int) -> dict:
     """Compiles and runs the step or draw here: {seconds: [repeats], and bytes for each view of memory}."""
+    if formulation == "input":
+        return {"seconds": _reading(batch, length, repeats)}
     warp = TimeWarp("gaussian", "ambient", vocab, width)
     distils = formulation in TARGETS
     if distils or formulation in SAMPLING:
         fields = objective("flow_map").to_dict() | {"target": formulation if distils else "psd", "tau_max": 0.99}
         family = make_family(warp=warp, teacher=True, **fields)
     else:
-        family = {"flow": Flow, "dense": DenseFlow}[formulation](Gaussian(), warp)
+        family = {"flow": Flow, "dense": DenseFlow, "bare": Bare}[formulation](Gaussian(), warp)
     net = make_network(
         vocab_size=vocab,
         length=length,
@@ -120,7 +146,7 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         input="raw",
         preview=False,
         output="plain",
-        time_embeddings=1 if formulation in ("flow", "dense") else 2,
+        time_embeddings=1 if formulation in ("flow", "dense", "bare") else 2,
         time_scale=1.0,
         end_time_scale=1.0,
         gate_init=0.0,

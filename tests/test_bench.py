@@ -9,6 +9,7 @@ import toy
 from flowlm import bench
 from flowlm.bench import compare
 from flowlm.config import objective
+from flowlm.costs import count_flops, forward_flops
 from flowlm.objectives import make_family
 from flowlm.objectives.dense_flow import DenseFlow
 from flowlm.objectives.flow import Flow
@@ -51,6 +52,22 @@ def test_mean_loss_and_gradients_agree(vocab, width):
         assert np.all(np.abs(ours.mean(0) - theirs.mean(0)) < SIGMAS * error + 1e-7)
         # Small against the signal, or the line above would find nothing. Without the noise's share dE is 12 errors off.
         assert np.linalg.norm(error) < 0.1 * np.linalg.norm(theirs.mean(0))
+
+
+def test_the_bare_step_is_the_network_alone():
+    """Its products are three passes of the network in closed form: nothing of the vocabulary."""
+    sizes = dict(width=16, blocks=2, cond=8)
+    net = toy.network(vocab=24, length=4, time_embeddings=0, **sizes)
+    family = bench.Bare(Gaussian(), TimeWarp("gaussian", "ambient", 24, 16))
+
+    def loss(params, ids):
+        batch = {"ids": ids, **family.draw(jax.random.key(0), 2)}
+        return family.loss(net, params, Auxiliary(), batch, None)[0]["square"].mean()
+
+    params, ids = jax.eval_shape(net.init, jax.random.key(0)), jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    counted = count_flops(jax.make_jaxpr(jax.grad(loss))(params, ids))
+    token = forward_flops(**sizes, time_embeddings=0, vocab=24, length=4, with_output=False)
+    assert counted == 2 * 4 * 3 * token
 
 
 def test_ratios_are_of_the_same_round():
