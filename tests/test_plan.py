@@ -180,8 +180,8 @@ def test_a_plan_of_a_small_run(tmp_path, capsys):
     assert held <= train["hbm"]["total"] < 1.1 * held
     assert 0.9 * 6 * parameters < train["wire"] < 1.2 * 6 * parameters and train["dcn"] == 0  # 2 (n-1)/n of 4 bytes
     assert train["loops_of_unknown_length"] == []
-    # What every chip does by itself, the noise's geometry, makes the sum over chips more than the step.
-    assert train["flops"] < 4 * train["flops_per_chip"] < 1.5 * train["flops"]
+    # The products that were written down are those that the compiler has, on each chip's own rows.
+    assert 4 * train["flops_per_chip"] == pytest.approx(train["flops"], rel=0.01)
     fields = dict(width=256, blocks=2, cond=32, time_embeddings=1, vocab=99, length=19)
     assert estimate["network_flops_per_token"] == 3 * forward_flops(**fields) < estimate["flops_per_token"]
     seconds = max(train["passes_per_chip"] / 197e12, train["traffic"] / 819e9, train["wire"] / 200e9) / EFFICIENCY
