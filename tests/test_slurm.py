@@ -94,9 +94,10 @@ def test_two_nodes_through_a_time_limit_and_a_requeue(tmp_path, data_dir):
     assert slurm.status(handle).startswith("RUNNING")
     subprocess.run(["scancel", "--batch", "--signal=USR1", handle["id"]], check=True)  # what --signal=B:USR1@... sends
     wait_until(lambda: "saved; back into the queue" in slurm.logs(handle), handle)
-    (stopped,) = re.findall(r"told to stop: at step (\d+)", Path(handle["log"]).read_text())
+    (stopped,) = re.findall(r"told to stop: at step (\d+)", Path(handle["log"]).read_text(errors="replace"))
     resumed = lambda: [
-        int(step) for step in re.findall(r"from step (\d+) to 60, in 2 proc", Path(handle["log"]).read_text())
+        int(step)
+        for step in re.findall(r"from step (\d+) to 60, in 2 proc", Path(handle["log"]).read_text(errors="replace"))
     ]
     wait_until(lambda: len(resumed()) == 2, handle)
     assert resumed() == [0, int(stopped)]
