@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from flowlm import checkpoint, models, objectives, optimizers, tokenizers
 from flowlm.config import defaults
 from flowlm.data.grammar import Grammar, shipped_names
-from flowlm.experiment import abstract_state, build
+from flowlm.experiment import abstract_state, build, jit_step
 from flowlm.sharding import Layout, check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
@@ -56,18 +56,9 @@ def test_builds_and_lowers(path, argument):
     layout = Layout(make_mesh())
     check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
     state = abstract_state(experiment, layout)
-    step = make_step(
-        experiment.net,
-        experiment.family,
-        experiment.optimizer,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        accumulation=config.accumulation,
-        dropout=config.model.dropout > 0,
-        layout=layout,
-    )
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
-    traced = jax.jit(step, donate_argnums=0).trace(state, ids, Teacher(state.params) if distils else None)
+    step = jit_step(config, experiment, layout, state)
+    traced = step.trace(state, ids, Teacher(state.params) if distils else None)
     new, metrics = traced.out_info
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert shapes(new) == shapes(state)  # or the second step would be another program
