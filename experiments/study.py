@@ -18,7 +18,9 @@ GRAMMAR, QUICKSTART = "experiments/grammar.py", "experiments/quickstart.py"
 ONCE = {"evaluation.every": 100_000}
 
 
-def rounds(config: str, student: str, teacher: str, steps: int, settings: dict, sweep: tuple = ()) -> list[Run]:
+def rounds(
+    config: str, student: str, teacher: str, steps: int, settings: dict, sweep: tuple = (), needs: tuple = ()
+) -> list[Run]:
     """Runs that distil `teacher` by steps twice as long in each: jumps 1/32, 1/16, .. 1/2, in `steps` altogether.
 
     A run is named after the number of its jumps from noise to data.
@@ -28,7 +30,7 @@ def rounds(config: str, student: str, teacher: str, steps: int, settings: dict, 
         jump = 2.0 ** (i - ROUNDS)
         name = f"{student}_{round(1 / jump)}"
         more = {"steps": steps // ROUNDS, "objective.jump": jump}
-        runs.append(Run(name, f"{config}:{student}", settings | more, teacher, SEEDS, sweep))
+        runs.append(Run(name, f"{config}:{student}", settings | more, teacher, SEEDS, sweep, needs))
         teacher = name
     return runs
 
@@ -57,15 +59,18 @@ def text() -> Study:
     trained, distilled = judged | {"steps": 8000}, judged | {"steps": 4000}
     drawn = tuple({"temperature": t} for t in (0.5, 0.7, 0.85, 1.0))
     quiet = tuple({"noise_scale": s} for s in (0.5, 0.7, 0.85))
+    judge = ("autoregressive",)
     alone = {"steps": 8000, "evaluation.language_models": ("smollm2",)} | ONCE
     runs = [
         Run("autoregressive", f"{QUICKSTART}:autoregressive", alone, sweep=drawn),
-        Run("masked", f"{QUICKSTART}:masked", trained, sweep=drawn),
-        Run("uniform", f"{QUICKSTART}:uniform", trained | {"objective.curriculum_steps": 4000}, sweep=drawn),
-        Run("flow", QUICKSTART, trained, sweep=drawn),
-        Run("flow_map", f"{QUICKSTART}:flow_map", distilled, "flow", SEEDS, quiet),
-        *rounds(QUICKSTART, "sdtt", "masked", 4000, judged, drawn),
-        *rounds(QUICKSTART, "dcd", "uniform", 4000, judged, drawn),
+        Run("masked", f"{QUICKSTART}:masked", trained, sweep=drawn, needs=judge),
+        Run(
+            "uniform", f"{QUICKSTART}:uniform", trained | {"objective.curriculum_steps": 4000}, sweep=drawn, needs=judge
+        ),
+        Run("flow", QUICKSTART, trained, sweep=drawn, needs=judge),
+        Run("flow_map", f"{QUICKSTART}:flow_map", distilled, "flow", SEEDS, quiet, judge),
+        *rounds(QUICKSTART, "sdtt", "masked", 4000, judged, drawn, judge),
+        *rounds(QUICKSTART, "dcd", "uniform", 4000, judged, drawn, judge),
     ]
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token")
     return Study(

@@ -13,7 +13,8 @@ flowlm import CKPT --to=DIR [--weights=ema|live] [--config=experiments/NAME.py]
 flowlm inspect PATH
 flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR
 flowlm report DIR DIR ... --out=DIR
-flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...] [--dry_run]
+flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
+             [--parallel=N] [--dry_run]
 """
 
 import ast
@@ -48,6 +49,7 @@ _RESULTS = flags.DEFINE_string(
     "results", None, "study, plan, evaluate: where the results go (evaluate: in place of the run's directory)"
 )
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "study: runs at a time, each on its own share of the cores", 1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
 _SOURCE = flags.DEFINE_string("source", None, "prepare: textfiles (a document a file) or jsonl (a document a line)")
@@ -200,7 +202,7 @@ def _study() -> None:
         for line in commands(study, workdir, extra, Path(_RESULTS.value)):
             print(line)
     else:
-        carry_out(study, workdir, Path(_RESULTS.value), extra)
+        carry_out(study, workdir, Path(_RESULTS.value), extra, _PARALLEL.value)
 
 
 def _report(*folders: str) -> None:

@@ -1,21 +1,24 @@
 """A study: many runs, each an ordinary `flowlm train`, then one table and one picture of all of them.
 
 The methods of a comparison under one budget are a study, and so are the points of a sweep (sweeps.py). Runs are taken one after
-another, seed 0 of all before seed 1 of any, so a study that is cut short is whole as far as it went. A run that is finished is
-left alone, one that was cut is taken up where it was, and one that fails is reported at the end while the others go on; a student
-waits for its teacher and is skipped without it.
+another or several at a time, seed 0 of all before seed 1 of any, so a study that is cut short is whole as far as it went. A run
+that is finished is left alone, one that was cut is taken up where it was, and one that fails is reported at the end while the
+others go on; a student waits for its teacher and is skipped without it.
 """
 
 import csv
 import json
+import os
 import runpy
 import shlex
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +38,7 @@ class Run:
       teacher: name of another run of the study, which comes before this one.
       sweep: settings of its sampler, each of which is evaluated too, for the table at equal entropy.
       seeds: training seeds; a student's teacher has the same one, or its first where it has not that.
+      needs: names of earlier runs whose directories its settings name, such as that of a judge.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Run:
     teacher: str | None = None
     seeds: tuple[int, ...] = (0,)
     sweep: tuple[Mapping[str, object], ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,10 @@ def finished(path: Path) -> bool:
     return json.loads((path / "evaluation.json").read_text())["step"] == steps
 
 
-def teacher_of(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run]) -> Path:
-    """The directory of a student's teacher."""
-    teacher = runs[run.teacher]
-    return directory(workdir, teacher, seed if seed in teacher.seeds else teacher.seeds[0])
+def before(run: Run, seed: int, runs: Mapping[str, Run]) -> list[tuple[Run, int]]:
+    """What must be finished before a run: its teacher, if it has one, and what else it needs."""
+    others = [runs[name] for name in (run.teacher, *run.needs) if name is not None]
+    return [(other, seed if seed in other.seeds else other.seeds[0]) for other in others]
 
 
 def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> list[str]:
@@ -86,7 +91,7 @@ def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: 
     settings = {key: value for key, value in run.settings.items() if value is not None}
     line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in settings.items()]
     if run.teacher is not None:
-        line.append(f"--config.teacher={teacher_of(run, seed, workdir, runs)}")
+        line.append(f"--config.teacher={directory(workdir, *before(run, seed, runs)[0])}")
     return [*line, *extra, f"--workdir={directory(workdir, run, seed)}"]
 
 
@@ -100,15 +105,16 @@ def in_order(study: Study) -> tuple[list[tuple[Run, int]], dict[str, Run]]:
     for run in study.runs:
         if run.name in runs:
             raise ValueError(f"two runs are called {run.name!r}: a name is a directory")
-        if run.teacher is not None and run.teacher not in runs:
-            raise ValueError(f"the teacher {run.teacher!r} of {run.name!r} is no earlier run: there are {sorted(runs)}")
+        for what, name in (("teacher", run.teacher), *(("needed", name) for name in run.needs)):
+            if name is not None and name not in runs:
+                raise ValueError(f"the {what} {name!r} of {run.name!r} is no earlier run: there are {sorted(runs)}")
         runs[run.name] = run
     seeds = sorted({seed for run in study.runs for seed in run.seeds})
     return [(run, seed) for seed in seeds for run in study.runs if seed in run.seeds], runs
 
 
 class Unfinished(NamedTuple):
-    """A run that is left to do. ready: its teacher, if it has one, is finished."""
+    """A run that is left to do. ready: its teacher, if it has one, and what else it needs are finished."""
 
     name: str
     directory: Path
@@ -124,7 +130,7 @@ def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: 
         path = directory(workdir, run, seed)
         done = results is not None and complete(directory(results / "runs", run, seed), run)
         if not done and not finished(path):
-            ready = run.teacher is None or finished(teacher_of(run, seed, workdir, runs))
+            ready = all(finished(directory(workdir, *other)) for other in before(run, seed, runs))
             left.append(Unfinished(f"{run.name}-seed{seed}", path, command(run, seed, workdir, runs, extra), ready))
     return left
 
@@ -156,52 +162,108 @@ def keep(path: Path, kept: Path, run: Run) -> None:
         (kept / name).write_text((path / name).read_text())
 
 
-def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = ()) -> None:
+def left(study: Study, workdir: Path, kept: Path) -> list[tuple[Run, int]]:
+    """What has to be run, in order: all that is not kept, and what that needs of runs whose directories are gone."""
+    order, runs = in_order(study)
+    needed: dict[tuple[str, int], tuple[Run, int]] = {}
+
+    def want(run: Run, seed: int) -> None:
+        if not finished(directory(workdir, run, seed)):
+            for other in before(run, seed, runs):
+                if not finished(directory(workdir, *other)):
+                    want(*other)
+        needed[run.name, seed] = run, seed
+
+    for run, seed in order:
+        if not complete(directory(kept, run, seed), run):
+            want(run, seed)
+    return list(needed.values())
+
+
+def _take_cores(shares: SimpleQueue) -> None:
+    """Keeps this thread, and the processes that it starts, to its share of the cores."""
+    os.sched_setaffinity(0, shares.get())
+
+
+def shares_of_cores(parallel: int) -> list[set[int]]:
+    """The cores of this machine in `parallel` parts. Raises ValueError: there are not as many, or no saying which."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError("runs cannot be kept to cores of their own on this system: use --parallel=1")
+    cores = sorted(os.sched_getaffinity(0))
+    if parallel > len(cores):
+        raise ValueError(f"--parallel={parallel} runs need as many cores, and here are {len(cores)}")
+    return [set(cores[i::parallel]) for i in range(parallel)]
+
+
+def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = (), parallel: int = 1) -> None:
     """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
 
     The evaluations are kept in `results`/runs. A run that is there is done, though its run directory be gone: it is made again
-    only where a student that is left needs it for its teacher. So a study can be carried out in pieces, on several machines.
+    only where a run that is left needs it, as its teacher for one. So a study can be carried out in pieces, on several machines.
 
     Args:
       extra: further flags of every run, such as --config.steps=10.
+      parallel: runs at a time, each on its own share of the cores and with a log of its own in `workdir`/logs. Small networks
+        are faster so than one by one on all cores.
 
     Raises:
-      ValueError: as `in_order`.
+      ValueError: as `in_order` and `shares_of_cores`.
       RuntimeError: runs that failed, by name, after all others were done.
     """
-    order, runs = in_order(study)
-    kept, failed, tried = results / "runs", [], set()
+    runs, kept, failed = in_order(study)[1], results / "runs", []
+    waiting, running, tried = left(study, workdir, kept), {}, set()
 
-    def make(run: Run, seed: int) -> bool:
-        path = directory(workdir, run, seed)
-        if finished(path) or path in tried:
-            return finished(path)
-        tried.add(path)
-        if run.teacher is not None:
-            teacher = runs[run.teacher]
-            if not make(teacher, seed if seed in teacher.seeds else teacher.seeds[0]):
-                failed.append(f"{path} (without its teacher)")
-                return False
-        print(f"== {path}", file=sys.stderr, flush=True)
-        if subprocess.run(command(run, seed, workdir, runs, extra), check=False).returncode:
-            failed.append(str(path))
-        return finished(path)
+    def call(line: Sequence[str], name: str) -> bool:
+        """Runs one command; what runs at the same time prints to files of its own."""
+        if parallel == 1:
+            return subprocess.run(line, check=False).returncode == 0
+        (workdir / "logs").mkdir(parents=True, exist_ok=True)
+        with (workdir / "logs" / f"{name}.log").open("a") as log:
+            return subprocess.run(line, check=False, stdout=log, stderr=subprocess.STDOUT).returncode == 0
 
-    for run, seed in order:
-        path = directory(workdir, run, seed)
-        if complete(directory(kept, run, seed), run) or not make(run, seed):
-            continue
-        for place in (swept(path, setting) for setting in run.sweep):
-            line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
-            line += [f"--objective={place.name}", f"--results={place}"]
-            if not (place / "evaluation.json").exists() and subprocess.run(line, check=False).returncode:
-                failed.append(str(place))
-        if complete(path, run):
-            keep(path, directory(kept, run, seed), run)
-        write(study, kept, results)
+    def make(run: Run, seed: int) -> list[str]:
+        """Trains and evaluates one run: what failed of it."""
+        path, name, wrong = directory(workdir, run, seed), f"{run.name}-seed{seed}", []
+        if not finished(path):
+            print(f"== {path}", file=sys.stderr, flush=True)
+            if not call(command(run, seed, workdir, runs, extra), name) or not finished(path):
+                return [str(path)]
+        if not complete(directory(kept, run, seed), run):
+            for place in (swept(path, setting) for setting in run.sweep):
+                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+                line += [f"--objective={place.name}", f"--results={place}"]
+                if not (place / "evaluation.json").exists() and not call(line, name):
+                    wrong.append(str(place))
+        return wrong
+
+    shares: SimpleQueue = SimpleQueue()
+    for share in shares_of_cores(parallel) if parallel > 1 else ():
+        shares.put(share)
+    cores = {"initializer": _take_cores, "initargs": (shares,)} if parallel > 1 else {}
+    with ThreadPoolExecutor(parallel, **cores) as pool:
+        while waiting or running:
+            for run, seed in list(waiting):
+                others = [directory(workdir, *other) for other in before(run, seed, runs)]
+                path = directory(workdir, run, seed)
+                if not finished(path) and any(other in tried and not finished(other) for other in others):
+                    waiting.remove((run, seed))
+                    tried.add(path)
+                    failed.append(f"{path} (without its teacher)")
+                elif len(running) < parallel and (finished(path) or all(map(finished, others))):
+                    waiting.remove((run, seed))
+                    running[pool.submit(make, run, seed)] = run, seed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, seed = running.pop(future)
+                path, place = directory(workdir, run, seed), directory(kept, run, seed)
+                tried.add(path)
+                failed += future.result()
+                if complete(path, run) and not complete(place, run):
+                    keep(path, place, run)
+                write(study, kept, results)
     write(study, kept, results)
     if failed:
-        raise RuntimeError(f"these runs failed, their own errors are above: {', '.join(failed)}")
+        where = "above" if parallel == 1 else f"in {workdir}/logs"
+        raise RuntimeError(f"these runs failed, their own errors are {where}: {', '.join(failed)}")
 
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:

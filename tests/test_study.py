@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -26,8 +27,10 @@ def commands(monkeypatch):
     """Commands that would have been run; a run but for seed 9 of the teacher writes an evaluation whose numbers are known."""
     lines = []
 
-    def run(line, check):
+    def run(line, check, stdout=None, stderr=None):
         lines.append(line)
+        if stdout is not None:
+            print(*sorted(os.sched_getaffinity(0)), file=stdout)
         if line[3] == "evaluate":
             place, heat = Path(line[-1].removeprefix("--results=")), float(line[-2].rpartition("=")[2])
             place.mkdir(parents=True)
@@ -89,6 +92,26 @@ def test_what_is_kept_is_done_wherever_it_was_run(commands, tmp_path):
     assert left == ["late/seed0"]
     carry_out(Study(more, ["entropy"]), tmp_path / "elsewhere", tmp_path / "r")
     assert [line[-1].split("/elsewhere/")[1] for line in commands[3:]] == ["teacher/seed0", "late/seed0"]
+
+
+def test_several_at_a_time_are_the_same_runs_on_cores_of_their_own(commands, tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core only")
+    more = [*RUNS, Run("other", "experiments/a.py", {"teacher_of": "{workdir}/teacher/seed0"}, needs=("teacher",))]
+    carry_out(Study(more, ["entropy"]), tmp_path / "w", tmp_path / "r", parallel=2)
+    # Whatever needs the teacher comes after it, and every run kept to one half of the cores.
+    names = [line[-1].split("/w/")[1] for line in commands]
+    assert names[0] == "teacher/seed0" and set(names[1:]) == {"student/seed0", "student/seed1", "other/seed0"}
+    logs = {path.stem: path.read_text().split() for path in (tmp_path / "w/logs").iterdir()}
+    assert set(logs) == {"teacher-seed0", "student-seed0", "student-seed1", "other-seed0"}
+    assert all(list(map(int, log)) in (cores[::2], cores[1::2]) for log in logs.values())
+    assert sorted(os.sched_getaffinity(0)) == cores
+    one = tmp_path / "one"
+    carry_out(Study(more, ["entropy"]), tmp_path / "w", one)
+    assert (one / "study.md").read_text() == (tmp_path / "r/study.md").read_text()
+    with pytest.raises(ValueError, match=f"--parallel=99 runs need as many cores, and here are {len(cores)}"):
+        carry_out(Study(more, ["entropy"]), tmp_path / "w2", tmp_path / "r2", parallel=99)
 
 
 def test_the_table_is_the_evaluations(commands, tmp_path):
