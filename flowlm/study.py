@@ -347,23 +347,34 @@ def write(study: Study, kept: Path, results: Path) -> None:
 
 
 def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
-    """Lines of a table: each method's metrics at the entropy of held-out rows, or (at ENTROPY) at the nearest it reached."""
+    """Lines of a table: each method's metrics at the entropy of held-out rows, or (at ENTROPY) at the nearest it reached.
+
+    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which
+    have no knob, stand below as they are.
+    """
     target = next(record["entropy"] for record in records if record["method"] == "held_out")
-    curves: dict[tuple, list[dict]] = defaultdict(list)
-    for record in (record for record in records if record["steps"]):
-        curves[record["method"], record["sampler"].split(" ")[0], record["steps"]].append(record)
-    lines = [f"| method | steps | {' | '.join(name.replace('_', ' ') for name in study.matched)} |"]
-    lines.append("|---" * (2 + len(study.matched)) + "|")
-    for (method, sampler, steps), group in curves.items():
+    curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        sampler = record["sampler"].split(" ")[0]
+        method = f"{record['method']}, {sampler}" if sampler else record["method"]
+        curves[method, record["steps"] or ""][record["seed"]].append(record)
+    lines = [f"| method | steps | seeds | {' | '.join(name.replace('_', ' ') for name in study.matched)} |"]
+    lines.append("|---" * (3 + len(study.matched)) + "|")
+    for (method, steps), seeds in curves.items():
         shown = []
         for metric in study.matched:
-            rows = [r for r in group if r.get(metric) is not None and r.get("entropy") is not None]
-            if not rows:
+            points = []
+            for rows in seeds.values():
+                usable = [row for row in rows if row.get(metric) is not None and row.get("entropy") is not None]
+                keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
+                if usable:
+                    points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
+            if not points:
                 shown.append("-")
                 continue
-            points = [Point(r["entropy"], r[metric], r.get(f"{metric}_stderr") or 0.0) for r in rows]
-            point = at_entropy(points, target)
-            reached = "" if point.entropy == target else f" (at {point.entropy:.2f})"
-            shown.append(f"{point.value:.3f} ± {point.stderr:.3f}{reached}")
-        lines.append(f"| {method}, {sampler} | {steps} | {' | '.join(shown)} |")
+            values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
+            spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
+            reached = "" if entropy == target else f" (at {entropy:.2f})"
+            shown.append(f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached)
+        lines.append(f"| {method} | {steps} | {len(seeds)} | {' | '.join(shown)} |")
     return [f"Held-out entropy {target:.3f} nats.", "", *lines]

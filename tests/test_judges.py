@@ -10,7 +10,7 @@ import pytest
 from flowlm.judges import mean_with_stderr, score_all
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
-from flowlm.judges.statistics import Statistics, distinct_share, entropies, longest_repeats, words
+from flowlm.judges.statistics import Statistics, distinct_share, entropies, longest_repeats, self_bleu, words
 
 TEXT = (
     "The abundant fruits of another year have blessed our country with plenty and with the means of a flourishing "
@@ -98,8 +98,19 @@ def test_statistics_against_brute_force(vocab):
     scores = Statistics(None, START).score(framed, [""] * 37)
     assert list(scores) == (
         ["entropy", "entropy_stderr", "distinct_1", "distinct_2", "distinct_4"]
-        + ["longest_repeat", "longest_repeat_stderr", "distinct_rows"]
+        + ["self_bleu", "longest_repeat", "longest_repeat_stderr", "distinct_rows"]
     )
+    precisions = []
+    for n in (1, 2, 3, 4):
+        grams = [collections.Counter(tuple(row[i : i + n]) for i in range(len(row) - n + 1)) for row in rows]
+        clipped = sum(
+            min(count, max(other[gram] for j, other in enumerate(grams) if j != i))
+            for i, mine in enumerate(grams)
+            for gram, count in mine.items()
+        )
+        precisions.append(clipped / sum(sum(mine.values()) for mine in grams))
+    assert scores["self_bleu"] == pytest.approx(math.prod(precisions) ** 0.25)
+    assert self_bleu(large) == scores["self_bleu"]
     assert scores["entropy"] == pytest.approx(np.mean(expected))
     assert scores["longest_repeat"] == np.mean(longest)
     assert [scores[f"distinct_{n}"] for n in (1, 2, 4)] == list(distinct.values())

@@ -32,22 +32,51 @@ def entropies(ids: np.ndarray) -> np.ndarray:
     return result
 
 
+def ngram_codes(ids: np.ndarray, n: int) -> np.ndarray:
+    """A number for each n-gram of the rows of ids [N, L]: int [N, L - n + 1], -1 where one of its ids is negative."""
+    windows = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1)
+    whole, codes = (windows >= 0).all(-1), windows[..., 0].astype(np.int64)
+    base = bound = int(ids.max()) + 1
+    for column in range(1, n):
+        if bound * base >= 2**63:  # number the distinct prefixes anew, so that the code fits
+            codes = np.unique(np.where(whole, codes, 0), return_inverse=True)[1].reshape(codes.shape)
+            bound = codes.size
+        codes, bound = codes * base + windows[..., column], bound * base
+    return np.where(whole, codes, -1)
+
+
 def distinct_share(ids: np.ndarray, n: int) -> float:
     """Distinct n-grams over all rows of ids [N, L] / all n-grams; those with a negative id are not counted."""
     if ids.shape[1] < n:
         return float("nan")
-    windows = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1).reshape(-1, n)
-    windows = windows[(windows >= 0).all(1)]
-    if not len(windows):
+    codes = ngram_codes(ids, n)
+    codes = codes[codes >= 0]
+    return len(np.unique(codes)) / len(codes) if len(codes) else float("nan")
+
+
+def self_bleu(ids: np.ndarray, orders: Sequence[int] = (1, 2, 3, 4)) -> float:
+    """BLEU of every row of ids [N, L] with all other rows as its references, pooled over rows (1802.01886, on token ids).
+
+    The geometric mean over n of: n-grams counted in a row, at most as often as one other row has them / all n-grams. Rows
+    are of one length, so there is no brevity penalty. High where samples repeat each other. NaN for fewer than two rows.
+    """
+    if len(ids) < 2 or ids.shape[1] < max(orders):
         return float("nan")
-    base = int(ids.max()) + 1
-    codes, bound = windows[:, 0].astype(np.int64), base
-    for column in range(1, n):
-        if bound * base >= 2**63:  # number the distinct prefixes anew, so that the code fits
-            codes = np.unique(codes, return_inverse=True)[1]
-            bound = len(codes)
-        codes, bound = codes * base + windows[:, column], bound * base
-    return len(np.unique(codes)) / len(codes)
+    precisions = []
+    for n in orders:
+        codes = ngram_codes(ids, n)
+        row = np.broadcast_to(np.arange(len(ids))[:, None], codes.shape)[codes >= 0]
+        number = np.unique(codes[codes >= 0], return_inverse=True)[1]
+        pairs, counts = np.unique(number * len(ids) + row, return_counts=True)
+        # By n-gram, and of one n-gram by count: the last is the row that has it most, the one before it its best reference.
+        order = np.lexsort((counts, pairs // len(ids)))
+        code, counts = pairs[order] // len(ids), counts[order]
+        same = code[1:] == code[:-1]
+        last = np.append(~same, True)
+        best_other = np.append(0, np.where(same, counts[:-1], 0))
+        clipped = np.where(last, np.minimum(counts, best_other), counts)
+        precisions.append(clipped.sum() / max(counts.sum(), 1))
+    return float(np.prod(precisions) ** (1 / len(orders)))
 
 
 def longest_repeats(ids: np.ndarray) -> np.ndarray:
@@ -78,6 +107,7 @@ class Statistics:
       entropy: unigram entropy of the token ids inside a sample, nats, mean over samples.
       distinct_1, distinct_2, distinct_4: distinct n-grams of token ids over all samples / all n-grams, n-grams lying
         inside samples. It falls as samples are added: compare only at equal counts and lengths.
+      self_bleu: BLEU of each sample against all others; it rises as samples are added: compare as distinct-n.
       longest_repeat: length in tokens of the longest run that occurs twice inside a sample (the two may overlap),
         mean over samples.
       distinct_rows: distinct samples / samples.
@@ -101,6 +131,7 @@ class Statistics:
         scores = mean_with_stderr("entropy", entropies(tokens))
         for n in (1, 2, 4):
             scores[f"distinct_{n}"] = distinct_share(tokens, n)
+        scores["self_bleu"] = self_bleu(tokens)
         scores |= mean_with_stderr("longest_repeat", longest_repeats(tokens))
         scores["distinct_rows"] = len(np.unique(ids, axis=0)) / len(ids)
         if self.vocabulary_words is not None:
