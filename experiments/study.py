@@ -19,18 +19,26 @@ ONCE = {"evaluation.every": 100_000}
 
 
 def rounds(
-    config: str, student: str, teacher: str, steps: int, settings: dict, sweep: tuple = (), needs: tuple = ()
+    config: str,
+    student: str,
+    teacher: str,
+    steps: int,
+    settings: dict,
+    last: dict | None = None,
+    sweep: tuple = (),
+    needs: tuple = (),
 ) -> list[Run]:
     """Runs that distil `teacher` by steps twice as long in each: jumps 1/32, 1/16, .. 1/2, in `steps` altogether.
 
-    A run is named after the number of its jumps from noise to data.
+    A run is named after the number of its jumps from noise to data. `last`: settings of the last round in place of `settings`.
     """
     runs = []
     for i in range(ROUNDS):
         jump = 2.0 ** (i - ROUNDS)
         name = f"{student}_{round(1 / jump)}"
         more = {"steps": steps // ROUNDS, "objective.jump": jump}
-        runs.append(Run(name, f"{config}:{student}", settings | more, teacher, SEEDS, sweep, needs))
+        mine = last if last and i == ROUNDS - 1 else settings
+        runs.append(Run(name, f"{config}:{student}", mine | more, teacher, SEEDS, sweep, needs))
         teacher = name
     return runs
 
@@ -42,9 +50,9 @@ def grammar() -> Study:
         Run("masked", f"{GRAMMAR}:masked", many),
         Run("uniform", f"{GRAMMAR}:uniform", many | {"objective.curriculum_steps": 1800}),
         Run("flow", GRAMMAR, many),
-        Run("flow_map", f"{GRAMMAR}:flow_map", few, "flow", SEEDS),
-        *rounds(GRAMMAR, "sdtt", "masked", 4500, few),
-        *rounds(GRAMMAR, "dcd", "uniform", 4500, few),
+        Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS),
+        *rounds(GRAMMAR, "sdtt", "masked", 4500, few, many),
+        *rounds(GRAMMAR, "dcd", "uniform", 4500, few, many),
     ]
     shown = ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy", "ngram_distance_1", "ngram_distance_2")
     shown += ("bound_nats_per_token",)
@@ -69,8 +77,8 @@ def text() -> Study:
         ),
         Run("flow", QUICKSTART, trained, sweep=drawn, needs=judge),
         Run("flow_map", f"{QUICKSTART}:flow_map", distilled, "flow", SEEDS, quiet, judge),
-        *rounds(QUICKSTART, "sdtt", "masked", 4000, judged, drawn, judge),
-        *rounds(QUICKSTART, "dcd", "uniform", 4000, judged, drawn, judge),
+        *rounds(QUICKSTART, "sdtt", "masked", 4000, judged, sweep=drawn, needs=judge),
+        *rounds(QUICKSTART, "dcd", "uniform", 4000, judged, sweep=drawn, needs=judge),
     ]
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token")
     return Study(
