@@ -27,6 +27,7 @@ ARGUMENTS = {
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
     "lm1b": ("flow_map",),
+    "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
     "quickstart": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }

@@ -175,12 +175,14 @@ def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
         carry_out(Study([Run("y", "experiments/a.py", teacher="x")], ["entropy"]), tmp_path / "w", tmp_path / "r")
 
 
-@pytest.mark.parametrize(("name", "training", "distillation"), [("grammar", 3600, 4500), ("text", 8000, 4000)])
-def test_the_shipped_studies_build(name, training, distillation, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "training", "distillation", "vocab", "start"),
+    [("grammar", 3600, 4500, 99, 98), ("text", 8000, 4000, 512, 0), ("text_gpu", 40_000, 15_000, 30_522, 101)],
+)
+def test_the_shipped_studies_build(name, training, distillation, vocab, start, monkeypatch):
     """Every run's settings are real ones, and the budgets are equal: so many steps from data, so many of distillation."""
     monkeypatch.chdir(ROOT)
     runs = runpy.run_path("experiments/study.py")["get_study"](name).runs
-    vocab, start = (99, 98) if name == "grammar" else (512, 0)
     steps = {}
     for run in runs:
         path, _, argument = run.config.partition(":")
