@@ -9,23 +9,23 @@ characters of speeches: give more `steps` and a larger `model` to more text. Wha
 tokens without a model stand in every table for comparison.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from flowlm import config as settings
+from flowlm import storage
 from flowlm.data import own_text
 from flowlm.tokenizers import Tokenizer
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is a folder that `flowlm prepare` made, with `:flow_map` behind it to distil a run on it."""
-    folder, _, family = arg.partition(":")
-    if not folder or family not in ("", "flow_map"):
+    """`arg` is a folder that `flowlm prepare` made, or its copy in a bucket; with `:flow_map` behind it, to distil a run on it."""
+    name = arg.removesuffix(":flow_map")
+    family = "" if name == arg else "flow_map"
+    if not name:
         raise ValueError(
             f"own_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
         )
-    folder = Path(folder).expanduser().resolve()
+    folder = storage.path(name)
     if not (folder / own_text.MANIFEST).is_file():
         raise ValueError(
             f"{folder} has no {own_text.MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"

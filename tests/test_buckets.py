@@ -3,6 +3,9 @@
 import csv
 import importlib.util
 import json
+import runpy
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from toy import run_config, train_only
 from flowlm import evaluation, report, storage
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset
+from flowlm.data.prepare import prepare
 from flowlm.experiment import load_trained
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.sharding import Layout, make_mesh
@@ -156,6 +160,25 @@ def test_sources_in_a_bucket(tmp_path):
     assert read(f"{BUCKET}/texts") == read(tmp_path) == text
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):
         corpora.check("openwebtext", f"{BUCKET}/texts")
+
+
+def test_own_text_that_was_copied_to_a_bucket(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for i in range(9):
+        (tmp_path / f"texts/{i}.txt").write_text(f"The report of year {i} was laid before both houses. " * 20)
+    prepare("textfiles", str(tmp_path / "texts"), "sotu_bpe_512", 16, str(tmp_path / "own"), "")
+    there = storage.path(f"{BUCKET}/own")
+    storage.copy(storage.path(tmp_path / "own"), there)
+    shutil.rmtree(tmp_path / "texts")
+    monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "another host"))
+    get_config = runpy.run_path(Path(__file__).parents[1] / "experiments/own_text.py")["get_config"]
+    rows = []
+    for place in (there, tmp_path / "own"):
+        config = get_config(f"{place}:flow_map")
+        assert config.objective.family == "flow_map"
+        data = config.data
+        rows.append(open_dataset(data.name, data.tokenizer, data.length, data.dir).train.rows(0, 20))
+    np.testing.assert_array_equal(*rows)
 
 
 def test_without_the_extra(monkeypatch):

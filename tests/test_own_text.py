@@ -233,9 +233,9 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert "was prepared from something else (length differ)" in bad(tmp_path)
     config = "--config=experiments/own_text.py"
     assert "own_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
-    assert "own_text takes DATA or DATA:flow_map" in error_of(
-        "train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x"
-    )
+    assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")
+    assert "text is prepared on a disk; prepare it there and copy the folder" in bad(tmp_path, out="gs://b/out")
+    assert "--path=gs://b/texts: text is prepared on a disk" in bad(tmp_path, path="gs://b/texts")
     assert "nowhere has no manifest.json: make it with `flowlm prepare" in error_of(
         "train", f"{config}:nowhere", "--workdir=x"
     )

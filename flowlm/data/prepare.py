@@ -7,7 +7,7 @@ tfds/            rows, in array_record shards                                   
 import json
 from pathlib import Path
 
-from flowlm import tokenizers
+from flowlm import storage, tokenizers
 from flowlm.data import own_text, reader
 from flowlm.data.corpora import SPLITS
 
@@ -19,8 +19,14 @@ def prepare(kind: str, path: str, tokenizer: str, length: int, out: str, data_di
       kind: of own_text.KINDS. tokenizer: name or path; a fetched one lies under `data_dir`.
 
     Raises:
-      FileNotFoundError: no text, or no tokenizer. ValueError: damaged or too little text, or `out` holds other text.
+      FileNotFoundError: no text, or no tokenizer. ValueError: damaged or too little text, `out` holds other text, or a bucket.
     """
+    for name, place in (("--path", path), ("--out", out)):
+        if str(place).startswith(storage.SCHEME):
+            raise ValueError(
+                f"{name}={place}: text is prepared on a disk; prepare it there and copy the folder, "
+                f"`gcloud storage cp -r DATA {storage.SCHEME}...`, which training reads"
+            )
     if kind not in own_text.KINDS:
         raise ValueError(f"unknown --source {kind!r}: choose one of {list(own_text.KINDS)}")
     vocabulary = tokenizers.shipped(tokenizer, data_dir)
