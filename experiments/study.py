@@ -48,7 +48,7 @@ def grammar() -> Study:
     runs = [
         Run("autoregressive", f"{GRAMMAR}:autoregressive", ONCE),
         Run("masked", f"{GRAMMAR}:masked", many),
-        Run("uniform", f"{GRAMMAR}:uniform", many | {"objective.curriculum_steps": 1800}),
+        Run("uniform", f"{GRAMMAR}:uniform", many),
         Run("flow", GRAMMAR, many),
         Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS),
         *rounds(GRAMMAR, "sdtt", "masked", 4500, few, many),
