@@ -2,13 +2,17 @@
 
     bash launch/study.sh grammar        or    flowlm study --study=experiments/study.py:grammar --workdir=DIR --results=DIR
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
+    bash launch/study.sh tuning         what was tried for the baselines; give it the WORKDIR of grammar
 
-`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 5 hours on 2 CPU cores.
+`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 5 hours on 2 CPU cores, two runs at a
+time.
 `text`: the quickstart's speeches and network, 8,000 steps and 4,000 of distillation, about 6 hours; each sampler's knob is swept
 and figures are given at the entropy of held-out text too. Both go on where they were when run again. Discrete students go through
 rounds of equal length, each with twice the jump of the last; every round is a row of the table, so that the best one at each number
 of steps can be read off. `text_gpu`: the same on LM1B at 74M parameters, three seeds, half an hour of one 80 GB card a run.
 """
+
+import dataclasses
 
 from flowlm.study import Run, Study
 
@@ -24,21 +28,25 @@ def rounds(
     teacher: str,
     steps: int,
     settings: dict,
+    *,
     last: dict | None = None,
+    count: int = ROUNDS,
+    suffix: str = "",
+    seeds: tuple[int, ...] = SEEDS,
     sweep: tuple = (),
     needs: tuple = (),
 ) -> list[Run]:
-    """Runs that distil `teacher` by steps twice as long in each: jumps 1/32, 1/16, .. 1/2, in `steps` altogether.
+    """`count` runs of `steps` each that distil `teacher` by steps twice as long in each: jumps 1/32, 1/16, .. 1/2.
 
     A run is named after the number of its jumps from noise to data. `last`: settings of the last round in place of `settings`.
     """
     runs = []
-    for i in range(ROUNDS):
+    for i in range(count):
         jump = 2.0 ** (i - ROUNDS)
-        name = f"{student}_{round(1 / jump)}"
-        more = {"steps": steps // ROUNDS, "objective.jump": jump}
-        mine = last if last and i == ROUNDS - 1 else settings
-        runs.append(Run(name, f"{config}:{student}", mine | more, teacher, SEEDS, sweep, needs))
+        name = f"{student}_{round(1 / jump)}{suffix}"
+        mine = last if last and i == count - 1 else settings
+        more = {"steps": steps, "objective.jump": jump}
+        runs.append(Run(name, f"{config}:{student}", mine | more, teacher, seeds, sweep, needs))
         teacher = name
     return runs
 
@@ -51,11 +59,30 @@ def grammar() -> Study:
         Run("uniform", f"{GRAMMAR}:uniform", many),
         Run("flow", GRAMMAR, many),
         Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS),
-        *rounds(GRAMMAR, "sdtt", "masked", 4500, few, many),
-        *rounds(GRAMMAR, "dcd", "uniform", 4500, few, many),
+        *rounds(GRAMMAR, "sdtt", "masked", 4500 // ROUNDS, few, last=many),
+        *rounds(GRAMMAR, "dcd", "uniform", 4500 // ROUNDS, few, last=many),
     ]
     shown = ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy", "ngram_distance_1", "ngram_distance_2")
     shown += ("bound_nats_per_token",)
+    return Study(runs, shown)
+
+
+def tuning() -> Study:
+    """What was tried for the baselines of `grammar`, beside its own runs, whose directories it shares."""
+    rate, short = "optimizer.learning_rate", ONCE | {"steps": 1200, "evaluation.final_samples": 1024}
+    trained, distilled = short | {"evaluation.steps": (8, 64)}, short | {"evaluation.steps": (8,)}
+    curriculum = {"objective.curriculum_steps": 600}
+    own = "masked uniform sdtt_32 sdtt_16 sdtt_8 dcd_32 dcd_16 dcd_8".split()
+    runs = [dataclasses.replace(run, seeds=(0,)) for run in grammar().runs if run.name in own]
+    for value in (1e-3, 2e-3, 4e-3):
+        runs.append(Run(f"masked_rate{value:g}", f"{GRAMMAR}:masked", trained | {rate: value}))
+        runs.append(Run(f"uniform_rate{value:g}", f"{GRAMMAR}:uniform", trained | curriculum | {rate: value}))
+    runs.append(Run("uniform_no_curriculum", f"{GRAMMAR}:uniform", trained))
+    for student, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
+        for value in (3e-4, 3e-3):
+            more = {"count": 3, "suffix": f"_rate{value:g}", "seeds": (0,)}
+            runs += rounds(GRAMMAR, student, teacher, 900, distilled | {rate: value}, **more)
+    shown = ("grammatical", "nll_minus_entropy", "entropy", "bound_nats_per_token")
     return Study(runs, shown)
 
 
@@ -77,8 +104,8 @@ def on_text(experiment: str, training: int, distillation: int, seeds: tuple[int,
         Run("uniform", f"{experiment}:uniform", trained | curriculum, None, seeds, drawn, judge),
         Run("flow", experiment, trained, None, seeds, drawn, judge),
         Run("flow_map", f"{experiment}:flow_map", distilled, "flow", SEEDS, quiet, judge),
-        *rounds(experiment, "sdtt", "masked", distillation, judged, sweep=drawn, needs=judge),
-        *rounds(experiment, "dcd", "uniform", distillation, judged, sweep=drawn, needs=judge),
+        *rounds(experiment, "sdtt", "masked", distillation // ROUNDS, judged, sweep=drawn, needs=judge),
+        *rounds(experiment, "dcd", "uniform", distillation // ROUNDS, judged, sweep=drawn, needs=judge),
     ]
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token", "self_bleu", "ngram_distance_2")
     shown = (*matched[:3], "entropy", "distinct_2", "self_bleu", "ngram_distance_2", "words_in_corpus")
@@ -94,8 +121,8 @@ def text_gpu() -> Study:
 
 
 def get_study(arg: str = "grammar") -> Study:
-    """`arg` is `grammar`, `text` or `text_gpu`."""
-    studies = {"grammar": grammar, "text": text, "text_gpu": text_gpu}
+    """`arg` is `grammar`, `tuning`, `text` or `text_gpu`."""
+    studies = {"grammar": grammar, "tuning": tuning, "text": text, "text_gpu": text_gpu}
     if arg not in studies:
         raise ValueError(f"there are the studies {', '.join(studies)}, not {arg!r}")
     return studies[arg]()
