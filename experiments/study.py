@@ -72,7 +72,7 @@ def tuning() -> Study:
     rate, short = "optimizer.learning_rate", ONCE | {"steps": 1200, "evaluation.final_samples": 1024}
     trained, distilled = short | {"evaluation.steps": (8, 64)}, short | {"evaluation.steps": (8,)}
     curriculum = {"objective.curriculum_steps": 600}
-    own = "masked uniform sdtt_32 sdtt_16 sdtt_8 dcd_32 dcd_16 dcd_8".split()
+    own = ["masked", "uniform", "sdtt_32", "sdtt_16", "sdtt_8", "dcd_32", "dcd_16", "dcd_8"]
     runs = [dataclasses.replace(run, seeds=(0,)) for run in grammar().runs if run.name in own]
     for value in (1e-3, 2e-3, 4e-3):
         runs.append(Run(f"masked_rate{value:g}", f"{GRAMMAR}:masked", trained | {rate: value}))
