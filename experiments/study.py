@@ -55,9 +55,9 @@ def grammar() -> Study:
     many, few = ONCE | {"evaluation.steps": (1, 2, 4, 8, 16, 32, 64, 128)}, ONCE | {"evaluation.steps": (1, 2, 4, 8)}
     runs = [
         Run("autoregressive", f"{GRAMMAR}:autoregressive", ONCE),
-        Run("masked", f"{GRAMMAR}:masked", many),
-        Run("uniform", f"{GRAMMAR}:uniform", many),
-        Run("flow", GRAMMAR, many),
+        Run("masked", f"{GRAMMAR}:masked", many, sweep=({"temperature": 0.8},)),
+        Run("uniform", f"{GRAMMAR}:uniform", many, sweep=({"temperature": 0.8},)),
+        Run("flow", GRAMMAR, many, sweep=({"noise_scale": 0.8},)),
         Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS),
         *rounds(GRAMMAR, "sdtt", "masked", 4500 // ROUNDS, few, last=many),
         *rounds(GRAMMAR, "dcd", "uniform", 4500 // ROUNDS, few, last=many),
