@@ -46,7 +46,8 @@ def rounds(
         name = f"{student}_{round(1 / jump)}{suffix}"
         mine = last if last and i == count - 1 else settings
         more = {"steps": steps, "objective.jump": jump}
-        runs.append(Run(name, f"{config}:{student}", mine | more, teacher, seeds, sweep, needs))
+        drawn = i in (2, ROUNDS - 1)  # jumps of 1/8 and 1/2
+        runs.append(Run(name, f"{config}:{student}", mine | more, teacher, seeds, sweep, needs, drawn))
         teacher = name
     return runs
 

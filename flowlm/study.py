@@ -39,6 +39,7 @@ class Run:
       sweep: settings of its sampler, each of which is evaluated too, for the table at equal entropy.
       seeds: training seeds; a student's teacher has the same one, or its first where it has not that.
       needs: names of earlier runs whose directories its settings name, such as that of a judge.
+      drawn: whether the pictures show it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
     seeds: tuple[int, ...] = (0,)
     sweep: tuple[Mapping[str, object], ...] = ()
     needs: tuple[str, ...] = ()
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -297,11 +299,15 @@ def gather(study: Study, kept: Path) -> list[dict]:
     for record in records:
         if record["steps"] == 0:
             references.setdefault(record["sampler"], record | {"method": record["sampler"], "sampler": ""})
-    return [record for record in records if record["steps"]] + list(references.values())
+    # A sampler that a swept setting does not touch draws the same samples again.
+    same = lambda record: tuple(v for k, v in record.items() if k not in ("setting", "sampler", "seconds_per_100"))
+    drawn = {same(record): record for record in reversed(records) if record["steps"]}
+    return [r for r in records if r["steps"] and drawn[same(r)] is r] + list(references.values())
 
 
 def write(study: Study, kept: Path, results: Path) -> None:
-    """study.csv: every record. study.md: mean over seeds, with spread. study*.png: against steps, against time."""
+    """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
+    each metric. study.png, study_time.png: against steps, against time, without swept settings."""
     records = gather(study, kept)
     if not records:
         return
@@ -315,35 +321,54 @@ def write(study: Study, kept: Path, results: Path) -> None:
     cells: dict[tuple, list[dict]] = defaultdict(list)
     for record in (record for record in records if not (record["setting"] and study.matched)):
         method = f"{record['method']} {record['setting']}".strip()
-        cells[method, record["sampler"], record["steps"]].append(record)
-    head = ["method", "steps", "seeds", *study.metrics]
-    lines = [f"| {' | '.join(name.replace('_', ' ') for name in head)} |", "|---" * len(head) + "|"]
-    steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
-    for (method, sampler, steps), group in cells.items():
-        shown = []
-        for metric in study.metrics:
-            values = np.array([r[metric] for r in group if r.get(metric) is not None], float)
-            if not len(values):
-                shown.append("-")
-                continue
-            # Over seeds their standard deviation; of one seed the samples' own standard error.
-            spread = values.std(ddof=1) if len(values) > 1 else group[0].get(f"{metric}_stderr")
-            shown.append(f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
-            if steps:
-                label = f"{method}, {sampler}"
-                steps_panels[metric][label].append((steps, values.mean()))
-                milliseconds = 10 * np.mean([r["seconds_per_100"] for r in group])
-                time_panels[metric][label].append((milliseconds, values.mean()))
-        name = f"{method}, {sampler}" if sampler else method
-        lines.append(f"| {name} | {steps or ''} | {len(group)} | {' | '.join(shown)} |")
-    (results / "study.md").write_text("\n".join(lines) + "\n")
+        name = f"{method}, {record['sampler']}" if record["sampler"] else method
+        cells[name, record["steps"] or ""].append(record)
+    table = {cell: [shown(group, metric) for metric in study.metrics] for cell, group in cells.items()}
+    rows = [[name, steps, len(cells[name, steps]), *values] for (name, steps), values in table.items()]
+    (results / "study.md").write_text("\n".join(markdown(["method", "steps", "seeds", *study.metrics], rows)) + "\n")
+
+    steps = sorted({steps for _, steps in table if steps})
+    names = list(dict.fromkeys(name for name, _ in table))
+    lines = []
+    nothing = ["-"] * len(study.metrics)
+    for i, metric in enumerate(study.metrics):
+        # Real text and the naive samplers take no steps.
+        rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
+        lines += [*markdown([metric, *steps], rows), ""]
+    (results / "study_grid.md").write_text("\n".join(lines))
     if study.matched:
         (results / "study_matched.md").write_text("\n".join(matched_table(study, records)) + "\n")
+
+    drawn = {run.name for run in study.runs if run.drawn}
+    steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
+    for (name, steps), group in cells.items():
+        if steps and not group[0]["setting"] and group[0]["method"] in drawn:
+            for metric in study.metrics:
+                values = [record[metric] for record in group if record.get(metric) is not None]
+                if values:
+                    steps_panels[metric][name].append((steps, np.mean(values)))
+                    milliseconds = 10 * np.mean([record["seconds_per_100"] for record in group])
+                    time_panels[metric][name].append((milliseconds, np.mean(values)))
     for panels, name, label in (
         (steps_panels, "study.png", "sampling steps (network calls)"),
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log"))
+
+
+def shown(group: Sequence[dict], metric: str) -> str:
+    """Mean ± spread of the records of one cell: over seeds their standard deviation, of one seed the samples' standard error."""
+    values = np.array([record[metric] for record in group if record.get(metric) is not None], float)
+    if not len(values):
+        return "-"
+    spread = values.std(ddof=1) if len(values) > 1 else group[0].get(f"{metric}_stderr")
+    return f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
+    """Lines of a table."""
+    line = lambda cells: f"| {' | '.join(str(cell) for cell in cells)} |"
+    return [line([str(name).replace("_", " ") for name in head]), "|---" * len(head) + "|", *map(line, rows)]
 
 
 def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
@@ -358,23 +383,23 @@ def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
         sampler = record["sampler"].split(" ")[0]
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
         curves[method, record["steps"] or ""][record["seed"]].append(record)
-    lines = [f"| method | steps | seeds | {' | '.join(name.replace('_', ' ') for name in study.matched)} |"]
-    lines.append("|---" * (3 + len(study.matched)) + "|")
+    rows = []
     for (method, steps), seeds in curves.items():
-        shown = []
+        cells = []
         for metric in study.matched:
             points = []
-            for rows in seeds.values():
-                usable = [row for row in rows if row.get(metric) is not None and row.get("entropy") is not None]
+            for records in seeds.values():
+                usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
                 keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
                 if usable:
                     points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
             if not points:
-                shown.append("-")
+                cells.append("-")
                 continue
             values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
             spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
             reached = "" if entropy == target else f" (at {entropy:.2f})"
-            shown.append(f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached)
-        lines.append(f"| {method} | {steps} | {len(seeds)} | {' | '.join(shown)} |")
-    return [f"Held-out entropy {target:.3f} nats.", "", *lines]
+            cells.append(f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached)
+        rows.append([method, steps, len(seeds), *cells])
+    table = markdown(["method", "steps", "seeds", *study.matched], rows)
+    return [f"Held-out entropy {target:.3f} nats.", "", *table]
