@@ -9,6 +9,7 @@
     psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
     sample  a batch of token rows by a flow map in one step, from key to ids
     forward the network and its output layer alone: ids of a state that is given
+    dense_sample  the same rows, in law, from x0 [B, L, V] drawn, z = x0 @ E and all logits
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
 loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a
@@ -42,7 +43,7 @@ from flowlm.config import objective
 from flowlm.data import open_dataset
 from flowlm.models import make_network
 from flowlm.objectives import make_family
-from flowlm.objectives.dense_flow import DenseFlow
+from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import TARGETS
 from flowlm.optimizers import make_optimizer
@@ -57,7 +58,7 @@ flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of bot
 flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
-SAMPLING = ["sample", "forward"]
+SAMPLING = ["sample", "dense_sample", "forward"]
 FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
 flags.DEFINE_list(
     "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
@@ -114,8 +115,11 @@ def _training(net, family, batch: int, distils: bool):
 def _sampling(formulation: str, net, family, batch: int):
     """(compiled draw, the parameters, its other argument)."""
     params = jax.jit(lambda key: net.prepared(net.init(key)))(jax.random.key(0))
+    argument = jax.random.key(1)
     if formulation == "sample":
-        draw, argument = lambda params, key: family.sample(net, params, key, batch, 1), jax.random.key(1)
+        draw = lambda params, key: family.sample(net, params, key, batch, 1)
+    elif formulation == "dense_sample":
+        draw = lambda params, key: dense_sample(net, params, key, batch)
     else:
         time = jnp.zeros((batch,))
         draw = lambda params, z: vocabulary.argmax(net.head(params), net.apply(params, z, time, time + 1))

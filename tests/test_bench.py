@@ -11,7 +11,7 @@ from flowlm.bench import compare
 from flowlm.config import objective
 from flowlm.costs import count_flops, forward_flops
 from flowlm.objectives import make_family
-from flowlm.objectives.dense_flow import DenseFlow
+from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
@@ -78,18 +78,51 @@ def test_ratios_are_of_the_same_round():
     assert (result["step"]["low"], result["step"]["high"]) == (0.2, 0.25)
 
 
-def test_one_step_sampling_is_the_bare_forward_of_its_noise():
-    """What the two sides of sample/forward share: all but the draw of the noise."""
+@pytest.fixture
+def draws():
+    """Of V 24, D 16: {formulation: ids of its argument}, the network, one set of parameters that tells tokens apart, the family."""
     fields = {**objective("flow_map").to_dict(), "teacher": True}
-    warp = TimeWarp("gaussian", "ambient", 12, 16)
-    family, net = make_family(warp=warp, **fields), toy.network(time_embeddings=2)
-    sample, params, (key,) = bench._sampling("sample", net, family, 4)
-    forward, _, (z,) = bench._sampling("forward", net, family, 4)
+    family = make_family(warp=TimeWarp("gaussian", "ambient", 24, 16), **fields)
+    net, out = toy.network(vocab=24, time_embeddings=2), {}
+    for name in bench.SAMPLING:
+        out[name], params, _ = bench._sampling(name, net, family, 4)
     plain = {name: value for name, value in params.items() if name != "geometry"}
-    kernel = jax.random.normal(jax.random.key(2), (16, 12))
-    params = net.prepared(toy.perturbed(plain) | {"unembed_bias": jnp.zeros(12), "unembed_kernel": kernel})
-    noise = family.fresh(net, params, jax.random.split(key)[0], 4, 1.0)
-    assert z.shape == noise.shape
-    ids = np.asarray(sample(params, key))
-    np.testing.assert_array_equal(ids, forward(params, noise))
+    # Little but the state decides, and its law is far from white.
+    plain = toy.perturbed(plain, scale=0.05)
+    plain["embedding"] *= jnp.geomspace(0.1, 1, 16)
+    kernel = jax.random.normal(jax.random.key(2), (16, 24))
+    params = net.prepared(plain | {"unembed_bias": jnp.zeros(24), "unembed_kernel": kernel})
+    return {name: lambda of, draw=draw: np.asarray(draw(params, of)) for name, draw in out.items()}, net, params, family
+
+
+def test_one_step_sampling_is_the_bare_forward_of_its_noise(draws):
+    """What the sides of sample/forward and dense_sample/forward share: all but the draw of the noise."""
+    of, net, params, family = draws
+    key = jax.random.key(1)
+    ids = of["sample"](key)
+    np.testing.assert_array_equal(ids, of["forward"](family.fresh(net, params, jax.random.split(key)[0], 4, 1.0)))
     assert len(np.unique(ids)) >= 3
+    x0 = np.stack([jax.random.normal(row, (net.length, net.vocab)) for row in jax.random.split(key, 4)])
+    dense = of["dense_sample"](key)
+    np.testing.assert_array_equal(dense, of["forward"](jnp.float32(x0 @ np.asarray(params["embedding"]))))
+    assert len(np.unique(dense)) >= 3
+
+
+def test_dense_samples_have_the_law_of_samples(draws):
+    """How often each token, and each pair of neighbours, is written."""
+    _, net, params, family = draws
+    num = 8192
+
+    def frequencies(draw):
+        ids = np.asarray(jax.jit(draw)(jax.random.key(7)))
+        one = np.eye(net.vocab)[ids].mean(0).ravel()
+        return np.concatenate([one, np.bincount(ids[:, 0] * net.vocab + ids[:, 1], minlength=net.vocab**2) / num])
+
+    ours = frequencies(lambda key: family.sample(net, params, key, num, 1))
+    theirs = frequencies(lambda key: dense_sample(net, params, key, num))
+    error = np.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / num)
+    assert np.all(np.abs(ours - theirs) <= SIGMAS * error + 2 / num)
+    # Noise of another covariance is seen (of another size it is not: the network normalises its state).
+    white = params | {"geometry": params["geometry"]._replace(color=jnp.eye(16))}
+    other = frequencies(lambda key: family.sample(net, white, key, num, 1))
+    assert np.any(np.abs(other - theirs) > 2 * SIGMAS * error + 2 / num)
