@@ -1,6 +1,7 @@
 """Memory and time of one training step, or one draw of samples, against another's.
 
-    python -m flowlm.bench [--pairs=flow/dense,psd/flow] [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--out=FILE]
+    flowlm bench [--pairs=flow/dense,psd/flow] [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--out=FILE]
+    flowlm bench --device [--batch=32] [--attention_cap=0]
 
     flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
     dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
@@ -9,20 +10,29 @@
     psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
     sample  a batch of token rows by a flow map in one step, from key to ids
     forward the network and its output layer alone: ids of a state that is given
+    dense_sample  the rows of `sample`, in law, from x0 [B, L, V] drawn, z = x0 @ E and all logits
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
-loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, for peak memory belongs to a
-process, and they take turns, so that whatever else the machine does slows all. Three views of memory, in MiB:
+loss, gradient, AdamW and moving average. `--device` is what a run of experiments/openwebtext.py would do on the device at
+hand (the first, if there are several): the small network on 1,024 tokens in bfloat16, all of it recomputed, but no dropout. What
+is given beside it overrides that. A GPU's own attention has no soft-cap: --attention_cap=0.
 
-    resident      peak resident memory of the process while it steps, less what was resident when the step was compiled
+Every measurement runs in a process of its own, for peak memory belongs to a process, and they take turns, so that whatever
+else the machine does slows all. What runs out of memory is reported as such. The views of memory, in MiB:
+
+    resident      peak resident memory of the process while it steps, less what was resident when the step was compiled (CPU)
+    peak          the most that the process had in use on the device, of everything that it did; where the device tells
     step          XLA's own account of the step: temporaries (activations, gradients, noise, logits)
     state + step  the same and the training state, which is equal in both
 
-Resident memory says nothing where arrays live on an accelerator; XLA's account does.
+MFU is the network's own FLOPs, in closed form (costs.py), over what the device could do at its published bfloat16 peak.
 """
 
 import ctypes
 import json
+import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,17 +42,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from flowlm import train_state
 from flowlm import vocab as vocabulary
-from flowlm.config import objective
+from flowlm.config import model, objective
+from flowlm.costs import PEAKS, forward_flops
 from flowlm.data import open_dataset
 from flowlm.models import make_network
+from flowlm.models.attention import PLATFORM, native
 from flowlm.objectives import make_family
-from flowlm.objectives.dense_flow import DenseFlow
+from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import TARGETS
 from flowlm.optimizers import make_optimizer
@@ -53,16 +65,38 @@ FLAGS = flags.FlagValues()  # of its own: `flowlm` has some of these names too
 SETTINGS = {"vocab": 30522, "width": 256, "blocks": 8, "batch": 8, "length": 128}
 for _name, _default in SETTINGS.items():
     flags.DEFINE_integer(_name, _default, "of the model and its batch", 1, flag_values=FLAGS)
-flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat of both formulations", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
+flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "model.dtype", flag_values=FLAGS)
+flags.DEFINE_float("attention_cap", 50.0, "model.attention_cap", 0.0, flag_values=FLAGS)
+flags.DEFINE_enum(
+    "attention", "xla", ["native", *PLATFORM], "model.attention; native: the device's, or xla", flag_values=FLAGS
+)
 flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1, flag_values=FLAGS)
+MEASURED = [*SETTINGS, "remat", "dtype", "attention_cap", "attention", "repeats"]
+flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
-SAMPLING = ["sample", "forward"]
+SAMPLING = ["sample", "dense_sample", "forward"]
 FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
 flags.DEFINE_list(
     "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
 )
 flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON", flag_values=FLAGS)
+flags.DEFINE_bool("device", False, "settings and pairs of a real run on the device at hand", flag_values=FLAGS)
+SMALL = model("small")
+DEVICE = {
+    "vocab": 50258,
+    "width": SMALL.width,
+    "blocks": SMALL.blocks,
+    "batch": 32,
+    "length": 1024,
+    "remat": "full",
+    "dtype": "bfloat16",
+    "attention": "native",
+    "pairs": ["flow/dense", "flow/bare", "sample/forward", "sample/dense_sample"],
+}
+HEAD = SMALL.width // SMALL.heads  # features of an attention head, at any width
+MEMORY = "out of memory"
+MEMORIES = ("resident", "peak", "step", "state + step")
 
 MIB = 2**20
 
@@ -114,8 +148,11 @@ def _training(net, family, batch: int, distils: bool):
 def _sampling(formulation: str, net, family, batch: int):
     """(compiled draw, the parameters, its other argument)."""
     params = jax.jit(lambda key: net.prepared(net.init(key)))(jax.random.key(0))
+    argument = jax.random.key(1)
     if formulation == "sample":
-        draw, argument = lambda params, key: family.sample(net, params, key, batch, 1), jax.random.key(1)
+        draw = lambda params, key: family.sample(net, params, key, batch, 1)
+    elif formulation == "dense_sample":
+        draw = lambda params, key: dense_sample(net, params, key, batch)
     else:
         time = jnp.zeros((batch,))
         draw = lambda params, z: vocabulary.argmax(net.head(params), net.apply(params, z, time, time + 1))
@@ -123,8 +160,20 @@ def _sampling(formulation: str, net, family, batch: int):
     return jax.jit(draw).lower(params, argument).compile(), params, (argument,)
 
 
-def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, repeats: int) -> dict:
-    """Compiles and runs the step or draw here: {seconds: [repeats], and bytes for each view of memory}."""
+def _fields(formulation: str, width: int, blocks: int) -> dict:
+    """What the network and the closed form of its FLOPs share."""
+    times = 1 if formulation in ("flow", "dense", "bare") else 2
+    return {"width": width, "blocks": blocks, "cond": SMALL.cond, "time_embeddings": times}
+
+
+def measure(
+    formulation: str, *, vocab, width, blocks, batch, length, remat, dtype, attention_cap, attention, repeats
+) -> dict:
+    """Compiles and runs the step or draw here: {seconds: [repeats], bytes for each view of memory, the attention that ran}.
+
+    Raises:
+      ValueError: settings that no network has. jax.errors.JaxRuntimeError: it does not fit.
+    """
     if formulation == "input":
         return {"seconds": _reading(batch, length, repeats)}
     warp = TimeWarp("gaussian", "ambient", vocab, width)
@@ -134,52 +183,76 @@ def measure(formulation: str, vocab, width, blocks, batch, length, remat: str, r
         family = make_family(warp=warp, teacher=True, **fields)
     else:
         family = {"flow": Flow, "dense": DenseFlow, "bare": Bare}[formulation](Gaussian(), warp)
-    net = make_network(
-        vocab_size=vocab,
-        length=length,
-        warp=warp,
-        width=width,
-        blocks=blocks,
-        heads=4,
-        cond=128,
-        dropout=0.0,
-        input="raw",
-        preview=False,
-        output="plain",
-        time_embeddings=1 if formulation in ("flow", "dense", "bare") else 2,
-        time_scale=1.0,
-        end_time_scale=1.0,
-        gate_init=0.0,
-        attention_cap=50.0,
-        attention="xla",
-        logit_cap=30.0,
-        learned_positions=False,
-        mask_token=False,
-        causal=False,
-        remat=remat,
-        dtype="float32",
-        loss_weight=False,
-    )
+    if attention == "native":
+        asked = dict(cap=attention_cap, causal=False, length=length, dtype=dtype)
+        attention = "xla" if distils and family.differentiates else native(jax.default_backend(), **asked)
+    fields = _fields(formulation, width, blocks) | {"vocab_size": vocab, "heads": max(1, width // HEAD)}
+    fields |= {"remat": remat, "dtype": dtype, "attention_cap": attention_cap, "attention": attention}
+    net = make_network(length=length, warp=warp, **SMALL.to_dict() | fields)
     compiled, state, more = (
         _sampling(formulation, net, family, batch)
         if formulation in SAMPLING
         else _training(net, family, batch, distils)
     )
-    _reset_peak()
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        _reset_peak()
     before, seconds = _resident("VmRSS"), []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         out = jax.block_until_ready(compiled(state, *more))
         seconds.append(time.perf_counter() - start)
         state = state if formulation in SAMPLING else out[0]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     account = compiled.memory_analysis()
     held = account.argument_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
     return {
         "seconds": seconds[1:],
-        "resident": _resident("VmHWM") - before,
+        **({"resident": _resident("VmHWM") - before} if on_cpu else {}),
+        **({} if peak is None else {"peak": peak}),
         "step": account.temp_size_in_bytes,
         "state + step": held + account.temp_size_in_bytes,
+        "attention": attention,
     }
+
+
+def _child(formulation: str, settings: dict) -> dict:
+    """`measure`, and the kind of the device; only that and the reason for what does not fit."""
+    try:
+        result = measure(formulation, **settings)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result = {MEMORY: str(error).splitlines()[0]}
+    return {"device": jax.devices()[0].device_kind, **result}
+
+
+def _run(formulation: str, settings: dict) -> dict:
+    """`_child` in a process of its own, which alone holds the device: this one never starts it."""
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "flowlm.main", "bench", f"--formulation={formulation}", *flags]
+    # A GPU's memory would be taken at once, and its peak be nothing of the step's.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if child.returncode == -signal.SIGKILL:  # what Linux does to what takes too much
+        return {MEMORY: "killed by the system"}
+    if child.returncode:
+        raise RuntimeError(f"{formulation} failed, see above")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def rates(formulation: str, seconds: float, device: str | None, settings: dict) -> dict:
+    """{tokens_per_second, mfu}: the second only where the device's peak is known, and for what is a network's work.
+
+    Training is three forward passes; recomputation, noise and teachers are no work of the model.
+    """
+    out = {"tokens_per_second": settings["batch"] * settings["length"] / seconds}
+    if formulation != "input" and device in PEAKS:
+        fields = _fields(formulation, settings["width"], settings["blocks"])
+        sizes = {"vocab": settings["vocab"], "length": settings["length"], "with_output": formulation != "bare"}
+        flops = (1 if formulation in SAMPLING else 3) * forward_flops(**fields, **sizes)
+        out["mfu"] = flops * out["tokens_per_second"] / PEAKS[device]
+    return out
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> dict:
@@ -187,58 +260,101 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
 
     def line(key, number):
         pairs = [(number(a[key]), number(b[key])) for a, b in zip(ours, theirs, strict=True)]
-        ratios = [a / b for a, b in pairs]
+        ratios = [a / (b or math.nan) for a, b in pairs]  # a small draw may need nothing at all
         a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-        return {"ours": a, "theirs": b, "ratio": a / b, "low": min(ratios), "high": max(ratios)}
+        return {"ours": a, "theirs": b, "ratio": a / (b or math.nan), "low": min(ratios), "high": max(ratios)}
 
-    return {key: line(key, statistics.median if key == "seconds" else float) for key in ours[0]}
+    both = [key for key in ours[0] if key in theirs[0] and key in ("seconds", *MEMORIES)]
+    return {key: line(key, statistics.median if key == "seconds" else float) for key in both}
 
 
-def _show(results: dict, title: str) -> None:
+def summarize(runs: dict[str, list[dict]], settings: dict) -> dict[str, dict]:
+    """Of each formulation medians over rounds: {seconds, tokens_per_second, mfu, bytes ...}, or {out of memory: why}."""
+    out = {}
+    for name, results in runs.items():
+        if MEMORY in results[-1]:
+            out[name] = {MEMORY: results[-1][MEMORY]}
+            continue
+        seconds = statistics.median(statistics.median(result["seconds"]) for result in results)
+        out[name] = {"seconds": seconds, **rates(name, seconds, results[-1]["device"], settings)}
+        for key in MEMORIES:
+            if key in results[-1]:
+                out[name][key] = statistics.median(result[key] for result in results)
+    return out
+
+
+def _show(summary: dict, results: dict, title: str) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    views = [key for key in MEMORIES if any(key in line for line in summary.values())]
     table = Table(title=title)
-    for column in ("one step or draw", "first", "second", "first / second", "over rounds"):
+    for column in ("one step or draw", "time, s", "tokens/s", "MFU", *(f"{key}, MiB" for key in views)):
+        table.add_column(column, justify="right")
+    for name, line in summary.items():
+        if MEMORY in line:
+            table.add_row(name, MEMORY)
+            continue
+        mfu = f"{line['mfu']:.1%}" if "mfu" in line else "-"
+        memory = (f"{line[key] / MIB:,.0f}" if key in line else "-" for key in views)
+        table.add_row(name, f"{line['seconds']:.3g}", f"{line['tokens_per_second']:,.0f}", mfu, *memory)
+    console.print(table)
+    for name, line in summary.items():
+        if MEMORY in line:
+            console.print(f"{name}: {line[MEMORY]}", markup=False)
+    table = Table()
+    for column in ("first / second", "of", "ratio", "over rounds"):
         table.add_column(column, justify="right")
     for pair, result in results.items():
         for name, line in result.items():
-            scale = 1 if name == "seconds" else MIB
-            label = "time, s" if name == "seconds" else f"memory, {name}, MiB"
-            values = [f"{line[side] / scale:.{2 if name == 'seconds' else 0}f}" for side in ("ours", "theirs")]
-            spread = f"{line['low']:.2f} .. {line['high']:.2f}"
-            table.add_row(f"{pair}: {label}", *values, f"{line['ratio']:.2f}", spread)
-    Console().print(table)
+            table.add_row(pair, name, f"{line['ratio']:.2f}", f"{line['low']:.2f} .. {line['high']:.2f}")
+    console.print(table)
 
 
-def _main() -> None:
-    logging.set_verbosity(logging.WARNING)
-    settings = {name: FLAGS[name].value for name in (*SETTINGS, "remat", "repeats")}
-    if FLAGS.formulation:
-        print(json.dumps(measure(FLAGS.formulation, **settings)))
+def main(arguments: list[str]) -> None:
+    """The command; raises ValueError for flags or settings that make no sense, RuntimeError where a process fails."""
+    if "--help" in arguments:
+        print(f"{__doc__}\n{FLAGS.get_help()}")
         return
-    command = [sys.executable, "-m", "flowlm.bench", *(f"--{name}={value}" for name, value in settings.items())]
-    pairs = {pair: pair.split("/") for pair in FLAGS.pairs}
+    try:
+        places = FLAGS(["flowlm bench", *arguments])[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    if places:
+        raise ValueError(f"bench takes flags only, got {' '.join(places)}")
+    chosen = lambda name: (
+        DEVICE[name] if FLAGS.device and name in DEVICE and not FLAGS[name].present else FLAGS[name].value
+    )
+    settings = {name: chosen(name) for name in MEASURED}
+    if FLAGS.formulation:
+        print(json.dumps(_child(FLAGS.formulation, settings)))
+        return
+    pairs = {pair: pair.split("/") for pair in chosen("pairs")}
     for pair, names in pairs.items():
         if len(names) != 2 or not set(names) <= set(FORMULATIONS):
-            sys.exit(f"flowlm.bench: --pairs takes FIRST/SECOND of {', '.join(FORMULATIONS)}, got {pair!r}")
+            raise ValueError(f"--pairs takes FIRST/SECOND of {', '.join(FORMULATIONS)}, got {pair!r}")
     runs = {name: [] for names in pairs.values() for name in names}
     for _ in range(FLAGS.rounds):
         for name, results in runs.items():
-            child = subprocess.run([*command, f"--formulation={name}"], stdout=subprocess.PIPE, text=True)
-            if child.returncode:
-                sys.exit(f"flowlm.bench: {name} failed, see above; was it out of memory?")
-            results.append(json.loads(child.stdout.splitlines()[-1]))
-    results = {pair: compare(*(runs[name] for name in names)) for pair, names in pairs.items()}
-    _show(results, ", ".join(f"{name} {settings[name]}" for name in (*SETTINGS, "remat")))
+            if not results or MEMORY not in results[-1]:
+                results.append(_run(name, settings))
+    summary = summarize(runs, settings)
+    results = {
+        pair: compare(*(runs[name] for name in names))
+        for pair, names in pairs.items()
+        if not any(MEMORY in summary[name] for name in names)
+    }
+    told = [result for results in runs.values() for result in results]
+    used = lambda key: ", ".join(dict.fromkeys(result[key] for result in told if key in result))
+    device = used("device")
+    _show(summary, results, ", ".join(f"{name} {value}" for name, value in settings.items()))
+    peak = f"{PEAKS[device] / 1e12:g} TFLOP/s" if device in PEAKS else "not known here, so no MFU"
+    print(f"{device}: bfloat16 peak {peak}; attention {used('attention')}")
     if FLAGS.out:
-        report = {"settings": settings, "devices": jax.device_count(), "result": results, "runs": runs}
-        report["platform"] = jax.devices()[0].device_kind
+        report = {"settings": settings, "platform": device, "summary": summary, "result": results, "runs": runs}
         Path(FLAGS.out).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv:
-        sys.exit(f"{__doc__}\n{FLAGS.get_help()}")
-    try:
-        FLAGS(sys.argv)
-    except flags.Error as error:
-        sys.exit(f"flowlm.bench: {error}")
-    _main()
+    from flowlm.main import run
+
+    sys.argv.insert(1, "bench")
+    run()

@@ -23,6 +23,7 @@ class Chip(NamedTuple):
         published (cloud.google.com/tpu/docs), of which nothing was measured here.
       hbm: bytes that the compiler lets a program have, as its own error says. reserved: of those, never given to programs.
       shapes: topologies that are offered.
+      kinds: what jax calls such a device (`device_kind`).
       options: of `get_topology_desc`.
     """
 
@@ -31,6 +32,7 @@ class Chip(NamedTuple):
     links: float
     hbm: float
     shapes: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
     options: Mapping[str, str] = {}
     reserved: float = 258 * 2**20
 
@@ -38,12 +40,30 @@ class Chip(NamedTuple):
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 30.75 * 2**30, _CUBES, {"chip_config_name": "megacore"}),
-    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * 2**30, _FLAT),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * 2**30, (*_CUBES, "8x8x16", "8x16x16", "16x16x16", "16x16x24")),
-    "v6e": Chip(918e12, 1600e9, 400e9, 31.25 * 2**30, _FLAT),
+    "v4": Chip(275e12, 1228e9, 300e9, 30.75 * 2**30, _CUBES, ("TPU v4",), {"chip_config_name": "megacore"}),
+    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * 2**30, _FLAT, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(
+        459e12,
+        2765e9,
+        600e9,
+        95.74 * 2**30,
+        (*_CUBES, "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
+        ("TPU v5", "TPU v5p"),
+    ),
+    "v6e": Chip(918e12, 1600e9, 400e9, 31.25 * 2**30, _FLAT, ("TPU v6 lite", "TPU v6e")),
     # Two devices a chip: half of 2,307 TFLOP/s, 7,380 GB/s and 600 GB/s each.
-    "tpu7x": Chip(1153.5e12, 3690e9, 300e9, 94.75 * 2**30, _CUBES[:5]),
+    "tpu7x": Chip(1153.5e12, 3690e9, 300e9, 94.75 * 2**30, _CUBES[:5], ("TPU7x",)),
+}
+# bfloat16 FLOP/s of devices by what jax calls them, no sparsity; of GPUs as in NVIDIA's data sheets. The slower cards of a name
+# ("H100 PCIe", "H200 NVL") and parts of one (MIG) are others.
+PEAKS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L40S": 362e12,
 }
 # The share of the roofline that an estimate of time supposes. An assumption: nothing ran.
 EFFICIENCY = 0.5

@@ -6,6 +6,7 @@ flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--dense] [--results=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --device
+flowlm bench [--device] [--help]
 flowlm compare --runs=DIR,DIR,...
 flowlm prepare judge [--data_dir=DIR]
 flowlm export DIR --out=DIR --format=params|safetensors|jax [--dtype=float32|bfloat16] [--steps=N [--sampler=NAME]]
@@ -235,6 +236,12 @@ def _export(path: str) -> None:
     print(f"{_FORMAT.value} of {path} in {_OUT.value}")
 
 
+def _bench(*arguments: str) -> None:
+    from flowlm import bench
+
+    bench.main([*arguments])
+
+
 def _import(path: str) -> None:
     from flowlm.importing import import_run
 
@@ -263,8 +270,8 @@ COMMANDS = {
     "prepare": _prepare,
     "prepare judge": _prepare_judge,
 }
-# Commands that take places behind their name: any number, or one.
-PLACED = {"report": _report, "export": _export, "import": _import, "inspect": _inspect}
+# Commands that take places behind their name: any number, or one; bench has flags of its own, some of the same names.
+PLACED = {"report": _report, "export": _export, "import": _import, "inspect": _inspect, "bench": _bench}
 
 
 def _check_experiment(argv: list[str]) -> None:
@@ -284,6 +291,8 @@ def _check_experiment(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    if argv[1:2] == ["bench"]:
+        return [*FLAGS(argv[:2]), *argv[2:]]
     try:
         _check_experiment(argv)
         return FLAGS(argv)

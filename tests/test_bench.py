@@ -1,17 +1,21 @@
-"""Both formulations of the benchmark train one model: their losses and gradients agree in expectation."""
+"""The formulations of the benchmark are of one model; its arithmetic by hand; what does not fit is said."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from test_bad_input import error_of
 
 from flowlm import bench
 from flowlm.bench import compare
 from flowlm.config import objective
-from flowlm.costs import count_flops, forward_flops
+from flowlm.costs import CHIPS, PEAKS, count_flops, forward_flops
+from flowlm.models.attention import native
 from flowlm.objectives import make_family
-from flowlm.objectives.dense_flow import DenseFlow
+from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
 from flowlm.prior import Gaussian
 from flowlm.time_warp import TimeWarp
@@ -78,18 +82,116 @@ def test_ratios_are_of_the_same_round():
     assert (result["step"]["low"], result["step"]["high"]) == (0.2, 0.25)
 
 
-def test_one_step_sampling_is_the_bare_forward_of_its_noise():
-    """What the two sides of sample/forward share: all but the draw of the noise."""
+@pytest.fixture
+def draws():
+    """Of V 24, D 16: {formulation: ids of its argument}, the network, one set of parameters that tells tokens apart, the family."""
     fields = {**objective("flow_map").to_dict(), "teacher": True}
-    warp = TimeWarp("gaussian", "ambient", 12, 16)
-    family, net = make_family(warp=warp, **fields), toy.network(time_embeddings=2)
-    sample, params, (key,) = bench._sampling("sample", net, family, 4)
-    forward, _, (z,) = bench._sampling("forward", net, family, 4)
+    family = make_family(warp=TimeWarp("gaussian", "ambient", 24, 16), **fields)
+    net, out = toy.network(vocab=24, time_embeddings=2), {}
+    for name in bench.SAMPLING:
+        out[name], params, _ = bench._sampling(name, net, family, 4)
     plain = {name: value for name, value in params.items() if name != "geometry"}
-    kernel = jax.random.normal(jax.random.key(2), (16, 12))
-    params = net.prepared(toy.perturbed(plain) | {"unembed_bias": jnp.zeros(12), "unembed_kernel": kernel})
-    noise = family.fresh(net, params, jax.random.split(key)[0], 4, 1.0)
-    assert z.shape == noise.shape
-    ids = np.asarray(sample(params, key))
-    np.testing.assert_array_equal(ids, forward(params, noise))
+    # Little but the state decides, and its law is far from white.
+    plain = toy.perturbed(plain, scale=0.05)
+    plain["embedding"] *= jnp.geomspace(0.1, 1, 16)
+    kernel = jax.random.normal(jax.random.key(2), (16, 24))
+    params = net.prepared(plain | {"unembed_bias": jnp.zeros(24), "unembed_kernel": kernel})
+    return {name: lambda of, draw=draw: np.asarray(draw(params, of)) for name, draw in out.items()}, net, params, family
+
+
+def test_one_step_sampling_is_the_bare_forward_of_its_noise(draws):
+    """What the sides of sample/forward and dense_sample/forward share: all but the draw of the noise."""
+    of, net, params, family = draws
+    key = jax.random.key(1)
+    ids = of["sample"](key)
+    np.testing.assert_array_equal(ids, of["forward"](family.fresh(net, params, jax.random.split(key)[0], 4, 1.0)))
     assert len(np.unique(ids)) >= 3
+    x0 = np.stack([jax.random.normal(row, (net.length, net.vocab)) for row in jax.random.split(key, 4)])
+    dense = of["dense_sample"](key)
+    np.testing.assert_array_equal(dense, of["forward"](jnp.float32(x0 @ np.asarray(params["embedding"]))))
+    assert len(np.unique(dense)) >= 3
+
+
+def test_dense_samples_have_the_law_of_samples(draws):
+    """How often each token, and each pair of neighbours, is written."""
+    _, net, params, family = draws
+    num = 8192
+
+    def frequencies(draw):
+        ids = np.asarray(jax.jit(draw)(jax.random.key(7)))
+        one = np.eye(net.vocab)[ids].mean(0).ravel()
+        return np.concatenate([one, np.bincount(ids[:, 0] * net.vocab + ids[:, 1], minlength=net.vocab**2) / num])
+
+    ours = frequencies(lambda key: family.sample(net, params, key, num, 1))
+    theirs = frequencies(lambda key: dense_sample(net, params, key, num))
+    error = np.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / num)
+    assert np.all(np.abs(ours - theirs) <= SIGMAS * error + 2 / num)
+    # Noise of another covariance is seen (of another size it is not: the network normalises its state).
+    white = params | {"geometry": params["geometry"]._replace(color=jnp.eye(16))}
+    other = frequencies(lambda key: family.sample(net, white, key, num, 1))
+    assert np.any(np.abs(other - theirs) > 2 * SIGMAS * error + 2 / num)
+
+
+SETTINGS = {"batch": 2, "length": 8, "vocab": 16, "width": 4, "blocks": 2}
+
+
+def test_mfu_by_hand(monkeypatch):
+    """One block and token: 24 D^2 + 4 L D = 512; a row's conditioning 2 (256 128 + 128^2) a time and 2 128 D (6 N + 2)."""
+    tokens, peak = 2 * 8 / 0.5, 197e12
+    row, clock, output = 2 * 128 * 4 * 14, 2 * (256 * 128 + 128**2), 2 * 4 * 16
+    for name, flops in {
+        "flow": 3 * (2 * 512 + output + (row + clock) / 8),
+        "dense": 3 * (2 * 512 + output + (row + clock) / 8),
+        "bare": 3 * (2 * 512 + (row + clock) / 8),
+        "psd": 3 * (2 * 512 + output + (row + 2 * clock) / 8),
+        "dense_sample": 2 * 512 + output + (row + 2 * clock) / 8,
+    }.items():
+        result = bench.rates(name, 0.5, "TPU v5 lite", SETTINGS)
+        assert result == {"tokens_per_second": tokens, "mfu": pytest.approx(flops * tokens / peak)}
+    assert bench.rates("flow", 0.5, "cpu", SETTINGS) == {"tokens_per_second": tokens}
+    assert bench.rates("input", 0.5, "TPU v5 lite", SETTINGS) == {"tokens_per_second": tokens}
+
+
+def test_a_device_is_known_by_its_whole_name():
+    """As published; a slower card of the same name, or a part of one, is not taken for it."""
+    published = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+    published |= {"NVIDIA L40S": 362e12, "TPU v4": 275e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12}
+    assert published.items() <= PEAKS.items()
+    assert all(chip.kinds and PEAKS[kind] == chip.flops for chip in CHIPS.values() for kind in chip.kinds)
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"):
+        assert other not in PEAKS
+
+
+def test_the_attention_of_a_device():
+    asked = dict(causal=False, length=1024, dtype="bfloat16")
+    assert [native("gpu", cap=cap, **asked) for cap in (50.0, 0.0)] == ["xla", "cudnn"]
+    assert native("gpu", cap=0.0, **asked | {"dtype": "float32"}) == "xla"
+    assert native("cpu", cap=0.0, **asked) == "xla"
+    assert [native("tpu", cap=50.0, **asked | {"length": length}) for length in (1024, 1000)] == ["splash", "xla"]
+
+
+def test_what_runs_out_of_memory_is_said_and_the_others_measured(tmp_path, monkeypatch, capsys):
+    """The command on this machine, in processes of its own; `dense` gets a batch that no address space holds."""
+    run, out = bench._run, tmp_path / "bench.json"
+    huge = {"vocab": 2**20, "width": 4, "batch": 2**23, "length": 2, "dtype": "float32"}
+    monkeypatch.setattr(bench, "_run", lambda name, settings: run(name, settings | (huge if name == "dense" else {})))
+    monkeypatch.setitem(bench.DEVICE, "pairs", ["bare/dense", "bare/bare"])
+    bench.FLAGS.unparse_flags()
+    small = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    bench.main(["--device", *small, "--rounds=2", "--repeats=1", f"--out={out}"])
+    report, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["settings"]["dtype"] == "bfloat16" and report["settings"]["vocab"] == 16
+    assert [len(report["runs"][name]) for name in ("bare", "dense")] == [2, 1]  # what did not fit is not tried again
+    assert "RESOURCE_EXHAUSTED" in report["summary"]["dense"][bench.MEMORY]
+    bare, rounds = report["summary"]["bare"], [each["seconds"][0] for each in report["runs"]["bare"]]
+    assert bare["seconds"] == pytest.approx(np.mean(rounds))
+    assert bare["tokens_per_second"] == pytest.approx(16 / bare["seconds"])
+    assert set(report["result"]) == {"bare/bare"}
+    assert "dense: RESOURCE_EXHAUSTED" in shown and "cpu: bfloat16 peak not known here" in shown and "xla" in shown
+
+
+def test_bad_input_is_named():
+    bench.FLAGS.unparse_flags()
+    assert "--pairs takes FIRST/SECOND of flow, dense" in error_of("bench", "--pairs=flow")
+    assert "vocabb" in error_of("bench", "--vocabb=3")
+    assert "flags only, got flow" in error_of("bench", "flow")

@@ -40,6 +40,17 @@ def runs_on(implementation: str, platform: str) -> bool:
     return PLATFORM[implementation] in (None, platform)
 
 
+def native(platform: str, **asked) -> str:
+    """The implementation made for devices of this platform if it can do what is asked of it (as of `check`), else xla."""
+    for name in (name for name in PLATFORM if PLATFORM[name] == platform):
+        try:
+            check(name, **asked)
+        except ValueError:
+            continue
+        return name
+    return "xla"
+
+
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, cap: float, causal: bool = False, implementation: str = "xla", first=0
 ) -> jax.Array:

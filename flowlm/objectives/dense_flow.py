@@ -6,14 +6,27 @@ import jax.numpy as jnp
 from flowlm.objectives.flow import Flow
 
 
+def _noise(net, keys) -> jax.Array:
+    """x0 ~ N(0, I_V): [B, L, V] for keys [B]."""
+    return jax.vmap(lambda row: jax.random.normal(row, (net.length, net.vocab)))(keys)
+
+
 class DenseFlow(Flow):
     """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
 
     def loss(self, net, params, aux, batch, keys):
         del aux
         ids, t = batch["ids"], self.warp.t(batch["tau"])[:, None, None]
-        x0 = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.vocab)))(batch["noise"])
-        x = (1 - t) * x0 + t * jax.nn.one_hot(ids, net.vocab)
+        x = (1 - t) * _noise(net, batch["noise"]) + t * jax.nn.one_hot(ids, net.vocab)
         hidden = net.apply(params, net.embed(params, x), batch["tau"], keys=keys)
         log_probs = jax.nn.log_softmax(net.unembed(params, hidden))
         return {"cross_entropy": -jnp.take_along_axis(log_probs, ids[..., None], -1).mean((1, 2))}, {}
+
+
+def dense_sample(net, params, key, num: int) -> jax.Array:
+    """ids [num, L] of `FlowMap.sample` in one step, in law, with x0 and the logits of shape [num, L, V]. Gaussian prior.
+
+    No softmax: the argmax of the logits is the same, and this is the faster way to write it.
+    """
+    z, time = net.embed(params, _noise(net, jax.random.split(key, num))), jnp.zeros((num,))
+    return jnp.argmax(net.unembed(params, net.apply(params, z, time, time + 1)), -1).astype(jnp.int32)
