@@ -125,7 +125,8 @@ def defaults(family: str = "flow") -> ConfigDict:
                 steps=(1, 8, 64),
                 samples=256,  # for each number of steps
                 final_samples=1024,  # after the last step
-                language_models=(),  # judges beside the usual ones: smollm2, hf:NAME, run:DIRECTORY of an autoregressive run
+                # Judges beside the usual ones: smollm2, hf:NAME, run:DIRECTORY (autoregressive), mauve:smollm2, mauve:hf:NAME
+                language_models=(),
             ),
             log_every=20,
             tensorboard=False,

