@@ -291,7 +291,12 @@ def gather(study: Study, kept: Path) -> list[dict]:
                 _, sampler, metric = key.split("/")
                 samples[sampler][metric] = value
         bound = {key: metrics.get(f"held_out/{key}") for key in ("bound_nats_per_token", "bound_nats_per_token_stderr")}
+        if not setting:
+            plain = samples
         for sampler, values in samples.items():
+            before = plain[sampler] if setting and sampler in plain else {"": None}
+            if all(k in values and values[k] == v for k, v in before.items() if k != "seconds_per_100"):
+                continue  # a sampler that the setting does not touch
             name, _, steps = sampler.partition("@")
             record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
             records.append(record | (bound if steps else {}) | values)
@@ -299,10 +304,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
     for record in records:
         if record["steps"] == 0:
             references.setdefault(record["sampler"], record | {"method": record["sampler"], "sampler": ""})
-    # A sampler that a swept setting does not touch draws the same samples again.
-    same = lambda record: tuple(v for k, v in record.items() if k not in ("setting", "sampler", "seconds_per_100"))
-    drawn = {same(record): record for record in reversed(records) if record["steps"]}
-    return [r for r in records if r["steps"] and drawn[same(r)] is r] + list(references.values())
+    return [record for record in records if record["steps"]] + list(references.values())
 
 
 def write(study: Study, kept: Path, results: Path) -> None:
