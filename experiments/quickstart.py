@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "flow_map":
         config.model.update(preview=True, time_embeddings=2)
         # The flow of sharpened predictions: one jump cannot draw at a temperature.
-        config.objective.update(teacher_temperature=0.5, noise_scale=0.5)
+        config.objective.update(teacher_temperature=0.5, noise_scale=0.4)
     if arg == "autoregressive":
         config.evaluation.steps = (31,)
     return config
