@@ -11,6 +11,7 @@
     sample  a batch of token rows by a flow map in one step, from key to ids
     forward the network and its output layer alone: ids of a state that is given
     dense_sample  the rows of `sample`, in law, from x0 [B, L, V] drawn, z = x0 @ E and all logits
+    masked_sample a batch of token rows by masked diffusion in eight steps, as a distilled one takes
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
 loss, gradient, AdamW and moving average. `--device` is what a run of experiments/openwebtext.py would do on the device at
@@ -75,7 +76,10 @@ flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that war
 MEASURED = [*SETTINGS, "remat", "dtype", "attention_cap", "attention", "repeats"]
 flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
-SAMPLING = ["sample", "dense_sample", "forward"]
+SAMPLING = ["sample", "dense_sample", "forward", "masked_sample"]
+MASKED_STEPS = (
+    8  # what the best distilled discrete diffusion takes for the quality that one step of a flow map is to have
+)
 FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
 flags.DEFINE_list(
     "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
@@ -147,10 +151,12 @@ def _training(net, family, batch: int, distils: bool):
 
 def _sampling(formulation: str, net, family, batch: int):
     """(compiled draw, the parameters, its other argument)."""
-    params = jax.jit(lambda key: net.prepared(net.init(key)))(jax.random.key(0))
+    prepared = net.prepared if hasattr(family, "prior") else lambda params: params
+    params = jax.jit(lambda key: prepared(net.init(key)))(jax.random.key(0))
     argument = jax.random.key(1)
-    if formulation == "sample":
-        draw = lambda params, key: family.sample(net, params, key, batch, 1)
+    if formulation in ("sample", "masked_sample"):
+        steps = 1 if formulation == "sample" else MASKED_STEPS
+        draw = lambda params, key: family.sample(net, params, key, batch, steps)
     elif formulation == "dense_sample":
         draw = lambda params, key: dense_sample(net, params, key, batch)
     else:
@@ -162,7 +168,7 @@ def _sampling(formulation: str, net, family, batch: int):
 
 def _fields(formulation: str, width: int, blocks: int) -> dict:
     """What the network and the closed form of its FLOPs share."""
-    times = 1 if formulation in ("flow", "dense", "bare") else 2
+    times = {"flow": 1, "dense": 1, "bare": 1, "masked_sample": 0}.get(formulation, 2)
     return {"width": width, "blocks": blocks, "cond": SMALL.cond, "time_embeddings": times}
 
 
@@ -178,7 +184,9 @@ def measure(
         return {"seconds": _reading(batch, length, repeats)}
     warp = TimeWarp("gaussian", "ambient", vocab, width)
     distils = formulation in TARGETS
-    if distils or formulation in SAMPLING:
+    if formulation == "masked_sample":
+        family = make_family(warp=warp, teacher=False, **objective("masked").to_dict())
+    elif distils or formulation in SAMPLING:
         fields = objective("flow_map").to_dict() | {"target": formulation if distils else "psd", "tau_max": 0.99}
         family = make_family(warp=warp, teacher=True, **fields)
     else:
@@ -188,6 +196,7 @@ def measure(
         attention = "xla" if distils and family.differentiates else native(jax.default_backend(), **asked)
     fields = _fields(formulation, width, blocks) | {"vocab_size": vocab, "heads": max(1, width // HEAD)}
     fields |= {"remat": remat, "dtype": dtype, "attention_cap": attention_cap, "attention": attention}
+    fields["mask_token"] = formulation == "masked_sample"
     net = make_network(length=length, warp=warp, **SMALL.to_dict() | fields)
     compiled, state, more = (
         _sampling(formulation, net, family, batch)
@@ -250,7 +259,8 @@ def rates(formulation: str, seconds: float, device: str | None, settings: dict) 
     if formulation != "input" and device in PEAKS:
         fields = _fields(formulation, settings["width"], settings["blocks"])
         sizes = {"vocab": settings["vocab"], "length": settings["length"], "with_output": formulation != "bare"}
-        flops = (1 if formulation in SAMPLING else 3) * forward_flops(**fields, **sizes)
+        passes = MASKED_STEPS if formulation == "masked_sample" else 1 if formulation in SAMPLING else 3
+        flops = passes * forward_flops(**fields, **sizes)
         out["mfu"] = flops * out["tokens_per_second"] / PEAKS[device]
     return out
 
