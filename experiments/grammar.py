@@ -27,15 +27,16 @@ noise; that is why its matrix starts at zero and decays. Weaker still would be b
 
     flowlm train --config=experiments/grammar.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-A flow map from that run, 4,500 steps of `csd`, 23 minutes on 2 idle CPU cores; share grammatical of 2,048 samples at 1 / 2 / 4 / 8
-steps (results/grammar_flow_map*.json; standard errors .007 to .011), at least .999 of the rows distinct:
+A flow map from such a run, 4,500 steps of `csd`, 23 minutes on 2 idle CPU cores or 21 on one; share grammatical of 2,048 samples at
+1 / 2 / 4 / 8 steps (results/study/grammar; standard errors .008 to .011), at least .998 of the rows distinct:
 
     seed    all of the noise                 half of it (objective.noise_scale, the experiment's sampler)
-    0       .151 / .388 / .512 / .599        .180 / .599 / .790 / .870
-    1       .148 / .372 / .516 / .589        .185 / .568 / .779 / .859
-    2       .177 / .429 / .558 / .638        .230 / .615 / .803 / .884      from a flow trained anew by the same command
+    0       .167 / .404 / .550 / .632        .213 / .610 / .803 / .894
+    1       .174 / .413 / .549 / .626        .243 / .637 / .815 / .898
+    2       .177 / .429 / .558 / .638        .230 / .615 / .803 / .884
 
-6,000 steps of `psd` in the same time, seed 0: .129 / .331 / .462 / .566; in one step with .9, .8, .7, .6, .5, .4, .3 of the noise
+From another flow of the same command, .151 and .148 in one step. 6,000 steps of `psd` in the same time, from that flow, seed 0:
+.129 / .331 / .462 / .566; in one step with .9, .8, .7, .6, .5, .4, .3 of the noise
 .150, .150, .158, .173, .185, .190, .145. A trigram chain drawn from the training rows writes .62 grammatical ones.
 
 At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the noise, ± .009 to .016; a step of csd costs 1.3 of psd):

@@ -34,8 +34,8 @@ The flow map in one step, by the temperature of its teacher and the noise it sta
     teacher temperature 1       noise 1     3.32 .56    noise 0.6   3.12 .56    noise 0.4   3.34 .53
     teacher temperature 0.5     noise 1     3.48 .41    noise 0.6   3.32 .42    noise 0.4   3.24 .40
     the same with 3/4 of rows off the diagonal, 1/4 of those at (0, 1)      noise 1     3.73 .43
-    as shipped, psd, 600 steps, seed 1          noise 1     3.47 .37                        noise 0.5   3.20 .38
-    the same by csd                             noise 1     3.64 .38                        noise 0.5   3.52 .34
+    as shipped, psd, 600 steps, seed 1          noise 1     3.47 .37    noise 0.5   3.20 .38    noise 0.4   3.15 .37
+    the same by csd                             noise 1     3.64 .38    noise 0.5   3.52 .34
 
 Where V > D the network makes the embeddings of frequent tokens long, so they can be read early: in embedded time most of it is over
 by tau .05, and few-step samples fall for rare bytes.

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -11,26 +12,34 @@ from flowlm import storage
 from flowlm.metrics import read_metrics
 
 COLUMNS = 4
+MOST = 6  # lines of a legend in every panel
 
 
 def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
-    """One small plot a panel, one line a label; `finish(axes, panel)` has the last word on each."""
+    """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    colours = {label: palette(i % palette.N) for i, label in enumerate(labels)}
+    shared = {}  # with many lines one legend serves all panels
     grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
         for label, points in lines.items():
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, marker="o" if len(points) < 20 else None, markersize=3, label=label or None)
+            marker = "o" if len(points) < 20 else None
+            shared[label] = axes.plot(x, y, marker=marker, markersize=3, label=label or None, color=colours[label])[0]
         finish(axes, panel)
         axes.set_title(panel.replace("_", " "), fontsize=9)
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=8)
-        if any(lines):
+        if any(lines) and len(labels) <= MOST:
             axes.legend(fontsize=6)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
+    if len(labels) > MOST:
+        figure.legend(shared.values(), shared, loc="outside lower center", ncols=6, fontsize=8)
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=90)
 

@@ -355,7 +355,7 @@ def write(study: Study, kept: Path, results: Path) -> None:
         (steps_panels, "study.png", "sampling steps (network calls)"),
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
-        draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log"))
+        draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
 
 
 def shown(group: Sequence[dict], metric: str) -> str:

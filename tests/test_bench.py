@@ -88,7 +88,7 @@ def draws():
     fields = {**objective("flow_map").to_dict(), "teacher": True}
     family = make_family(warp=TimeWarp("gaussian", "ambient", 24, 16), **fields)
     net, out = toy.network(vocab=24, time_embeddings=2), {}
-    for name in bench.SAMPLING:
+    for name in ("sample", "dense_sample", "forward"):
         out[name], params, _ = bench._sampling(name, net, family, 4)
     plain = {name: value for name, value in params.items() if name != "geometry"}
     # Little but the state decides, and its law is far from white.
@@ -145,6 +145,7 @@ def test_mfu_by_hand(monkeypatch):
         "bare": 3 * (2 * 512 + (row + clock) / 8),
         "psd": 3 * (2 * 512 + output + (row + 2 * clock) / 8),
         "dense_sample": 2 * 512 + output + (row + 2 * clock) / 8,
+        "masked_sample": 8 * (2 * 512 + output),
     }.items():
         result = bench.rates(name, 0.5, "TPU v5 lite", SETTINGS)
         assert result == {"tokens_per_second": tokens, "mfu": pytest.approx(flops * tokens / peak)}
