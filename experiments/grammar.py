@@ -44,13 +44,14 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the nois
     psd, model.end_time_scale=1000           .076 / .251 / .432 / .502
     psd                                      .110 / .329 / .460 / .562
     csd                                      .102 / .312 / .456 / .550
-    csd, 8 blocks (and in its flow)          .204 / .509 / .633 / .719
+    csd, from the flow of the table above    .140 / .381 / .521 / .624
+    the same with 8 blocks in flow and map   .204 / .509 / .633 / .719
     teacher_steps (4)                        .084 / .310 / .462 / .562
     esd                                      .066 / .252 / .403 / .528
     lsd_logit                                .982 / .146 / .378 / .504, collapsed in one step: .021 of the rows are distinct
     psd without a teacher                    .025 / .104 / .182 / .237
 
-What helped most is depth, a time embedding of t that is smooth, and in sampling less noise.
+What helped most is a time embedding of t that is smooth, depth, and in sampling less noise.
 
     flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
     flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)
