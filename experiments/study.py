@@ -2,10 +2,10 @@
 
     bash launch/study.sh grammar        or    flowlm study --study=experiments/study.py:grammar --workdir=DIR --results=DIR
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
-    bash launch/study.sh tuning         what was tried for the baselines; give it the WORKDIR of grammar
+    bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar
 
-`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 5 hours on 2 CPU cores, two runs at a
-time.
+`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 2 1/2 hours on 2 CPU cores.
+`tuning`: 2 hours.
 `text`: the quickstart's speeches and network, 8,000 steps and 4,000 of distillation, about 6 hours; each sampler's knob is swept
 and figures are given at the entropy of held-out text too. Both go on where they were when run again. Discrete students go through
 rounds of equal length, each with twice the jump of the last; every round is a row of the table, so that the best one at each number
@@ -69,11 +69,11 @@ def grammar() -> Study:
 
 
 def tuning() -> Study:
-    """What was tried for the baselines of `grammar`, beside its own runs, whose directories it shares."""
+    """What was tried beside the runs of `grammar`, whose directories it shares: for the baselines, and for a map in one step."""
     rate, short = "optimizer.learning_rate", ONCE | {"steps": 1200, "evaluation.final_samples": 1024}
     trained, distilled = short | {"evaluation.steps": (8, 64)}, short | {"evaluation.steps": (8,)}
     curriculum = {"objective.curriculum_steps": 600}
-    own = ["masked", "uniform", "sdtt_32", "sdtt_16", "sdtt_8", "dcd_32", "dcd_16", "dcd_8"]
+    own = ["masked", "uniform", "flow", "sdtt_32", "sdtt_16", "sdtt_8", "dcd_32", "dcd_16", "dcd_8"]
     runs = [dataclasses.replace(run, seeds=(0,)) for run in grammar().runs if run.name in own]
     for value in (1e-3, 2e-3, 4e-3):
         runs.append(Run(f"masked_rate{value:g}", f"{GRAMMAR}:masked", trained | {rate: value}))
@@ -83,8 +83,15 @@ def tuning() -> Study:
         for value in (3e-4, 3e-3):
             more = {"count": 3, "suffix": f"_rate{value:g}", "seeds": (0,)}
             runs += rounds(GRAMMAR, student, teacher, 900, distilled | {rate: value}, **more)
-    shown = ("grammatical", "nll_minus_entropy", "entropy", "bound_nats_per_token")
-    return Study(runs, shown)
+    mapped, deep = short | {"steps": 1500, "evaluation.steps": (1, 2, 4, 8)}, {"model.blocks": 8}
+    student = f"{GRAMMAR}:flow_map"
+    runs += [
+        Run("flow_map_1500", student, mapped, "flow"),
+        Run("flow_map_sharpened", student, mapped | {"objective.teacher_temperature": 0.7}, "flow"),
+        Run("flow_8_blocks", GRAMMAR, trained | deep | {"steps": 3600, "evaluation.steps": (1, 8, 64)}),
+        Run("flow_map_8_blocks", student, mapped | deep, "flow_8_blocks"),
+    ]
+    return Study(runs, ("grammatical", "nll_minus_entropy", "entropy", "bound_nats_per_token"))
 
 
 def on_text(experiment: str, training: int, distillation: int, seeds: tuple[int, ...] = (0,)) -> Study:

@@ -194,7 +194,8 @@ def _prepare_judge() -> None:
 
 def _study() -> None:
     from flowlm import storage
-    from flowlm.study import carry_out, commands, load
+    from flowlm.carry_out import carry_out
+    from flowlm.study import commands, load
 
     if None in (_STUDY.value, _WORKDIR.value, _RESULTS.value):
         raise ValueError("flowlm study needs --study=experiments/study.py, --workdir=DIR and --results=DIR")

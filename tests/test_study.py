@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowlm import carry_out as running
 from flowlm import study
+from flowlm.carry_out import carry_out
 from flowlm.experiment import build
-from flowlm.study import Run, Study, carry_out
+from flowlm.study import Run, Study
 
 ROOT = Path(__file__).parents[1]
 RUNS = [
@@ -47,6 +49,7 @@ def commands(monkeypatch):
         workdir = Path(line[-1].removeprefix("--workdir="))
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps({"steps": 7}))
+        (workdir / "versions.json").write_text(json.dumps({"git_commit": "abc"}))
         seed = int(re.search(r"config.seed=(\d)", " ".join(line))[1])
         metrics = {"samples/map@4/entropy": 2.0 + seed, "samples/map@4/entropy_stderr": 0.25}
         metrics |= {
@@ -57,7 +60,7 @@ def commands(monkeypatch):
         (workdir / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
         return subprocess.CompletedProcess(line, 0)
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(running.subprocess, "run", run)
     return lines
 
 

@@ -12,6 +12,7 @@ import pytest
 from toy import network, perturbed
 
 from flowlm import study, sweeps, train
+from flowlm.carry_out import carry_out
 from flowlm.experiment import build
 from flowlm.interpolant import MIN_NOISE
 from flowlm.metrics import read_metrics
@@ -165,7 +166,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, data_dir, monkeypatch):
     }
     points = sweep("optimizer.b2", (0.9, 0.99, 0.999))
     made = Study(runs(points, "experiments/grammar.py", common), ["grammatical"])
-    study.carry_out(Study(made.runs[:1], made.metrics), tmp_path / "w", tmp_path / "r")
+    carry_out(Study(made.runs[:1], made.metrics), tmp_path / "w", tmp_path / "r")
     first = tmp_path / "w/b2=0.9/seed0"
     stamp = (first / "metrics.jsonl").stat().st_mtime_ns
     assert len(study.commands(made, tmp_path / "w")) == 2
@@ -185,7 +186,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, data_dir, monkeypatch):
     before = [line for line in read_metrics(cut) if "loss" in line]
     assert [line["step"] for line in before] == [1, 2]
 
-    study.carry_out(made, tmp_path / "w", tmp_path / "r")
+    carry_out(made, tmp_path / "w", tmp_path / "r")
     assert (first / "metrics.jsonl").stat().st_mtime_ns == stamp
     after = [line for line in read_metrics(cut) if "loss" in line]
     assert after[:2] == before and [line["step"] for line in after] == [1, 2, 3, 4]

@@ -12,23 +12,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flowlm.judges.statistics import ngram_codes
+
 ORDERS = (1, 2, 3, 4, 5)
 
 
 def numbered(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """A number for every n-gram inside the rows of a [N, L] and b [M, L], the same for the same n-gram; -1 joins none."""
-
-    def windows(ids):
-        parts = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1).reshape(-1, n)
-        return parts[(parts >= 0).all(1)].astype(np.int64)
-
-    first, second = windows(a), windows(b)
-    both = np.concatenate([first, second])
-    codes = both[:, 0]
-    for column in range(1, n):
-        # Numbered anew each time, so that codes never outgrow an integer.
-        codes = np.unique(codes * (both.max() + 1) + both[:, column], return_inverse=True)[1]
-    return codes[: len(first)], codes[len(first) :]
+    codes = ngram_codes(np.concatenate([a, b]), n)
+    first, second = (part[part >= 0] for part in (codes[: len(a)], codes[len(a) :]))
+    numbers = np.unique(np.concatenate([first, second]), return_inverse=True)[1]
+    return numbers[: len(first)], numbers[len(first) :]
 
 
 def total_variation(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,112 @@
+"""Carries out a study: its runs one after another or several at a time, their evaluations kept, its tables written anew after each.
+
+Seed 0 of all comes before seed 1 of any, so a study that is cut short is whole as far as it went. A run that is finished is left
+alone, one that was cut is taken up where it was, and one that fails is reported at the end while the others go on; a student waits
+for its teacher and is skipped without it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+
+from flowlm.study import Run, Study, before, command, complete, directory, finished, in_order, left, swept
+from flowlm.study_tables import write
+
+
+def keep(path: Path, kept: Path, run: Run) -> None:
+    """Copies what the tables are made of, and what says how it was made."""
+    names = ["config.json", "versions.json", "evaluation.json"]
+    names += [f"{swept(path, setting).relative_to(path)}/evaluation.json" for setting in run.sweep]
+    for name in names:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_text((path / name).read_text())
+
+
+def _take_cores(shares: SimpleQueue) -> None:
+    """Keeps this thread, and the processes that it starts, to its share of the cores."""
+    os.sched_setaffinity(0, shares.get())
+
+
+def shares_of_cores(parallel: int) -> list[set[int]]:
+    """The cores of this machine in `parallel` parts. Raises ValueError: there are not as many, or no saying which."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError("runs cannot be kept to cores of their own on this system: use --parallel=1")
+    cores = sorted(os.sched_getaffinity(0))
+    if parallel > len(cores):
+        raise ValueError(f"--parallel={parallel} runs need as many cores, and here are {len(cores)}")
+    return [set(cores[i::parallel]) for i in range(parallel)]
+
+
+def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = (), parallel: int = 1) -> None:
+    """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
+
+    The evaluations are kept in `results`/runs. A run that is there is done, though its run directory be gone: it is made again
+    only where a run that is left needs it, as its teacher for one. So a study can be carried out in pieces, on several machines.
+
+    Args:
+      extra: further flags of every run, such as --config.steps=10.
+      parallel: runs at a time, each on its own share of the cores and with a log of its own in `workdir`/logs. Small networks
+        are faster so than one by one on all cores.
+
+    Raises:
+      ValueError: as `in_order` and `shares_of_cores`.
+      RuntimeError: runs that failed, by name, after all others were done.
+    """
+    runs, kept, failed = in_order(study)[1], results / "runs", []
+    waiting, running, tried = left(study, workdir, kept), {}, set()
+
+    def call(line: Sequence[str], name: str) -> bool:
+        """Runs one command; what runs at the same time prints to files of its own."""
+        if parallel == 1:
+            return subprocess.run(line, check=False).returncode == 0
+        (workdir / "logs").mkdir(parents=True, exist_ok=True)
+        with (workdir / "logs" / f"{name}.log").open("a") as log:
+            return subprocess.run(line, check=False, stdout=log, stderr=subprocess.STDOUT).returncode == 0
+
+    def make(run: Run, seed: int) -> list[str]:
+        """Trains and evaluates one run: what failed of it."""
+        path, name, wrong = directory(workdir, run, seed), f"{run.name}-seed{seed}", []
+        if not finished(path):
+            print(f"== {path}", file=sys.stderr, flush=True)
+            if not call(command(run, seed, workdir, runs, extra), name) or not finished(path):
+                return [str(path)]
+        if not complete(directory(kept, run, seed), run):
+            for place in (swept(path, setting) for setting in run.sweep):
+                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+                line += [f"--objective={place.name}", f"--results={place}"]
+                if not (place / "evaluation.json").exists() and not call(line, name):
+                    wrong.append(str(place))
+        return wrong
+
+    shares: SimpleQueue = SimpleQueue()
+    for share in shares_of_cores(parallel) if parallel > 1 else ():
+        shares.put(share)
+    cores = {"initializer": _take_cores, "initargs": (shares,)} if parallel > 1 else {}
+    with ThreadPoolExecutor(parallel, **cores) as pool:
+        while waiting or running:
+            for run, seed in list(waiting):
+                others = [directory(workdir, *other) for other in before(run, seed, runs)]
+                path = directory(workdir, run, seed)
+                if not finished(path) and any(other in tried and not finished(other) for other in others):
+                    waiting.remove((run, seed))
+                    tried.add(path)
+                    failed.append(f"{path} (without its teacher)")
+                elif len(running) < parallel and (finished(path) or all(map(finished, others))):
+                    waiting.remove((run, seed))
+                    running[pool.submit(make, run, seed)] = run, seed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, seed = running.pop(future)
+                path, place = directory(workdir, run, seed), directory(kept, run, seed)
+                tried.add(path)
+                failed += future.result()
+                if complete(path, run) and not complete(place, run):
+                    keep(path, place, run)
+                write(study, kept, results)
+    write(study, kept, results)
+    if failed:
+        where = "above" if parallel == 1 else f"in {workdir}/logs"
+        raise RuntimeError(f"these runs failed, their own errors are {where}: {', '.join(failed)}")

@@ -1,0 +1,156 @@
+"""What a study found: one record for each cell, and from them tables and pictures."""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flowlm.curves import draw_panels
+from flowlm.matching import Point, at_entropy
+from flowlm.study import Run, Study, directory, finished, swept
+
+
+def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:
+    """(run, seed, setting of the sampler or "", evaluation.json) of all that is there."""
+    for run in study.runs:
+        for seed in run.seeds:
+            path = directory(kept, run, seed)
+            if finished(path):
+                yield run, seed, "", path / "evaluation.json"
+                for setting in run.sweep:
+                    if (swept(path, setting) / "evaluation.json").exists():
+                        yield run, seed, swept(path, setting).name, swept(path, setting) / "evaluation.json"
+
+
+def _same(values: Mapping[str, float], plain: Mapping[str, float]) -> bool:
+    """Whether two evaluations are of the same samples: all but the time is equal."""
+    return all(values.get(key) == value for key, value in plain.items() if key != "seconds_per_100")
+
+
+def gather(study: Study, kept: Path) -> list[dict]:
+    """One record for each finished run, setting, sampler and number of steps, and one for each row of reference of seed 0."""
+    records = []
+    for run, seed, setting, path in evaluations(study, kept):
+        metrics = json.loads(path.read_text())["metrics"]
+        samples: dict[str, dict] = defaultdict(dict)
+        for key, value in metrics.items():
+            if key.startswith("samples/"):
+                _, sampler, metric = key.split("/")
+                samples[sampler][metric] = value
+        bound = {key: metrics.get(f"held_out/{key}") for key in ("bound_nats_per_token", "bound_nats_per_token_stderr")}
+        if not setting:
+            plain = samples
+        for sampler, values in samples.items():
+            if setting and sampler in plain and _same(values, plain[sampler]):
+                continue  # the setting does not touch this sampler
+            name, _, steps = sampler.partition("@")
+            record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
+            records.append(record | (bound if steps else {}) | values)
+    references = {}
+    for record in records:
+        if record["steps"] == 0:
+            references.setdefault(record["sampler"], record | {"method": record["sampler"], "sampler": ""})
+    return [record for record in records if record["steps"]] + list(references.values())
+
+
+def write(study: Study, kept: Path, results: Path) -> None:
+    """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
+    each metric. study.png, study_time.png: against steps, against time, without swept settings."""
+    records = gather(study, kept)
+    if not records:
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    with (results / "study.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
+
+    cells: dict[tuple, list[dict]] = defaultdict(list)
+    for record in (record for record in records if not (record["setting"] and study.matched)):
+        method = f"{record['method']} {record['setting']}".strip()
+        name = f"{method}, {record['sampler']}" if record["sampler"] else method
+        cells[name, record["steps"] or ""].append(record)
+    table = {cell: [shown(group, metric) for metric in study.metrics] for cell, group in cells.items()}
+    rows = [[name, steps, len(cells[name, steps]), *values] for (name, steps), values in table.items()]
+    (results / "study.md").write_text("\n".join(markdown(["method", "steps", "seeds", *study.metrics], rows)) + "\n")
+
+    steps = sorted({steps for _, steps in table if steps})
+    names = list(dict.fromkeys(name for name, _ in table))
+    lines = []
+    nothing = ["-"] * len(study.metrics)
+    for i, metric in enumerate(study.metrics):
+        # Real text and the naive samplers take no steps.
+        rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
+        lines += [*markdown([metric, *steps], rows), ""]
+    (results / "study_grid.md").write_text("\n".join(lines))
+    if study.matched:
+        (results / "study_matched.md").write_text("\n".join(matched_table(study, records)) + "\n")
+
+    drawn = {run.name for run in study.runs if run.drawn}
+    steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
+    for (name, steps), group in cells.items():
+        if steps and not group[0]["setting"] and group[0]["method"] in drawn:
+            for metric in study.metrics:
+                values = [record[metric] for record in group if record.get(metric) is not None]
+                if values:
+                    steps_panels[metric][name].append((steps, np.mean(values)))
+                    milliseconds = 10 * np.mean([record["seconds_per_100"] for record in group])
+                    time_panels[metric][name].append((milliseconds, np.mean(values)))
+    for panels, name, label in (
+        (steps_panels, "study.png", "sampling steps (network calls)"),
+        (time_panels, "study_time.png", "milliseconds a sample"),
+    ):
+        draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
+
+
+def shown(group: Sequence[dict], metric: str) -> str:
+    """Mean ± spread of the records of one cell: over seeds their standard deviation, of one seed the samples' standard error."""
+    values = np.array([record[metric] for record in group if record.get(metric) is not None], float)
+    if not len(values):
+        return "-"
+    spread = values.std(ddof=1) if len(values) > 1 else group[0].get(f"{metric}_stderr")
+    return f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
+    """Lines of a table."""
+    line = lambda cells: f"| {' | '.join(str(cell) for cell in cells)} |"
+    return [line([str(name).replace("_", " ") for name in head]), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
+    """Lines of a table: each method's metrics at the entropy of held-out rows, or (at ENTROPY) at the nearest it reached.
+
+    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which
+    have no knob, stand below as they are.
+    """
+    target = next(record["entropy"] for record in records if record["method"] == "held_out")
+    curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        sampler = record["sampler"].split(" ")[0]
+        method = f"{record['method']}, {sampler}" if sampler else record["method"]
+        curves[method, record["steps"] or ""][record["seed"]].append(record)
+    rows = []
+    for (method, steps), seeds in curves.items():
+        cells = []
+        for metric in study.matched:
+            points = []
+            for records in seeds.values():
+                usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
+                keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
+                if usable:
+                    points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
+            if not points:
+                cells.append("-")
+                continue
+            values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
+            spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
+            reached = "" if entropy == target else f" (at {entropy:.2f})"
+            cells.append(f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached)
+        rows.append([method, steps, len(seeds), *cells])
+    table = markdown(["method", "steps", "seeds", *study.matched], rows)
+    return [f"Held-out entropy {target:.3f} nats.", "", *table]
