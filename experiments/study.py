@@ -5,7 +5,7 @@
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar
 
 `grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 2 1/2 hours on 2 CPU cores.
-`tuning`: 2 hours.
+`tuning`: another hour.
 `text`: the quickstart's speeches and network, 8,000 steps and 4,000 of distillation, about 6 hours; each sampler's knob is swept
 and figures are given at the entropy of held-out text too. Both go on where they were when run again. Discrete students go through
 rounds of equal length, each with twice the jump of the last; every round is a row of the table, so that the best one at each number
