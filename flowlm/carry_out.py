@@ -77,7 +77,7 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
         if not complete(directory(kept, run, seed), run):
             for place in (swept(path, setting) for setting in run.sweep):
                 line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
-                line += [f"--objective={place.name}", f"--results={place}"]
+                line += [f"--objective={place.name}", "--samples_only", f"--results={place}"]
                 if not (place / "evaluation.json").exists() and not call(line, name):
                     wrong.append(str(place))
         return wrong

@@ -293,16 +293,22 @@ class Evaluator:
         prior = getattr(self._family, "prior", None)
         return hasattr(self._family, "bound") and (prior is None or prior.name == "gaussian")
 
-    def __call__(self, params, step: int, num_samples: int) -> Evaluation:
-        if self._held_out is None:
+    def __call__(self, params, step: int, num_samples: int, samples_only: bool = False) -> Evaluation:
+        """samples_only: of the sampler as it is set; no plain one beside it, no likelihood, no rows of reference."""
+        if self._judges is None:
             self._prepare()
-        metrics = self._likelihood(params)
+        metrics = {} if samples_only else self._likelihood(params)
         texts = {}
+        own = list(samplers(self._family))[-1]
         for name, sampler in self._samplers.items():
+            if samples_only and name.rpartition("@")[0] != own:
+                continue
             ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
             texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
             scores = score_all(self._judges, ids, texts[name]) | {"seconds_per_100": sampler.seconds}
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
+        if samples_only:
+            return Evaluation(step, metrics, texts)
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))

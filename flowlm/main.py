@@ -3,7 +3,7 @@
 flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...] --workdir=DIR
              [--distributed] [--profile_steps=a:b] [--compile_cache=DIR]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
-flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR]
+flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR] [--samples_only]
 flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--dense] [--results=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --device
 flowlm bench [--device] [--help]
@@ -58,6 +58,11 @@ _PATH = flags.DEFINE_string("path", None, "prepare: the file or the folder with 
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "prepare: name of a tokenizer or path of its file")
 _LENGTH = flags.DEFINE_integer("length", None, "prepare: ids in a row", 2)
 _OUT = flags.DEFINE_string("out", None, "prepare, report: the folder to make")
+_SAMPLES_ONLY = flags.DEFINE_boolean(
+    "samples_only",
+    False,
+    "evaluate: the sampler as it is set; no plain one beside it, no likelihood, no rows of reference",
+)
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
@@ -150,7 +155,7 @@ def _evaluate() -> None:
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
     evaluator = Evaluator(run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts)
-    result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
+    result = evaluator(run.params, run.step, _NUM.value or settings.final_samples, _SAMPLES_ONLY.value)
     result.save(_RESULTS.value or _CHECKPOINT.value)
     result.show()
 

@@ -49,10 +49,12 @@ def gather(study: Study, kept: Path) -> list[dict]:
             name, _, steps = sampler.partition("@")
             record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
             records.append(record | (bound if steps else {}) | values)
-    references = {}
+    references: dict[str, dict] = {}
     for record in records:
         if record["steps"] == 0:
-            references.setdefault(record["sampler"], record | {"method": record["sampler"], "sampler": ""})
+            # Not every run asks all judges: what the first one lacks is of a later one.
+            name = record["sampler"]
+            references[name] = record | {"method": name, "sampler": ""} | references.get(name, {})
     return [record for record in records if record["steps"]] + list(references.values())
 
 

@@ -34,7 +34,7 @@ def commands(monkeypatch):
         if stdout is not None:
             print(*sorted(os.sched_getaffinity(0)), file=stdout)
         if line[3] == "evaluate":
-            place, heat = Path(line[-1].removeprefix("--results=")), float(line[-2].rpartition("=")[2])
+            place, heat = Path(line[-1].removeprefix("--results=")), float(line[5].rpartition("=")[2])
             place.mkdir(parents=True)
             metrics = {
                 "samples/map heat@4/entropy": 2 + heat,
@@ -222,7 +222,9 @@ def test_two_real_runs(tmp_path, data_dir, monkeypatch):
     runs = [
         Run("autoregressive", "experiments/grammar.py:autoregressive"),
         Run("masked", "experiments/grammar.py:masked", steps),
-        Run("sdtt", "experiments/grammar.py:sdtt", judged, "masked", sweep=({"temperature": 0.5},)),
+        Run(
+            "sdtt", "experiments/grammar.py:sdtt", judged, "masked", sweep=({"temperature": 0.5}, {"temperature": 1.0})
+        ),
     ]
     study = Study(runs, ["grammatical"], ["seed0_nats_per_token"])
     carry_out(study, tmp_path / "w", tmp_path / "r", [f"--config.{flag}" for flag in tiny])
@@ -235,4 +237,14 @@ def test_two_real_runs(tmp_path, data_dir, monkeypatch):
     matched = (tmp_path / "r/study_matched.md").read_text().splitlines()[4:]
     cells = {tuple(c.strip() for c in line.split("|")[1:3]): line.split("|")[4] for line in matched}
     assert cells["masked, ancestral", "1"].strip() == "-"
+    # The first run has no judge, but real text has its figure all the same.
+    assert re.match(r" \d\.\d{3}", cells["held_out", ""])
+    # A swept setting is sampled and judged alone; the run's own one gives the run's own figures.
+    path = tmp_path / "w/sdtt/seed0"
+    own, same = (
+        json.loads((path / name / "evaluation.json").read_text())["metrics"] for name in ("", "sweep/temperature=1.0")
+    )
+    assert same.keys() == {key for key in own if key.startswith("samples/ancestral")}
+    judged = [key for key in same if not key.endswith("seconds_per_100")]
+    assert [same[key] for key in judged] == [own[key] for key in judged]
     assert re.match(r" \d\.\d{3} ± \d", cells["sdtt, ancestral", "2"])
