@@ -536,7 +536,23 @@ def test_teacher_temperature_sharpens_the_flow_and_nothing_else():
         np.testing.assert_allclose(losses[name], -(taught * mine).sum(-1).mean(-1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["esd", "lsd"])
+@pytest.mark.parametrize("target", ["lsd", "lsd_logit", "ecld"])
+def test_one_text_for_all_noise_is_no_solution(target):
+    """A jump from noise to the end that writes one clean text whatever the noise satisfies the Lagrangian identity there."""
+    flow, warp = setting("wide")
+    net, params = network(flow, warp)
+    text = jax.nn.one_hot(flow.sequences[0], net.vocab)
+
+    def apply(p, z, tau_s, tau_t, keys=None):
+        whole = ((tau_s == 0) & (tau_t == 1))[:, None, None]
+        return jnp.where(whole, 8 * text + p["tilt"], net.apply(p, z, tau_s, tau_t))
+
+    fam = family("wide", target=target, boundary=1.0, diagonal=0.0)
+    batch = rows(fam, flow, 64)
+    assert judge(fam, replace(net, apply=apply), params, batch)(0)[2][target].mean() > 0.1
+
+
+@pytest.mark.parametrize("target", ["esd", "lsd", "lsd_logit"])
 def test_the_boundary_pair_alone_is_finite_and_stationary(target):
     flow, warp = setting("wide")
     net, params = network(flow, warp)

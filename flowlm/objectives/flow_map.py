@@ -9,10 +9,12 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
     teacher_steps      semigroup    m Euler steps of the teacher's flow; no bootstrap
     lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
     csd, ecld          Lagrangian   2602.12233: squared error through the derivative; a cross-entropy bounding it
-    esd, esd_logit     Eulerian     what if the jump began a little later? the semigroup at t = 1
+    esd, esd_logit     Eulerian     what if the jump began a little later?
     residual           a two-network map, fitted by one (residual.py: the first version of the paper)
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
+
+At t = 1 all of the last three but csd learn by the semigroup, for there their identities do not suffice.
 
 With `teacher_temperature` the flow is that of the teacher's softmax(logits / temperature): one jump cannot be sharpened by
 drawing, its flow can. The teacher is frozen; the student keeps its embedding, and so sees the same states. With
@@ -112,7 +114,7 @@ def _teacher_steps(self, game: Game, z, rows, keys) -> Match:
     return vocab.over_logits(flow_map.teacher_steps, (live, *parts), tuple(weights))
 
 
-def _lagrangian(match, weights, through=False):
+def _lagrangian(match, weights=lambda s, t: (lagrangian_weight(s, t),), through=False):
     def target(self, game: Game, z, rows, keys) -> Match:
         s, t = game.times(rows)
         moving = game.moving(z, rows, keys, through)
@@ -123,20 +125,32 @@ def _lagrangian(match, weights, through=False):
     return target
 
 
-def _eulerian(match, at_end):
-    """At t = 1 the identity says nothing of delta (squared form) or is singular (logit form): those rows learn by `at_end`."""
+def _but_at_end(inside, at_end):
+    """`inside`, but rows with t = 1 learn by the semigroup: there the other identities do not tell the right delta from others.
 
+    The Lagrangian one says only that delta is a fixed point of D_1, which every clean text is, and cross-entropy to it makes the
+    likeliest likelier: one step collapses. The Eulerian says nothing (squared form) or is singular (logit form).
+    """
+    semigroup = _semigroup(at_end)
+
+    def target(self, game: Game, z, rows, keys) -> Match:
+        match = inside(self, game, z, rows, keys)
+        if self.boundary == 0:
+            return match
+        ends = rows["tau_t"][:, None] == 1
+        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), semigroup(self, game, z, rows, keys), match)
+
+    return target
+
+
+def _eulerian(match):
     def target(self, game: Game, z, rows, keys) -> Match:
         s, t = game.times(rows)
         flow = game.flow.see(z, rows["tau_s"], rows["tau_s"])
         step = lambda tau, z: game.live.apply(z, tau, rows["tau_t"], keys)
         hidden, tangent = flow_map.d_flow(step, game.warp, s, z, stop_gradient(game.mean(flow)))
         moving = game.live.head, hidden, stop_gradient(tangent)
-        inside = vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
-        if self.boundary == 0:
-            return inside
-        ends = rows["tau_t"][:, None] == 1
-        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), _semigroup(at_end)(self, game, z, rows, keys), inside)
+        return vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
 
     return target
 
@@ -153,12 +167,12 @@ TARGETS = {
     "psd_squared": _semigroup(flow_map.psd_squared),
     "teacher_steps": _teacher_steps,
     "residual": _residual,
-    "lsd": _lagrangian(flow_map.lsd, lambda s, t: (lagrangian_weight(s, t),)),
-    "lsd_logit": _lagrangian(flow_map.lsd_logit, lambda s, t: (lagrangian_weight(s, t),)),
+    "lsd": _but_at_end(_lagrangian(flow_map.lsd), flow_map.psd),
+    "lsd_logit": _but_at_end(_lagrangian(flow_map.lsd_logit), flow_map.psd),
     "csd": _lagrangian(flow_map.csd, lambda s, t: (s, t), through=True),
-    "ecld": _lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True),
-    "esd": _eulerian(flow_map.esd, flow_map.psd_squared),
-    "esd_logit": _eulerian(flow_map.esd_logit, flow_map.psd),
+    "ecld": _but_at_end(_lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True), flow_map.psd),
+    "esd": _but_at_end(_eulerian(flow_map.esd), flow_map.psd_squared),
+    "esd_logit": _but_at_end(_eulerian(flow_map.esd_logit), flow_map.psd),
 }
 
 
