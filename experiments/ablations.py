@@ -75,7 +75,10 @@ FLOWS = {
     "time_warp": {SEEDS: sweep("time_warp", ("ambient", "identity")), ONE: sweep("time_warp", ("embedded",))},
     "loss": {ONE: sweep("objective.loss", ("cross_entropy", "squared_error", "velocity"))},
     "prior": {ONE: product(sweep("prior", ("gaussian", "dirichlet")), [EITHER_PRIOR])},
-    "input": {SEEDS: sweep("model.input", ("raw", "scaled", "posterior", "both", "white"))},
+    "input": {
+        SEEDS: sweep("model.input", ("raw", "posterior", "both")),
+        ONE: sweep("model.input", ("scaled", "white")),
+    },
     "soft_caps": {ONE: product(sweep("model.attention_cap", (0.0, 50.0)), sweep("model.logit_cap", (0.0, 30.0)))},
     "ema": {ONE: sweep("ema_decay", (0.0, 0.9, 0.99, 0.999, 0.9999))},
 }
