@@ -84,7 +84,7 @@ FLOWS = {
 }
 # The Eulerian target in logit space is singular at t = 1.
 MORE_TARGETS = chain(
-    sweep("objective.target", ("csd", "ecld", "lsd_logit")),
+    sweep("objective.target", ("teacher_steps", "csd", "ecld", "lsd_logit")),
     [{"objective.target": "esd_logit", "objective.tau_max": 0.99}],
 )
 FLOW_MAPS = {
