@@ -48,10 +48,12 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the nois
     the same with 8 blocks in flow and map   .204 / .509 / .633 / .719
     teacher_steps (4)                        .084 / .310 / .462 / .562
     esd                                      .066 / .252 / .403 / .528
-    lsd_logit                                .982 / .146 / .378 / .504, collapsed in one step: .021 of the rows are distinct
+    lsd_logit                                .982 / .146 / .378 / .504, collapsed in one step (.021 of the rows are distinct):
+                                             before commit b866946f4ce2, which leaves t = 1 to the semigroup
     psd without a teacher                    .025 / .104 / .182 / .237
 
-What helped most is a time embedding of t that is smooth, depth, and in sampling less noise.
+What helped most is a time embedding of t that is smooth, depth, and in sampling less noise. PSD, LSD, ESD and no
+teacher with three seeds are the ablations `target` and `teacher` (ablations.py, results/ablations).
 
     flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
     flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)
