@@ -22,6 +22,8 @@ The network's input, at a smaller equal budget (arguments `:raw`, `:scaled`, `:p
     both                            .573            .351    .415
     both, likelihood_skip output    .530            .011    .012
 
+With the settings of now, three seeds (results/ablations/input), `posterior` and `both` are equal within their spread.
+
 **Cross-entropy does not rank samplers**: the output with the lowest has the worst samples. The raw part of `both` overfits the
 noise; that is why its matrix starts at zero and decays. Weaker still would be better for samples, and is untuned.
 
