@@ -55,7 +55,7 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the nois
     psd without a teacher                    .025 / .104 / .182 / .237
 
 What helped most is a time embedding of t that is smooth, depth, and in sampling less noise. PSD, LSD, ESD and no
-teacher with three seeds are the ablations `target` and `teacher` (ablations.py, results/ablations).
+teacher with three seeds, and LSD in logits without its collapse, are the ablations `target` and `teacher` (ablations.py, results/ablations).
 
     flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
     flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)
