@@ -54,8 +54,8 @@ At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the nois
                                              before commit b866946f4ce2, which leaves t = 1 to the semigroup
     psd without a teacher                    .025 / .104 / .182 / .237
 
-What helped most is a time embedding of t that is smooth, depth, and in sampling less noise. PSD, LSD, ESD and no
-teacher with three seeds, and LSD in logits without its collapse, are the ablations `target` and `teacher` (ablations.py, results/ablations).
+What helped most is a time embedding of t that is smooth, depth, and in sampling less noise. PSD, LSD, ESD and no teacher with three
+seeds, and LSD in logits without its collapse, are the ablations `target` and `teacher` (ablations.py, results/ablations).
 
     flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
     flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)
