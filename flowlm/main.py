@@ -143,9 +143,9 @@ def _evaluate() -> None:
 
     if _CHECKPOINT.value is None:
         raise ValueError("flowlm evaluate needs --checkpoint=DIR, the directory of a trained run")
-    if _OBJECTIVE.value and not _RESULTS.value:
+    if (_OBJECTIVE.value or _SAMPLES_ONLY.value) and not _RESULTS.value:
         raise ValueError(
-            "--objective changes what is evaluated: give --results=DIR, so that the run keeps its own results"
+            "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(_CHECKPOINT.value, layout, _objective())

@@ -138,6 +138,7 @@ def test_missing_data_says_what_to_put_where(name, tokenizer, vocab, nothing_exp
         (["sample"], "needs --checkpoint=DIR"),
         (["evaluate"], "needs --checkpoint=DIR"),
         (["evaluate", "--checkpoint=x", "--objective=eta=0"], "give --results=DIR"),
+        (["evaluate", "--checkpoint=x", "--samples_only"], "give --results=DIR"),
         (["sample", "--checkpoint=x", "--objective=eta"], "--objective takes KEY=VALUE,..., got 'eta'"),
         (["study"], "needs --study=experiments/study.py, --workdir=DIR and --results=DIR"),
         (["study", "--study=x.py", "--workdir=x", "--results=x"], "no study x.py"),
