@@ -42,8 +42,8 @@ From another flow of the same command, .151 and .148 in one step. 6,000 steps of
 .150, .150, .158, .173, .185, .190, .145. A trigram chain drawn from the training rows writes .62 grammatical ones.
 
 At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the noise), from the flow of the table above. Psd, lsd, esd
-and no teacher are means over three seeds (± .002 to .055), the others one (± .009 to .016); ablations.py:target_cpu and :teacher_cpu
-make them (results/ablations), study.py:tuning the two of csd:
+and no teacher are means over three seeds (± .002 to .055), the others one (± .009 to .016). ablations.py:target_cpu and teacher_cpu
+make them (results/ablations), and study.py:tuning the two of csd:
 
     psd                                      .146 / .379 / .535 / .624
     lsd                                      .103 / .237 / .454 / .589

@@ -14,7 +14,7 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
-At t = 1 all of the last three but csd learn by the semigroup, for there their identities do not suffice.
+Rows that end at t = 1 learn by the semigroup in all Lagrangian and Eulerian targets but csd: there their identities do not suffice.
 
 With `teacher_temperature` the flow is that of the teacher's softmax(logits / temperature): one jump cannot be sharpened by
 drawing, its flow can. The teacher is frozen; the student keeps its embedding, and so sees the same states. With
