@@ -89,7 +89,10 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
     with ThreadPoolExecutor(parallel, **cores) as pool:
         while waiting or running:
             for run, seed in list(waiting):
-                others = [directory(workdir, *other) for other in before(run, seed, runs)]
+                needed = before(run, seed, runs)
+                if any(other in running.values() for other in needed):
+                    continue  # what lies in their directories may be half written
+                others = [directory(workdir, *other) for other in needed]
                 path = directory(workdir, run, seed)
                 if not finished(path) and any(other in tried and not finished(other) for other in others):
                     waiting.remove((run, seed))
