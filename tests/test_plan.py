@@ -14,10 +14,11 @@ from test_experiments import ARGUMENTS, FILES, ROOT, load
 from test_hlo import KNOWN, known_program, totals
 from toy import run_config
 
-from flowlm import plan
+from flowlm import ahead_of_time, plan
+from flowlm.ahead_of_time import needed_memory, parse_topology, trace_step
 from flowlm.costs import CHIPS, EFFICIENCY, forward_flops
 from flowlm.experiment import abstract_state, build
-from flowlm.plan import RESOLUTION, device_need, largest_batch, parse_topology, plan_device
+from flowlm.plan import RESOLUTION, device_need, largest_batch, plan_device
 from flowlm.sharding import Layout, make_mesh
 
 # ---- Without the TPU compiler -----------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ def test_what_a_compiler_says_it_lacks():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (292.50G) exceeds"
     )
-    assert plan._needed(f"{message} available HBM (15.75G).") == 292.5 * 2**30
-    assert plan._needed("INTERNAL: Mosaic failed to compile") is None
+    assert needed_memory(f"{message} available HBM (15.75G).") == 292.5 * 2**30
+    assert needed_memory("INTERNAL: Mosaic failed to compile") is None
 
 
 def test_the_search_for_the_largest_batch_ends():
@@ -99,7 +100,7 @@ tpu = pytest.mark.needs("tpu-plan")
 
 @pytest.fixture
 def four_chips(monkeypatch):
-    for name, value in plan.ENVIRONMENT.items():
+    for name, value in ahead_of_time.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     return parse_topology("v5e:2x2").devices()
 
@@ -141,7 +142,7 @@ def test_every_target_compiles_for_tpus(target, four_chips):
 
 
 def compile_all(config, devices):
-    traced = plan.trace_step(config, devices).traced
+    traced = trace_step(config, devices).traced
     compiled = traced.lower().compile()
     assert compiled.memory_analysis().argument_size_in_bytes > 0
 
@@ -149,7 +150,7 @@ def compile_all(config, devices):
 @tpu
 def test_known_collectives_of_a_tpu_program(monkeypatch):
     """The program whose collectives are counted by hand, after all passes of the TPU compiler."""
-    for name, value in plan.ENVIRONMENT.items():
+    for name, value in ahead_of_time.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     devices = parse_topology("v5e:2x4").devices()
     mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
