@@ -60,7 +60,8 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 def write(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric. study.png, study_time.png: against steps, against time, without swept settings."""
+    each metric; study_matched.md: so too, at held-out entropy. study.png, study_time.png: against steps, against time, without
+    swept settings."""
     records = gather(study, kept)
     if not records:
         return
@@ -80,17 +81,11 @@ def write(study: Study, kept: Path, results: Path) -> None:
     rows = [[name, steps, len(cells[name, steps]), *values] for (name, steps), values in table.items()]
     (results / "study.md").write_text("\n".join(markdown(["method", "steps", "seeds", *study.metrics], rows)) + "\n")
 
-    steps = sorted({steps for _, steps in table if steps})
-    names = list(dict.fromkeys(name for name, _ in table))
-    lines = []
-    nothing = ["-"] * len(study.metrics)
-    for i, metric in enumerate(study.metrics):
-        # Real text and the naive samplers take no steps.
-        rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
-        lines += [*markdown([metric, *steps], rows), ""]
-    (results / "study_grid.md").write_text("\n".join(lines))
+    (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)))
     if study.matched:
-        (results / "study_matched.md").write_text("\n".join(matched_table(study, records)) + "\n")
+        entropy, table = matched(study, records)
+        lines = [f"Held-out entropy {entropy:.3f} nats.", "", *grids(study.matched, table)]
+        (results / "study_matched.md").write_text("\n".join(lines))
 
     drawn = {run.name for run in study.runs if run.drawn}
     steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
@@ -124,11 +119,23 @@ def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
     return [line([str(name).replace("_", " ") for name in head]), "|---" * len(head) + "|", *map(line, rows)]
 
 
-def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
-    """Lines of a table: each method's metrics at the entropy of held-out rows, or (at ENTROPY) at the nearest it reached.
+def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[str]:
+    """Lines of a table for each metric, methods by steps, of {(method, steps): a cell for each metric}."""
+    names, lines = list(dict.fromkeys(name for name, _ in table)), []
+    steps = sorted({steps for _, steps in table if steps})
+    nothing = ["-"] * len(metrics)
+    for i, metric in enumerate(metrics):
+        # Real text and the naive samplers take no steps.
+        rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
+        lines += [*markdown([metric, *steps], rows), ""]
+    return lines
 
-    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which
-    have no knob, stand below as they are.
+
+def matched(study: Study, records: Sequence[dict]) -> tuple[float, dict[tuple, list[str]]]:
+    """(held-out entropy, {(method, steps): a cell for each of study.matched}): each method at that entropy.
+
+    Where no setting reaches it the cell is of the nearest, "(at ENTROPY)". Of several seeds mean and standard deviation, of one
+    the bootstrap's error. Held-out rows and the naive samplers, which have no knob, stand as they are.
     """
     target = next(record["entropy"] for record in records if record["method"] == "held_out")
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -136,23 +143,22 @@ def matched_table(study: Study, records: Sequence[dict]) -> list[str]:
         sampler = record["sampler"].split(" ")[0]
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
         curves[method, record["steps"] or ""][record["seed"]].append(record)
-    rows = []
-    for (method, steps), seeds in curves.items():
-        cells = []
-        for metric in study.matched:
-            points = []
-            for records in seeds.values():
-                usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
-                keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
-                if usable:
-                    points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
-            if not points:
-                cells.append("-")
-                continue
-            values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
-            spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
-            reached = "" if entropy == target else f" (at {entropy:.2f})"
-            cells.append(f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached)
-        rows.append([method, steps, len(seeds), *cells])
-    table = markdown(["method", "steps", "seeds", *study.matched], rows)
-    return [f"Held-out entropy {target:.3f} nats.", "", *table]
+    return target, {
+        cell: [_at(list(seeds.values()), metric, target) for metric in study.matched] for cell, seeds in curves.items()
+    }
+
+
+def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> str:
+    """One cell: of every seed the records of one sampler at all its settings."""
+    points = []
+    for records in seeds:
+        usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
+        keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
+        if usable:
+            points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
+    if not points:
+        return "-"
+    values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
+    spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
+    reached = "" if entropy == target else f" (at {entropy:.2f})"
+    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached
