@@ -2,10 +2,10 @@
 
     bash launch/study.sh grammar        or    flowlm study --study=experiments/study.py:grammar --workdir=DIR --results=DIR
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
-    bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar
+    bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
 `grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 2 1/2 hours on 2 CPU cores.
-`tuning`: another hour.
+`tuning`, `text_tuning`: another hour each.
 `text`: the quickstart's speeches and network, 6,000 steps and 3,000 of distillation, about 2 hours with --parallel=2; each
 sampler's knob is swept and figures are given at the entropy of held-out text too. All go on where they were when run again.
 Discrete students go through rounds of equal length, each with twice the jump of the last; every round is a row of the table, so
@@ -129,13 +129,44 @@ def text() -> Study:
     return on_text(QUICKSTART, training=6000, distillation=3000, curriculum=0, samples=256, seeds=(0,))
 
 
+def text_tuning() -> Study:
+    """What was tried beside the runs of `text`, whose directories it shares: for the baselines, and for a map in one step."""
+    rate, matched = "optimizer.learning_rate", ("smollm2_nats_per_token", "nats_per_char", "self_bleu")
+    alone = ONCE | {"evaluation.final_samples": 256, "evaluation.language_models": ("smollm2",)}
+    trained, distilled = alone | {"steps": 1500, "evaluation.steps": (8, 64)}, alone | {"evaluation.steps": (8,)}
+    mapped = alone | {"steps": 1000, "evaluation.steps": (1, 2)}
+    own = ("autoregressive", "masked", "uniform", "flow", "flow_map", "sdtt_32", "dcd_32")
+    runs = [run for run in text().runs if run.name in own]
+    cool, student = ({"temperature": 0.85}, {"temperature": 0.7}), f"{QUICKSTART}:flow_map"
+    for value in (1e-3, 2e-3, 4e-3):
+        for name in ("masked", "uniform"):
+            runs.append(Run(f"{name}_rate{value:g}", f"{QUICKSTART}:{name}", trained | {rate: value}, sweep=cool))
+    curriculum = trained | {"objective.curriculum_steps": 750}
+    runs.append(Run("uniform_curriculum", f"{QUICKSTART}:uniform", curriculum, sweep=cool))
+    for name, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
+        for value in (5e-4, 1e-3, 4e-3):
+            more = {"count": 1, "suffix": f"_rate{value:g}", "seeds": (0,), "sweep": cool}
+            runs += rounds(QUICKSTART, name, teacher, 600, distilled | {rate: value}, **more)
+        long = distilled | {"steps": 3000, "objective.jump": 1 / 32}
+        runs.append(Run(f"{name}_32_long", f"{QUICKSTART}:{name}", long, teacher, sweep=cool))
+    less = ({"noise_scale": 0.55}, {"noise_scale": 0.7})
+    for name, settings in (
+        ("1000", {}),
+        ("rate0.002", {rate: 2e-3}),
+        ("teacher0.7", {"objective.teacher_temperature": 0.7}),
+        ("teacher1", {"objective.teacher_temperature": 1.0}),
+    ):
+        runs.append(Run(f"flow_map_{name}", student, mapped | settings, "flow", sweep=less))
+    return Study(runs, (*matched, "entropy", "bound_nats_per_token"), matched)
+
+
 def text_gpu() -> Study:
     return on_text(LM1B, training=40_000, distillation=15_000, curriculum=20_000, samples=1024, seeds=SEEDS)
 
 
 def get_study(arg: str = "grammar") -> Study:
-    """`arg` is `grammar`, `tuning`, `text` or `text_gpu`."""
-    studies = {"grammar": grammar, "tuning": tuning, "text": text, "text_gpu": text_gpu}
+    """`arg` is `grammar`, `tuning`, `text`, `text_tuning` or `text_gpu`."""
+    studies = {each.__name__: each for each in (grammar, tuning, text, text_tuning, text_gpu)}
     if arg not in studies:
         raise ValueError(f"there are the studies {', '.join(studies)}, not {arg!r}")
     return studies[arg]()

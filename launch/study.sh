@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All methods under one budget, to one table; taken up where it was when run again.
-# usage: bash launch/study.sh [grammar|tuning|text|text_gpu [WORKDIR [RESULTS]]]
+# usage: bash launch/study.sh [grammar|tuning|text|text_tuning|text_gpu [WORKDIR [RESULTS]]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh
