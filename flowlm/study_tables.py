@@ -60,7 +60,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 def write(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric; study_matched.md: so too, at held-out entropy. study.png, study_time.png: against steps, against time, without
+    each metric; study_matched.md: so too, at equal entropy. study.png, study_time.png: against steps, against time, without
     swept settings."""
     records = gather(study, kept)
     if not records:
@@ -83,8 +83,11 @@ def write(study: Study, kept: Path, results: Path) -> None:
 
     (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)))
     if study.matched:
-        entropy, table = matched(study, records)
-        lines = [f"Held-out entropy {entropy:.3f} nats.", "", *grids(study.matched, table)]
+        held_out = next(record["entropy"] for record in records if record["method"] == "held_out")
+        lines = []
+        for below in study.below:
+            lines += [f"At an entropy of {held_out - below:.3f} nats, {below:g} below held-out text's.", ""]
+            lines += grids(study.matched, matched(study, records, held_out - below))
         (results / "study_matched.md").write_text("\n".join(lines))
 
     drawn = {run.name for run in study.runs if run.drawn}
@@ -131,20 +134,19 @@ def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[
     return lines
 
 
-def matched(study: Study, records: Sequence[dict]) -> tuple[float, dict[tuple, list[str]]]:
-    """(held-out entropy, {(method, steps): a cell for each of study.matched}): each method at that entropy.
+def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple, list[str]]:
+    """{(method, steps): a cell for each of study.matched}, each method's at this entropy in nats.
 
     Where no setting reaches it the cell is of the nearest, "(at ENTROPY)". Of several seeds mean and standard deviation, of one
     the bootstrap's error. Held-out rows and the naive samplers, which have no knob, stand as they are.
     """
-    target = next(record["entropy"] for record in records if record["method"] == "held_out")
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         sampler = record["sampler"].split(" ")[0]
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
         curves[method, record["steps"] or ""][record["seed"]].append(record)
-    return target, {
-        cell: [_at(list(seeds.values()), metric, target) for metric in study.matched] for cell, seeds in curves.items()
+    return {
+        cell: [_at(list(seeds.values()), metric, entropy) for metric in study.matched] for cell, seeds in curves.items()
     }
 
 

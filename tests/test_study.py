@@ -144,16 +144,25 @@ def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
     """Half way between two settings that lie around it; beyond all of them the nearest, with its own entropy."""
     sweeps = {"near": (0.9, 0.5, 1.1), "far": (0.25, 0.5)}
     runs = [Run(name, "experiments/a.py", sweep=tuple({"heat": h} for h in heats)) for name, heats in sweeps.items()]
-    carry_out(Study(runs, ["entropy"], ["nats"]), tmp_path / "w", tmp_path / "r")
+    carry_out(Study(runs, ["entropy"], ["nats"], (0.0, 0.5)), tmp_path / "w", tmp_path / "r")
     assert commands[1][3:6] == ["evaluate", f"--checkpoint={tmp_path}/w/near/seed0", "--objective=heat=0.9"]
     lines = (tmp_path / "r/study_matched.md").read_text().splitlines()
-    assert lines[:4] == ["Held-out entropy 3.000 nats.", "", "| nats | 4 |", "|---|---|"]
+    assert lines[:4] == [
+        "At an entropy of 3.000 nats, 0 below held-out text's.",
+        "",
+        "| nats | 4 |",
+        "|---|---|",
+    ]
     near, far = (re.fullmatch(r"(.*) ± ([0-9.]+)(.*)", line).groups() for line in lines[4:6])
     assert near[0] == "| near, map | 5.000" and near[2] == " |"
     assert float(near[1]) == pytest.approx(0.3 * np.sqrt(0.5), rel=0.1)
     assert far[0] == "| far, map | 2.500" and far[2] == " (at 2.50) |"
     assert float(far[1]) == pytest.approx(0.3, rel=0.1)
-    assert lines[6:] == ["| held_out | - |"]
+    assert lines[6] == "| held_out | - |"
+    # Half a nat lower, one setting of the far method is just there: 2 + 0.5.
+    assert lines[8] == "At an entropy of 2.500 nats, 0.5 below held-out text's."
+    assert lines[12].startswith("| near, map | 2.500 ± ") and lines[13].startswith("| far, map | 2.500 ± ")
+    assert lines[13].endswith(" |") and "(at" not in lines[12] + lines[13]
     # The other table is of the runs themselves.
     assert "heat" not in (tmp_path / "r/study.md").read_text()
     count = len(commands)
