@@ -105,9 +105,10 @@ def on_text(
     judged = alone | {"evaluation.language_models": judges, "evaluation.steps": (1, 2, 4, 8, 64)}
     few = judged | {"evaluation.steps": (4, 8)}
     trained, distilled = judged | {"steps": training}, judged | {"steps": distillation}
-    hot, warm, cool, cold = ({"temperature": t} for t in (1.0, 0.85, 0.7, 0.5))
+    hot, warm, cool, cold, colder = ({"temperature": t} for t in (1.0, 0.85, 0.7, 0.5, 0.4))
     # The flow's own sampler draws at temperature 0.55; the others' at 1. The flow map's takes the likeliest tokens.
-    drawn, flown, mapped = (warm, cool, cold), (hot, warm, cool), ({"noise_scale": 0.55}, {"noise_scale": 0.7}, cold)
+    drawn, flown = (warm, cool, cold, colder), (hot, warm, cool, colder)
+    mapped = ({"noise_scale": 0.55}, {"noise_scale": 0.7}, cold)
     judge = ("autoregressive",)
     uniform = trained | {"objective.curriculum_steps": curriculum}
     runs = [
@@ -117,7 +118,7 @@ def on_text(
         Run("flow", experiment, trained, None, seeds, flown, judge),
         Run("flow_map", f"{experiment}:flow_map", distilled, "flow", seeds, mapped, judge),
     ]
-    more = {"last": judged, "seeds": seeds, "sweep": (warm, cool), "needs": judge}
+    more = {"last": judged, "seeds": seeds, "sweep": drawn, "needs": judge}
     for student, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
         runs += rounds(experiment, student, teacher, distillation // ROUNDS, few, **more)
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token", "self_bleu", "ngram_distance_2")
