@@ -155,6 +155,7 @@ def text_tuning() -> Study:
     for name, settings in (
         ("1000", {}),
         ("rate0.002", {rate: 2e-3}),
+        ("teacher0.35", {"objective.teacher_temperature": 0.35}),
         ("teacher0.7", {"objective.teacher_temperature": 0.7}),
         ("teacher1", {"objective.teacher_temperature": 1.0}),
     ):
