@@ -108,7 +108,7 @@ def on_text(
     hot, warm, cool, cold, colder = ({"temperature": t} for t in (1.0, 0.85, 0.7, 0.5, 0.4))
     # The flow's own sampler draws at temperature 0.55; the others' at 1. The flow map's takes the likeliest tokens.
     drawn, flown = (warm, cool, cold, colder), (hot, warm, cool, colder)
-    mapped = ({"noise_scale": 0.55}, {"noise_scale": 0.7}, cold)
+    mapped = ({"noise_scale": 0.55}, {"noise_scale": 0.7}, cold, hot)
     judge = ("autoregressive",)
     uniform = trained | {"objective.curriculum_steps": curriculum}
     runs = [
@@ -154,6 +154,7 @@ def text_tuning() -> Study:
     less = ({"noise_scale": 0.55},)
     for name, settings in (
         ("1000", {}),
+        ("average", {"objective.targets_from": "ema"}),
         ("rate0.002", {rate: 2e-3}),
         ("teacher0.35", {"objective.teacher_temperature": 0.35}),
         ("teacher0.7", {"objective.teacher_temperature": 0.7}),
