@@ -106,8 +106,10 @@ def on_text(
     few = judged | {"evaluation.steps": (4, 8)}
     trained, distilled = judged | {"steps": training}, judged | {"steps": distillation}
     hot, warm, cool, cold, colder = ({"temperature": t} for t in (1.0, 0.85, 0.7, 0.5, 0.4))
-    # The flow's own sampler draws at temperature 0.55; the others' at 1. The flow map's takes the likeliest tokens.
-    drawn, flown = (warm, cool, cold, colder), (hot, warm, cool, colder)
+    drawn = (warm, cool, cold, colder)
+    # The flow's own sampler draws at temperature 0.55 from 0.8 of the noise; its hotter draws from so little of it collapse. The
+    # others draw at 1. The flow map takes the likeliest tokens, from 0.4 of the noise.
+    flown = ({"noise_scale": 1.0} | hot, {"noise_scale": 1.0} | cool, {"noise_scale": 0.65})
     mapped = ({"noise_scale": 0.55}, {"noise_scale": 0.7}, cold, hot)
     judge = ("autoregressive",)
     uniform = trained | {"objective.curriculum_steps": curriculum}
