@@ -145,14 +145,10 @@ def text_tuning() -> Study:
     for value in (1e-3, 2e-3, 4e-3):
         for name in ("masked", "uniform"):
             runs.append(Run(f"{name}_rate{value:g}", f"{QUICKSTART}:{name}", trained | {rate: value}, sweep=cool))
-    curriculum = trained | {"objective.curriculum_steps": 750}
-    runs.append(Run("uniform_curriculum", f"{QUICKSTART}:uniform", curriculum, sweep=cool))
     for name, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
         for value in (5e-4, 4e-3):
             more = {"count": 1, "suffix": f"_rate{value:g}", "seeds": (0,), "sweep": cool}
             runs += rounds(QUICKSTART, name, teacher, 600, distilled | {rate: value}, **more)
-        long = distilled | {"steps": 3000, "objective.jump": 1 / 32}
-        runs.append(Run(f"{name}_32_long", f"{QUICKSTART}:{name}", long, teacher, sweep=cool))
     less = ({"noise_scale": 0.55},)
     for name, settings in (
         ("1000", {}),
