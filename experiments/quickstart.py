@@ -4,7 +4,7 @@
     flowlm train --config=experiments/quickstart.py:flow_map --config.teacher=DIR --workdir=DIR2
 
     flowlm train --config=experiments/quickstart.py:masked --workdir=DIR      the baselines: also :uniform, :autoregressive and the
-                                                                              students :sdtt, :dcd; not run to their end yet
+                                                                              students :sdtt, :dcd; compared in results/study/text
 
 512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus; then 600 of
 distillation. Expected on 2 CPU cores: 7 minutes of training, 3 of distillation, 3 of sampling and scoring. Expected numbers

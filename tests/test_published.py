@@ -1,4 +1,4 @@
-"""The checkpoints in the repository load on any machine, and their samples are worth what the tables say."""
+"""The checkpoints in the repository load anywhere, their samples are worth what the tables say, and the tables are the runs'."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,8 @@ from flowlm.experiment import load_trained
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import entropies
 from flowlm.sharding import Layout, make_mesh
+from flowlm.study import load
+from flowlm.study_tables import write
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
@@ -50,3 +52,19 @@ def test_on_real_text_as_diverse_as_in_the_table(name, sampler, steps):
     told = json.loads((ROOT / f"results/{file}.json").read_text())["metrics"]
     _, ids = draw(name, sampler, steps, 256)
     assert np.mean(entropies(ids[:, 1:])) == pytest.approx(told[f"samples/{sampler}@{steps}/entropy"], abs=0.05)
+
+
+STUDIES = {"study/grammar": "study.py:grammar", "study/text": "study.py:text"} | {
+    f"ablations/{name}": f"ablations.py:{name}_cpu" for name in ("time_warp", "input", "target", "teacher")
+}
+
+
+@pytest.mark.parametrize("place", STUDIES)
+def test_the_tables_are_those_of_the_runs(place, tmp_path, monkeypatch):
+    """What a command wrote, not a hand: each file again, from the evaluations that are kept."""
+    monkeypatch.chdir(ROOT)
+    write(load(f"experiments/{STUDIES[place]}"), ROOT / "results" / place / "runs", tmp_path)
+    written = [path for path in tmp_path.iterdir() if path.suffix in (".csv", ".md")]
+    assert len(written) >= 3
+    for path in written:
+        assert path.read_text() == (ROOT / "results" / place / path.name).read_text(), path.name
