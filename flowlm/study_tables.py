@@ -138,7 +138,8 @@ def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple
     """{(method, steps): a cell for each of study.matched}, each method's at this entropy in nats.
 
     Where no setting reaches it the cell is of the nearest, "(at ENTROPY)". Of several seeds mean and standard deviation, of one
-    the bootstrap's error. Held-out rows and the naive samplers, which have no knob, stand as they are.
+    the bootstrap's error. Held-out rows and the naive samplers, which have no knob, stand as they are. A method may have several
+    knobs: a setting that another one beats in the first metric, at no less entropy, is left out.
     """
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -146,8 +147,18 @@ def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
         curves[method, record["steps"] or ""][record["seed"]].append(record)
     return {
-        cell: [_at(list(seeds.values()), metric, entropy) for metric in study.matched] for cell, seeds in curves.items()
+        cell: [
+            _at([_best(rows, study.matched[0]) for rows in seeds.values()], metric, entropy) for metric in study.matched
+        ]
+        for cell, seeds in curves.items()
     }
+
+
+def _best(records: Sequence[dict], metric: str) -> list[dict]:
+    """The settings of a sampler that none of the others beats: lower in the metric, and at least as diverse."""
+    known = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
+    beaten = lambda row: any(one[metric] < row[metric] and one["entropy"] >= row["entropy"] for one in known)
+    return [row for row in records if row not in known or not beaten(row)]
 
 
 def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> str:
@@ -163,4 +174,4 @@ def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> str:
     values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
     spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
     reached = "" if entropy == target else f" (at {entropy:.2f})"
-    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if spread else "") + reached
+    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if round(spread, 3) else "") + reached

@@ -17,6 +17,7 @@ from flowlm import study
 from flowlm.carry_out import carry_out
 from flowlm.experiment import build
 from flowlm.study import Run, Study
+from flowlm.study_tables import matched
 
 ROOT = Path(__file__).parents[1]
 RUNS = [
@@ -176,6 +177,17 @@ def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
         ("far heat=0.25, map heat", "2.250"),
         ("far heat=0.5, map heat", "2.500"),
     ]
+
+
+def test_a_setting_that_another_beats_is_left_out():
+    """Two knobs: at the same entropy, or less of it, worse."""
+    settings = {2.0: 1.0, 2.4: 3.9, 2.5: 2.0, 3.0: 4.0}
+    rows = [{"entropy": entropy, "nats": nats, "other": entropy} for entropy, nats in settings.items()]
+    records = [row | {"method": "m", "seed": 0, "sampler": "map", "steps": 4} for row in rows]
+    at = lambda entropy: matched(Study([], [], ["nats", "other"]), records, entropy)["m, map", 4]
+    assert at(2.5) == ["2.000", "2.500"]
+    assert at(2.4) == ["1.800", "2.400"]
+    assert at(2.75) == ["3.000", "2.750"]
 
 
 def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
