@@ -12,6 +12,8 @@ from flowlm.curves import draw_panels
 from flowlm.matching import Point, at_entropy
 from flowlm.study import Run, Study, directory, finished, swept
 
+NEAR = 0.1  # nats of entropy
+
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:
     """(run, seed, setting of the sampler or "", evaluation.json) of all that is there."""
@@ -60,7 +62,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 def write(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric; study_matched.md: so too, at equal entropy. study.png, study_time.png: against steps, against time, without
+    each metric; study_matched.md, .png: so too, at equal entropy. study.png, study_time.png: against steps, against time, without
     swept settings."""
     records = gather(study, kept)
     if not records:
@@ -87,8 +89,11 @@ def write(study: Study, kept: Path, results: Path) -> None:
         lines = []
         for below in study.below:
             lines += [f"At an entropy of {held_out - below:.3f} nats, {below:g} below held-out text's.", ""]
-            lines += grids(study.matched, matched(study, records, held_out - below))
+            points = matched(study, records, held_out - below)
+            texts = {cell: [_text(point, held_out - below) for point in row] for cell, row in points.items()}
+            lines += grids(study.matched, texts)
         (results / "study_matched.md").write_text("\n".join(lines))
+        draw_matched(study, points, held_out - below, results / "study_matched.png")
 
     drawn = {run.name for run in study.runs if run.drawn}
     steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
@@ -105,6 +110,19 @@ def write(study: Study, kept: Path, results: Path) -> None:
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
+
+
+def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], entropy: float, path: Path) -> None:
+    """Each of study.matched against steps; what lies further than NEAR from the entropy is not comparable, and left out."""
+    panels: dict[str, dict] = {metric: defaultdict(list) for metric in study.matched}
+    drawn = {run.name for run in study.runs if run.drawn}
+    for (name, steps), row in points.items():
+        if steps and name.partition(",")[0] in drawn:
+            for metric, point in zip(study.matched, row, strict=True):
+                if point is not None and abs(point.entropy - entropy) < NEAR:
+                    panels[metric][name].append((steps, point.value))
+    label = f"sampling steps, at an entropy of {entropy:.2f} nats"
+    draw_panels(path, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
 
 
 def shown(group: Sequence[dict], metric: str) -> str:
@@ -134,12 +152,12 @@ def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[
     return lines
 
 
-def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple, list[str]]:
-    """{(method, steps): a cell for each of study.matched}, each method's at this entropy in nats.
+def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple, list[Point | None]]:
+    """{(method, steps): a point for each of study.matched}, each method's at this entropy in nats, or the nearest it reaches.
 
-    Where no setting reaches it the cell is of the nearest, "(at ENTROPY)". Of several seeds mean and standard deviation, of one
-    the bootstrap's error. Held-out rows and the naive samplers, which have no knob, stand as they are. A method may have several
-    knobs: a setting that another one beats in the first metric, at no less entropy, is left out.
+    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which have
+    no knob, stand as they are. A method may have several knobs: a setting that another one beats in the first metric, at no
+    less entropy, is left out.
     """
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -161,8 +179,8 @@ def _best(records: Sequence[dict], metric: str) -> list[dict]:
     return [row for row in records if row not in known or not beaten(row)]
 
 
-def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> str:
-    """One cell: of every seed the records of one sampler at all its settings."""
+def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> Point | None:
+    """Of every seed the records of one sampler at all its settings."""
     points = []
     for records in seeds:
         usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
@@ -170,8 +188,15 @@ def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> str:
         if usable:
             points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
     if not points:
-        return "-"
-    values, entropy = [point.value for point in points], np.mean([point.entropy for point in points])
+        return None
+    values, entropy = [point.value for point in points], float(np.mean([point.entropy for point in points]))
     spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
-    reached = "" if entropy == target else f" (at {entropy:.2f})"
-    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if round(spread, 3) else "") + reached
+    return Point(entropy, float(np.mean(values)), float(spread))
+
+
+def _text(point: Point | None, target: float) -> str:
+    """A cell: value and spread, and where the target was not reached the entropy."""
+    if point is None:
+        return "-"
+    reached = "" if point.entropy == target else f" (at {point.entropy:.2f})"
+    return f"{point.value:.3f}" + (f" ± {point.stderr:.3f}" if round(point.stderr, 3) else "") + reached

@@ -184,10 +184,12 @@ def test_a_setting_that_another_beats_is_left_out():
     settings = {2.0: 1.0, 2.4: 3.9, 2.5: 2.0, 3.0: 4.0}
     rows = [{"entropy": entropy, "nats": nats, "other": entropy} for entropy, nats in settings.items()]
     records = [row | {"method": "m", "seed": 0, "sampler": "map", "steps": 4} for row in rows]
-    at = lambda entropy: matched(Study([], [], ["nats", "other"]), records, entropy)["m, map", 4]
-    assert at(2.5) == ["2.000", "2.500"]
-    assert at(2.4) == ["1.800", "2.400"]
-    assert at(2.75) == ["3.000", "2.750"]
+    at = lambda entropy: [
+        point.value for point in matched(Study([], [], ["nats", "other"]), records, entropy)["m, map", 4]
+    ]
+    assert at(2.5) == pytest.approx([2.0, 2.5])
+    assert at(2.4) == pytest.approx([1.8, 2.4])
+    assert at(2.75) == pytest.approx([3.0, 2.75])
 
 
 def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
