@@ -7,6 +7,7 @@ a parametric bootstrap's: entropies and values are drawn anew within their stand
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,3 +45,46 @@ def at_entropy(points: Sequence[Point], target: float) -> Point:
     draws = np.random.default_rng(0).normal(centres, spreads, (REPEATS, *centres.shape))
     values = [interpolate([(e, v) for e, v in draw], target)[1] for draw in draws.tolist()]
     return Point(entropy, value, float(np.std(values, ddof=1)))
+
+
+def matched(records: Sequence[dict], metrics: Sequence[str], entropy: float) -> dict[tuple, list[Point | None]]:
+    """{(method, steps): a point for each metric}, each method's at this entropy in nats, or the nearest it reaches.
+
+    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which have
+    no knob, stand as they are. A method may have several knobs: a setting that another one beats in the first metric, at no
+    less entropy, is left out.
+
+    Args:
+      records: one for each method, seed, setting of the sampler and number of steps.
+    """
+    curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        sampler = record["sampler"].split(" ")[0]
+        method = f"{record['method']}, {sampler}" if sampler else record["method"]
+        curves[method, record["steps"] or ""][record["seed"]].append(record)
+    return {
+        cell: [_at([_best(rows, metrics[0]) for rows in seeds.values()], metric, entropy) for metric in metrics]
+        for cell, seeds in curves.items()
+    }
+
+
+def _best(records: Sequence[dict], metric: str) -> list[dict]:
+    """The settings of a sampler that none of the others beats: lower in the metric, and at least as diverse."""
+    known = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
+    beaten = lambda row: any(one[metric] < row[metric] and one["entropy"] >= row["entropy"] for one in known)
+    return [row for row in records if row not in known or not beaten(row)]
+
+
+def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> Point | None:
+    """Of every seed the records of one sampler at all its settings."""
+    points = []
+    for records in seeds:
+        usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
+        keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
+        if usable:
+            points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
+    if not points:
+        return None
+    values, entropy = [point.value for point in points], float(np.mean([point.entropy for point in points]))
+    spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
+    return Point(entropy, float(np.mean(values)), float(spread))

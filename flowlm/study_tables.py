@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flowlm.curves import draw_panels
-from flowlm.matching import Point, at_entropy
+from flowlm.matching import Point, matched
 from flowlm.study import Run, Study, directory, finished, swept
 
 NEAR = 0.1  # nats of entropy
@@ -89,7 +89,7 @@ def write(study: Study, kept: Path, results: Path) -> None:
         lines = []
         for below in study.below:
             lines += [f"At an entropy of {held_out - below:.3f} nats, {below:g} below held-out text's.", ""]
-            points = matched(study, records, held_out - below)
+            points = matched(records, study.matched, held_out - below)
             texts = {cell: [_text(point, held_out - below) for point in row] for cell, row in points.items()}
             lines += grids(study.matched, texts)
         (results / "study_matched.md").write_text("\n".join(lines))
@@ -150,48 +150,6 @@ def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[
         rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
         lines += [*markdown([metric, *steps], rows), ""]
     return lines
-
-
-def matched(study: Study, records: Sequence[dict], entropy: float) -> dict[tuple, list[Point | None]]:
-    """{(method, steps): a point for each of study.matched}, each method's at this entropy in nats, or the nearest it reaches.
-
-    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which have
-    no knob, stand as they are. A method may have several knobs: a setting that another one beats in the first metric, at no
-    less entropy, is left out.
-    """
-    curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        sampler = record["sampler"].split(" ")[0]
-        method = f"{record['method']}, {sampler}" if sampler else record["method"]
-        curves[method, record["steps"] or ""][record["seed"]].append(record)
-    return {
-        cell: [
-            _at([_best(rows, study.matched[0]) for rows in seeds.values()], metric, entropy) for metric in study.matched
-        ]
-        for cell, seeds in curves.items()
-    }
-
-
-def _best(records: Sequence[dict], metric: str) -> list[dict]:
-    """The settings of a sampler that none of the others beats: lower in the metric, and at least as diverse."""
-    known = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
-    beaten = lambda row: any(one[metric] < row[metric] and one["entropy"] >= row["entropy"] for one in known)
-    return [row for row in records if row not in known or not beaten(row)]
-
-
-def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> Point | None:
-    """Of every seed the records of one sampler at all its settings."""
-    points = []
-    for records in seeds:
-        usable = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
-        keys = ("entropy", metric, f"{metric}_stderr", "entropy_stderr")
-        if usable:
-            points.append(at_entropy([Point(*(row.get(key) or 0.0 for key in keys)) for row in usable], target))
-    if not points:
-        return None
-    values, entropy = [point.value for point in points], float(np.mean([point.entropy for point in points]))
-    spread = np.std(values, ddof=1) if len(points) > 1 else points[0].stderr
-    return Point(entropy, float(np.mean(values)), float(spread))
 
 
 def _text(point: Point | None, target: float) -> str:

@@ -16,8 +16,8 @@ from flowlm import carry_out as running
 from flowlm import study
 from flowlm.carry_out import carry_out
 from flowlm.experiment import build
+from flowlm.matching import matched
 from flowlm.study import Run, Study
-from flowlm.study_tables import matched
 
 ROOT = Path(__file__).parents[1]
 RUNS = [
@@ -184,9 +184,7 @@ def test_a_setting_that_another_beats_is_left_out():
     settings = {2.0: 1.0, 2.4: 3.9, 2.5: 2.0, 3.0: 4.0}
     rows = [{"entropy": entropy, "nats": nats, "other": entropy} for entropy, nats in settings.items()]
     records = [row | {"method": "m", "seed": 0, "sampler": "map", "steps": 4} for row in rows]
-    at = lambda entropy: [
-        point.value for point in matched(Study([], [], ["nats", "other"]), records, entropy)["m, map", 4]
-    ]
+    at = lambda entropy: [point.value for point in matched(records, ["nats", "other"], entropy)["m, map", 4]]
     assert at(2.5) == pytest.approx([2.0, 2.5])
     assert at(2.4) == pytest.approx([1.8, 2.4])
     assert at(2.75) == pytest.approx([3.0, 2.75])
