@@ -135,7 +135,7 @@ def text() -> Study:
 
 def text_tuning() -> Study:
     """What was tried beside the runs of `text`, whose directories it shares: for the baselines, and for a map in one step."""
-    rate, matched = "optimizer.learning_rate", ("smollm2_nats_per_token", "nats_per_char", "self_bleu")
+    rate, matched = "optimizer.learning_rate", ("nats_per_char", "smollm2_nats_per_token", "self_bleu")
     alone = ONCE | {"evaluation.final_samples": 256, "evaluation.language_models": ("smollm2",)}
     trained, distilled = alone | {"steps": 1500, "evaluation.steps": (8, 64)}, alone | {"evaluation.steps": (8,)}
     mapped = alone | {"steps": 1000, "evaluation.steps": (1, 2)}
@@ -153,9 +153,7 @@ def text_tuning() -> Study:
     for name, settings in (
         ("1000", {}),
         ("average", {"objective.targets_from": "ema"}),
-        ("rate0.002", {rate: 2e-3}),
         ("teacher0.35", {"objective.teacher_temperature": 0.35}),
-        ("teacher0.7", {"objective.teacher_temperature": 0.7}),
     ):
         runs.append(Run(f"flow_map_{name}", student, mapped | settings, "flow", sweep=less))
     return Study(runs, (*matched, "entropy", "bound_nats_per_token"), matched, BELOW)
