@@ -7,7 +7,7 @@
 `grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 2 1/2 hours on 2 CPU cores.
 `tuning`, `text_tuning`: another hour each.
 `text`: the quickstart's speeches and network, 6,000 steps and 3,000 of distillation, about 2 hours with --parallel=2; each
-sampler's knob is swept and figures are given at the entropy of held-out text too. All go on where they were when run again.
+sampler's knob is swept and figures are given at equal entropy too. All go on where they were when run again.
 Discrete students go through rounds of equal length, each with twice the jump of the last; every round is a row of the table, so
 that the best one at each number of steps can be read off. `text_gpu`: the same on LM1B at 74M parameters, three seeds, half an
 hour of one 80 GB card a run.

@@ -71,8 +71,8 @@ def matched(records: Sequence[dict], metrics: Sequence[str], entropy: float) -> 
 def _best(records: Sequence[dict], metric: str) -> list[dict]:
     """The settings of a sampler that none of the others beats: lower in the metric, and at least as diverse."""
     known = [row for row in records if row.get(metric) is not None and row.get("entropy") is not None]
-    beaten = lambda row: any(one[metric] < row[metric] and one["entropy"] >= row["entropy"] for one in known)
-    return [row for row in records if row not in known or not beaten(row)]
+    beaten = [row for row in known if any(o[metric] < row[metric] and o["entropy"] >= row["entropy"] for o in known)]
+    return [row for row in records if row not in beaten]
 
 
 def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float) -> Point | None:

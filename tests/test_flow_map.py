@@ -391,7 +391,7 @@ TILT = 0.5 * np.random.default_rng(10).standard_normal(8)
 ALL = ("psd", "psd_squared", "lsd", "lsd_logit", "csd", "esd", "esd_logit")
 
 
-def check_stationary(fam, net, params, batch, teacher=None):
+def assert_stationary(fam, net, params, batch, teacher=None):
     """Every row's gradient vanishes at the oracle (float32: 1e-4 of 1) and does not at a tilt of its logits."""
     at = judge(fam, net, params, batch, teacher)
     _, metrics, grads = at(0)
@@ -410,7 +410,7 @@ def test_every_row_is_stationary_at_the_oracle(target):
     flow, warp = setting("wide")
     net, params = network(flow, warp)
     fam = family("wide", target=target, tau_max=0.95 if target == "esd_logit" else 1.0, cut="uniform")
-    check_stationary(fam, net, params, rows(fam, flow, 256))
+    assert_stationary(fam, net, params, rows(fam, flow, 256))
 
 
 @pytest.mark.parametrize("target", ["psd", "lsd", "esd"])
@@ -418,7 +418,7 @@ def test_every_row_is_stationary_where_v_exceeds_d(target):
     flow, warp = setting("narrow")
     net, params = network(flow, warp)
     fam = family("narrow", target=target, pairs="uniform_pair", boundary=0.25)
-    check_stationary(fam, net, params, rows(fam, flow, 256))
+    assert_stationary(fam, net, params, rows(fam, flow, 256))
 
 
 @pytest.mark.parametrize("target", ["psd", "csd", "esd"])
@@ -428,7 +428,7 @@ def test_student_and_teacher_may_have_different_embeddings(target):
     net, teacher = network(flow, warp)
     other = np.random.default_rng(11).standard_normal(flow.embedding.shape) / 2
     fam = family("wide", target=target, train_embedding=True)
-    check_stationary(fam, net, parameters(other), rows(fam, flow, 256), teacher)
+    assert_stationary(fam, net, parameters(other), rows(fam, flow, 256), teacher)
 
 
 def test_both_stages_of_the_two_network_map_are_stationary_at_the_oracle():

@@ -127,7 +127,7 @@ EXPERIMENTS = [(path, "") for path in FILES] + [
 def test_every_experiment_compiles_for_tpus(path, argument, four_chips):
     config = reduced(load(path).get_config(argument))
     config.teacher = "its run directory" if argument in STUDENTS else None
-    compile_all(config, four_chips)
+    assert_compiles(config, four_chips)
 
 
 @tpu
@@ -138,10 +138,10 @@ def test_every_target_compiles_for_tpus(target, four_chips):
     config = reduced(load(ROOT / "experiments/grammar.py").get_config("flow_map"))
     config.objective.update(target=target, tau_max=0.99)
     config.teacher = "its run directory"
-    compile_all(config, four_chips)
+    assert_compiles(config, four_chips)
 
 
-def compile_all(config, devices):
+def assert_compiles(config, devices):
     traced = trace_step(config, devices).traced
     compiled = traced.lower().compile()
     assert compiled.memory_analysis().argument_size_in_bytes > 0
