@@ -99,6 +99,4 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":
         config.objective.update(target="csd", noise_scale=0.5)
-    if arg in ("sdtt", "dcd"):
-        config.objective.greedy = True
     return config

@@ -32,8 +32,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg in STUDENTS:
         config.steps = 15_000
         config.optimizer.learning_rate = 3e-4
-    if arg in ("sdtt", "dcd"):
-        config.objective.greedy = True
     if arg == "flow_map":
         config.model.time_embeddings = 2
     if arg == "autoregressive":

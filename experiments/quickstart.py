@@ -76,8 +76,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "":
         # Draws sharpened and noise shrunk until the samples' diversity is that of held-out text.
         config.objective.update(temperature=0.55, noise_scale=0.8)
-    if arg in ("sdtt", "dcd"):
-        config.objective.greedy = True
     if arg == "flow_map":
         config.model.update(preview=True, time_embeddings=2)
         # The flow of sharpened predictions: one jump cannot draw at a temperature.

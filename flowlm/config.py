@@ -43,7 +43,10 @@ def objective(family: str) -> ConfigDict:
         guidance=1.0,  # 1: none; more: away from the same network with dropout
     )
     draws = dict(temperature=1.0, top_p=1.0)  # sampler
-    jump = 1 / 32  # of a student: the step in time that it learns to take at once
+    student = dict(
+        jump=1 / 32,  # the step in time that it learns to take at once
+        divergence="reverse",  # reverse, KL(student || teacher) | forward
+    )
     sections = dict(
         flow=dict(
             loss="cross_entropy",  # cross_entropy | squared_error | velocity
@@ -69,13 +72,12 @@ def objective(family: str) -> ConfigDict:
         ),
         residual=dict(boundary=1 / 32, pairs="uniform_diff"),
         autoregressive=dict(start=0, **draws),  # the tokenizer's start token: a check, as model.vocab_size is
-        masked=dict(jump=jump, greedy=False, **draws),  # greedy: the sampler's last step takes the likeliest tokens
+        masked=dict(greedy=False, **student, **draws),  # greedy: the sampler's last step takes the likeliest tokens
         uniform=dict(
-            jump=jump,
-            divergence="forward",  # forward | reverse: of a student from its teacher
             curriculum_steps=0,  # steps that show soft latents in place of tokens
             curriculum_temperature=0.05,
             greedy=False,
+            **student,
             **draws,
         ),
     )
@@ -139,5 +141,7 @@ def defaults(family: str = "flow") -> ConfigDict:
 def complete(config: ConfigDict) -> ConfigDict:
     """Saved settings, with the defaults of those that were not there yet when they were saved. Locked."""
     out = defaults(config.objective.family).unlock()
+    if config.objective.family == "masked":
+        out.objective.divergence = "forward"  # the only one while there was no such setting
     out.update(config)
     return out.lock()

@@ -105,6 +105,7 @@ def test_an_evaluation_has_samples_and_a_bound(family, data_dir, tmp_path):
         ("autoregressive", {"objective.start": 3}, "objective.start is 3, but the start token of 'grammar98' is 98"),
         ("masked", {"objective.jump": 0.0}, "objective.jump must be in (0, 1], got 0.0"),
         ("uniform", {"objective.divergence": "both"}, "unknown objective.divergence 'both'"),
+        ("masked", {"objective.divergence": "both"}, "unknown objective.divergence 'both'"),
         ("uniform", {"time_warp": "embedded"}, "set prior to gaussian, time_warp to ambient"),
     ],
 )

@@ -35,8 +35,8 @@ def _autoregressive(prior, warp, *, teacher, start, temperature, top_p):
     return Autoregressive(start, temperature, top_p)
 
 
-def _masked(prior, warp, *, teacher, jump, temperature, top_p, greedy):
-    return Masked(teacher, jump, temperature, top_p, greedy)
+def _masked(prior, warp, *, teacher, jump, divergence, temperature, top_p, greedy):
+    return Masked(teacher, jump, divergence, temperature, top_p, greedy)
 
 
 def _uniform(

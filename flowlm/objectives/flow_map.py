@@ -14,7 +14,7 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_m
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
-Rows that end at t = 1 learn by the semigroup in all Lagrangian and Eulerian targets but csd: there their identities do not suffice.
+Rows that end at t = 1 learn by the semigroup in all Lagrangian and Eulerian targets: there their identities do not suffice.
 
 With `teacher_temperature` the flow is that of the teacher's softmax(logits / temperature): one jump cannot be sharpened by
 drawing, its flow can. The teacher is frozen; the student keeps its embedding, and so sees the same states. With
@@ -128,8 +128,9 @@ def _lagrangian(match, weights=lambda s, t: (lagrangian_weight(s, t),), through=
 def _but_at_end(inside, at_end):
     """`inside`, but rows with t = 1 learn by the semigroup: there the other identities do not tell the right delta from others.
 
-    The Lagrangian one says only that delta is a fixed point of D_1, which every clean text is, and cross-entropy to it makes the
-    likeliest likelier: one step collapses. The Eulerian says nothing (squared form) or is singular (logit form).
+    The Lagrangian one says only that delta is a fixed point of D_1, which every clean text is: cross-entropy to it makes the
+    likeliest likelier, so that one step collapses, and csd, whose weights vanish there, has no gradient. The Eulerian says nothing
+    (squared form) or is singular (logit form).
     """
     semigroup = _semigroup(at_end)
 
@@ -169,7 +170,7 @@ TARGETS = {
     "residual": _residual,
     "lsd": _but_at_end(_lagrangian(flow_map.lsd), flow_map.psd),
     "lsd_logit": _but_at_end(_lagrangian(flow_map.lsd_logit), flow_map.psd),
-    "csd": _lagrangian(flow_map.csd, lambda s, t: (s, t), through=True),
+    "csd": _but_at_end(_lagrangian(flow_map.csd, lambda s, t: (s, t), through=True), flow_map.psd_squared),
     "ecld": _but_at_end(_lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True), flow_map.psd),
     "esd": _but_at_end(_eulerian(flow_map.esd), flow_map.psd_squared),
     "esd_logit": _but_at_end(_eulerian(flow_map.esd_logit), flow_map.psd),

@@ -8,8 +8,8 @@ mask is never predicted (SUBS), and what is predicted of a masked one does not d
     bound   the loss with r ~ U[0, 1], summed over positions: E >= -log p
 
 SDTT: the teacher takes two such steps of size `jump` / 2. A position's target is the teacher's prediction at the step that
-unmasked it, at the second where neither did; the student learns it for one step of `jump`: KL(target || student). In the next
-round the student teaches and the jump doubles.
+unmasked it, at the second where neither did; the student learns it for one step of `jump` by its divergence (discrete.py). In
+the next round the student teaches and the jump doubles.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
-from flowlm.objectives.discrete import Discrete, kl, rows
+from flowlm.objectives.discrete import Discrete, rows
 from flowlm.time_sampling import stratified
 
 
@@ -38,12 +38,13 @@ def unmask(
 class Masked(Discrete):
     """Attributes:
     teacher: distil one (SDTT).
-    jump: the step that the student learns to take at once, in r.
+    jump: the step that the student learns to take at once, in r. divergence: `reverse` or `forward`, of a student (discrete.py).
     temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
     """
 
     teacher: bool = False
     jump: float = 1 / 32
+    divergence: str = "reverse"
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = False
@@ -72,7 +73,7 @@ class Masked(Discrete):
         noised = self.noised(net, batch)
         target = self.two_steps(net, aux.teacher.flow, noised, batch["r"], batch["noise"])
         live = self._see(net, params, noised, keys)
-        divergence = vocab.over_logits(kl, (target, live))
+        divergence = self.apart(target, live)
         masked = noised == net.vocab
         count = jnp.maximum(masked.sum(-1), 1)
         return {"sdtt": jnp.where(masked, divergence, 0.0).sum(-1) / count}, {}

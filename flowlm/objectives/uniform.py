@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
-from flowlm.objectives.discrete import EPS, Discrete, kl, rows
+from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.time_sampling import stratified
 from flowlm.time_warp import TimeWarp
 
@@ -63,7 +63,7 @@ class Uniform(Discrete):
     warp: what relates a latent's time to alpha.
     teacher: distil one (DCD).
     jump: the step in r that the student learns to take at once.
-    divergence: `forward`, KL(teacher || student), or `reverse`.
+    divergence: `reverse` or `forward`, of a student (discrete.py).
     curriculum_steps: steps of training that show soft latents. curriculum_temperature: how soft.
     temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
     """
@@ -71,7 +71,7 @@ class Uniform(Discrete):
     warp: TimeWarp
     teacher: bool = False
     jump: float = 1 / 32
-    divergence: str = "forward"
+    divergence: str = "reverse"
     curriculum_steps: int = 0
     curriculum_temperature: float = 0.05
     temperature: float = 1.0
@@ -83,8 +83,6 @@ class Uniform(Discrete):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.divergence not in ("forward", "reverse"):
-            raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
         if self.warp.prior != "gaussian" or self.warp.kind != "ambient":
             raise ValueError(
                 "the family uniform has gaussian latents on one-hot tokens: set prior to gaussian, time_warp to ambient"
@@ -140,7 +138,7 @@ class Uniform(Discrete):
         times = self.warp.t(alpha), self.warp.t(alpha_next)
         y, y_next = vocab.gaussian_latents(batch["noise"], batch["ids"], net.embedding(params), times)
         live, target = self._see(net, params, y, alpha, keys), self._see(net, teacher, y_next, alpha_next)
-        return vocab.over_logits(kl, (target, live) if self.divergence == "forward" else (live, target))
+        return self.apart(target, live)
 
     def bound(self, net, params, batch, key) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B]."""
