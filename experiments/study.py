@@ -4,13 +4,15 @@
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
-`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, about 2 1/2 hours on 2 CPU cores.
-`tuning`, `text_tuning`: another hour each.
-`text`: the quickstart's speeches and network, 6,000 steps and 3,000 of distillation, about 2 hours with --parallel=2; each
-sampler's knob is swept and figures are given at equal entropy too. All go on where they were when run again.
+`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, three seeds of teacher and student: about
+20 hours on 2 CPU cores, one seed 7. `text`: the quickstart's speeches and network, 6,000 steps and 3,000 of distillation.
+`tuning`, `text_tuning`: about an hour each. All go on where they were when run again. Every sampler's knob is swept, and figures
+are given at equal diversity too: on the grammar -log p minus the entropy, on text the samples' entropy.
+
 Discrete students go through rounds of equal length, each with twice the jump of the last; every round is a row of the table, so
-that the best one at each number of steps can be read off. `text_gpu`: the same on LM1B at 74M parameters, three seeds, half an
-hour of one 80 GB card a run.
+that the best one at each number of steps can be read off. An early round is cheaper than the map it is compared with, so there
+are rows `_to32`, `_to8` too: all of the distillation spent on the rounds to that jump. `text_gpu`: the same on LM1B at 74M
+parameters, three seeds, half an hour of one 80 GB card a run.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ ROUNDS = 5
 GRAMMAR, QUICKSTART, LM1B = (f"experiments/{name}.py" for name in ("grammar", "quickstart", "lm1b_gpu"))
 BELOW = (0.0, 0.15)  # a sample may be as much less diverse than real text
 ONCE = {"evaluation.every": 100_000}
+# Knobs of samplers that draw tokens, on the grammar; `greedy` takes the likeliest ones in the last step.
+DRAWN = (*({"temperature": t} for t in (0.8, 0.6, 0.45)), {"greedy": True})
 
 
 def rounds(
@@ -48,35 +52,49 @@ def rounds(
         name = f"{student}_{round(1 / jump)}{suffix}"
         mine = last if last and i == count - 1 else settings
         more = {"steps": steps, "objective.jump": jump}
-        drawn = i in (2, ROUNDS - 1)  # jumps of 1/8 and 1/2
+        drawn = not suffix and i in (2, ROUNDS - 1)  # jumps of 1/8 and 1/2
         runs.append(Run(name, f"{config}:{student}", mine | more, teacher, seeds, sweep, needs, drawn))
         teacher = name
     return runs
 
 
+def distilled(config: str, student: str, teacher: str, steps: int, settings: dict, *, last: dict, **more) -> list[Run]:
+    """Rounds of `steps` in all to jumps of 1/2, and rounds of as many in all that end at 1/32 (one) and at 1/8 (three)."""
+    runs = rounds(config, student, teacher, steps // ROUNDS, settings, last=last, **more)
+    for count in (1, 3):
+        suffix, sweep = f"_to{2 ** (ROUNDS + 1 - count)}", more.get("sweep", ())
+        chain = rounds(config, student, teacher, steps // count, settings, count=count, suffix=suffix, **more)
+        # Of the rounds on the way nothing is asked.
+        runs += [dataclasses.replace(run, sweep=sweep if run is chain[-1] else ()) for run in chain]
+    return runs
+
+
 def grammar() -> Study:
     many, few = ONCE | {"evaluation.steps": (1, 2, 4, 8, 16, 32, 64, 128)}, ONCE | {"evaluation.steps": (1, 2, 4, 8)}
+    # The flow's sampler is the ancestral one with all of the noise, its map's the plain one with half of it.
+    flown = (*({"noise_scale": scale} for scale in (0.8, 0.65, 0.5)), {"temperature": 0.7})
+    mapped = tuple({"noise_scale": scale} for scale in (0.8, 0.65, 0.35))
     runs = [
-        Run("autoregressive", f"{GRAMMAR}:autoregressive", ONCE),
-        Run("masked", f"{GRAMMAR}:masked", many, sweep=({"temperature": 0.8},)),
-        Run("uniform", f"{GRAMMAR}:uniform", many, sweep=({"temperature": 0.8},)),
-        Run("flow", GRAMMAR, many, sweep=({"noise_scale": 0.8},)),
-        Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS),
-        *rounds(GRAMMAR, "sdtt", "masked", 4500 // ROUNDS, few, last=many),
-        *rounds(GRAMMAR, "dcd", "uniform", 4500 // ROUNDS, few, last=many),
+        Run("autoregressive", f"{GRAMMAR}:autoregressive", ONCE, sweep=DRAWN[:3]),
+        Run("masked", f"{GRAMMAR}:masked", many, None, SEEDS, DRAWN),
+        Run("uniform", f"{GRAMMAR}:uniform", many, None, SEEDS, DRAWN),
+        Run("flow", GRAMMAR, many, None, SEEDS, flown),
+        Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS, mapped),
+        *distilled(GRAMMAR, "sdtt", "masked", 4500, few, last=many, sweep=DRAWN),
+        *distilled(GRAMMAR, "dcd", "uniform", 4500, few, last=many, sweep=DRAWN),
     ]
     shown = ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy", "ngram_distance_1", "ngram_distance_2")
-    shown += ("bound_nats_per_token",)
-    return Study(runs, shown)
+    matched = ("grammatical", "ngram_distance_2", "distinct_rows")
+    return Study(runs, (*shown, "bound_nats_per_token"), matched, (0.25, 0.75), "nll_minus_entropy")
 
 
 def tuning() -> Study:
     """What was tried beside the runs of `grammar`, whose directories it shares: for the baselines, and for a map in one step."""
     rate, short = "optimizer.learning_rate", ONCE | {"steps": 1200, "evaluation.final_samples": 1024}
-    trained, distilled = short | {"evaluation.steps": (8, 64)}, short | {"evaluation.steps": (8,)}
+    trained, students = short | {"evaluation.steps": (8, 64)}, short | {"evaluation.steps": (8,)}
     curriculum = {"objective.curriculum_steps": 600}
     own = ["masked", "uniform", "flow", "sdtt_32", "sdtt_16", "sdtt_8", "dcd_32", "dcd_16", "dcd_8"]
-    runs = [dataclasses.replace(run, seeds=(0,)) for run in grammar().runs if run.name in own]
+    runs = [dataclasses.replace(run, seeds=(0,), sweep=()) for run in grammar().runs if run.name in own]
     for value in (1e-3, 2e-3, 4e-3):
         runs.append(Run(f"masked_rate{value:g}", f"{GRAMMAR}:masked", trained | {rate: value}))
         runs.append(Run(f"uniform_rate{value:g}", f"{GRAMMAR}:uniform", trained | curriculum | {rate: value}))
@@ -84,7 +102,7 @@ def tuning() -> Study:
     for student, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
         for value in (3e-4, 3e-3):
             more = {"count": 3, "suffix": f"_rate{value:g}", "seeds": (0,)}
-            runs += rounds(GRAMMAR, student, teacher, 900, distilled | {rate: value}, **more)
+            runs += rounds(GRAMMAR, student, teacher, 900, students | {rate: value}, **more)
     mapped, deep = short | {"steps": 1500, "evaluation.steps": (1, 2, 4, 8)}, {"model.blocks": 8}
     student = f"{GRAMMAR}:flow_map"
     runs += [
@@ -104,7 +122,7 @@ def on_text(
     alone = ONCE | {"evaluation.final_samples": samples, "evaluation.language_models": judges[:1]}
     judged = alone | {"evaluation.language_models": judges, "evaluation.steps": (1, 2, 4, 8, 64)}
     few = judged | {"evaluation.steps": (4, 8)}
-    trained, distilled = judged | {"steps": training}, judged | {"steps": distillation}
+    trained, students = judged | {"steps": training}, judged | {"steps": distillation}
     hot, warm, cool, cold, colder = ({"temperature": t} for t in (1.0, 0.85, 0.7, 0.5, 0.4))
     drawn = (warm, cool, cold, colder)
     # The flow's own sampler draws at temperature 0.55 from 0.8 of the noise; its hotter draws from so little of it collapse. The
@@ -118,11 +136,11 @@ def on_text(
         Run("masked", f"{experiment}:masked", trained, None, seeds, drawn, judge),
         Run("uniform", f"{experiment}:uniform", uniform, None, seeds, drawn, judge),
         Run("flow", experiment, trained, None, seeds, flown, judge),
-        Run("flow_map", f"{experiment}:flow_map", distilled, "flow", seeds, mapped, judge),
+        Run("flow_map", f"{experiment}:flow_map", students, "flow", seeds, mapped, judge),
     ]
-    more = {"last": judged, "seeds": seeds, "sweep": drawn, "needs": judge}
+    more = {"last": judged, "seeds": seeds, "sweep": (*drawn, {"greedy": True}), "needs": judge}
     for student, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
-        runs += rounds(experiment, student, teacher, distillation // ROUNDS, few, **more)
+        runs += distilled(experiment, student, teacher, distillation, few, **more)
     matched = ("nats_per_char", "smollm2_nats_per_token", "seed0_nats_per_token", "self_bleu", "ngram_distance_2")
     shown = (*matched[:3], "entropy", "distinct_2", "self_bleu", "ngram_distance_2", "words_in_corpus")
     return Study(runs, (*shown, "bound_nats_per_token"), matched, BELOW)
@@ -137,7 +155,7 @@ def text_tuning() -> Study:
     """What was tried beside the runs of `text`, whose directories it shares: for the baselines, and for a map in one step."""
     rate, matched = "optimizer.learning_rate", ("nats_per_char", "smollm2_nats_per_token", "self_bleu")
     alone = ONCE | {"evaluation.final_samples": 256, "evaluation.language_models": ("smollm2",)}
-    trained, distilled = alone | {"steps": 1500, "evaluation.steps": (8, 64)}, alone | {"evaluation.steps": (8,)}
+    trained, students = alone | {"steps": 1500, "evaluation.steps": (8, 64)}, alone | {"evaluation.steps": (8,)}
     mapped = alone | {"steps": 1000, "evaluation.steps": (1, 2)}
     own = ("autoregressive", "masked", "uniform", "flow", "flow_map", "sdtt_32", "dcd_32")
     runs = [run for run in text().runs if run.name in own]
@@ -148,7 +166,7 @@ def text_tuning() -> Study:
     for name, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
         for value in (5e-4, 4e-3):
             more = {"count": 1, "suffix": f"_rate{value:g}", "seeds": (0,)}
-            runs += rounds(QUICKSTART, name, teacher, 600, distilled | {rate: value}, **more)
+            runs += rounds(QUICKSTART, name, teacher, 600, students | {rate: value}, **more)
     less = ({"noise_scale": 0.55},)
     for name, settings in (
         ("1000", {}),

@@ -41,16 +41,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal entropy too, in nats.
+    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal diversity too.
 
-    That entropy is held-out text's, and those that lie `below` it by so many nats. Without `matched` every swept setting of a
-    sampler is a row of the table.
+    `diversity` is the metric, in nats, that is made equal: to that of held-out rows, and to what lies `below` it by so many nats.
+    Without `matched` every swept setting of a sampler is a row of the table.
     """
 
     runs: Sequence[Run]
     metrics: Sequence[str]
     matched: Sequence[str] = ()
     below: Sequence[float] = (0.0,)
+    diversity: str = "entropy"
 
 
 def directory(workdir: Path, run: Run, seed: int) -> Path:

@@ -12,7 +12,7 @@ from flowlm.curves import draw_panels
 from flowlm.matching import Point, matched
 from flowlm.study import Run, Study, directory, finished, swept
 
-NEAR = 0.1  # nats of entropy
+NEAR = 0.1  # nats of diversity
 
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:
@@ -62,7 +62,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 def write(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric; study_matched.md, .png: so too, at equal entropy. study.png, study_time.png: against steps, against time, without
+    each metric; study_matched.md, .png: so too, at equal diversity. study.png, study_time.png: against steps, against time, without
     swept settings."""
     records = gather(study, kept)
     if not records:
@@ -85,11 +85,12 @@ def write(study: Study, kept: Path, results: Path) -> None:
 
     (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)))
     if study.matched:
-        held_out = next(record["entropy"] for record in records if record["method"] == "held_out")
+        held_out = next(record[study.diversity] for record in records if record["method"] == "held_out")
         lines = []
         for below in study.below:
-            lines += [f"At an entropy of {held_out - below:.3f} nats, {below:g} below held-out text's.", ""]
-            points = matched(records, study.matched, held_out - below)
+            name = study.diversity.replace("_", " ")
+            lines += [f"At {name} {held_out - below:.3f} nats, {below:g} below that of held-out rows.", ""]
+            points = matched(records, study.matched, held_out - below, study.diversity)
             texts = {cell: [_text(point, held_out - below) for point in row] for cell, row in points.items()}
             lines += grids(study.matched, texts)
         (results / "study_matched.md").write_text("\n".join(lines))
@@ -112,16 +113,16 @@ def write(study: Study, kept: Path, results: Path) -> None:
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
 
 
-def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], entropy: float, path: Path) -> None:
-    """Each of study.matched against steps; what lies further than NEAR from the entropy is not comparable, and left out."""
+def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], target: float, path: Path) -> None:
+    """Each of study.matched against steps; what lies further than NEAR from the diversity is not comparable, and left out."""
     panels: dict[str, dict] = {metric: defaultdict(list) for metric in study.matched}
     drawn = {run.name for run in study.runs if run.drawn}
     for (name, steps), row in points.items():
         if steps and name.partition(",")[0] in drawn:
             for metric, point in zip(study.matched, row, strict=True):
-                if point is not None and abs(point.entropy - entropy) < NEAR:
+                if point is not None and abs(point.diversity - target) < NEAR:
                     panels[metric][name].append((steps, point.value))
-    label = f"sampling steps, at an entropy of {entropy:.2f} nats"
+    label = f"sampling steps, at {study.diversity.replace('_', ' ')} {target:.2f} nats"
     draw_panels(path, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
 
 
@@ -156,5 +157,5 @@ def _text(point: Point | None, target: float) -> str:
     """A cell: value and spread, and where the target was not reached the entropy."""
     if point is None:
         return "-"
-    reached = "" if point.entropy == target else f" (at {point.entropy:.2f})"
+    reached = "" if point.diversity == target else f" (at {point.diversity:.2f})"
     return f"{point.value:.3f}" + (f" ± {point.stderr:.3f}" if round(point.stderr, 3) else "") + reached
