@@ -7,10 +7,12 @@ versions.json    packages and git commit          evaluation.json, samples.txt, 
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from flowlm import storage
@@ -44,6 +46,9 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _git_commit() -> str:
+    """The commit of this code, -dirty where it was changed; of a copy without its history what FLOWLM_COMMIT says."""
+    if told := os.environ.get("FLOWLM_COMMIT"):
+        return told
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -87,7 +92,7 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     if not is_first():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "git_commit": _git_commit()}
+    versions = {"python": platform.python_version(), "git_commit": _git_commit(), "device": jax.devices()[0].device_kind}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
