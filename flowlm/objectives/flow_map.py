@@ -170,7 +170,7 @@ TARGETS = {
     "residual": _residual,
     "lsd": _but_at_end(_lagrangian(flow_map.lsd), flow_map.psd),
     "lsd_logit": _but_at_end(_lagrangian(flow_map.lsd_logit), flow_map.psd),
-    "csd": _but_at_end(_lagrangian(flow_map.csd, lambda s, t: (s, t), through=True), flow_map.psd_squared),
+    "csd": _but_at_end(_lagrangian(flow_map.csd, lambda s, t: (s, t), through=True), flow_map.psd),
     "ecld": _but_at_end(_lagrangian(flow_map.ecld, lambda s, t: (s, t), through=True), flow_map.psd),
     "esd": _but_at_end(_eulerian(flow_map.esd), flow_map.psd_squared),
     "esd_logit": _but_at_end(_eulerian(flow_map.esd_logit), flow_map.psd),
