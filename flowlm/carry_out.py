@@ -5,6 +5,7 @@ alone, one that was cut is taken up where it was, and one that fails is reported
 for its teacher and is skipped without it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +14,33 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 
-from flowlm.study import Run, Study, before, command, complete, directory, finished, in_order, left, swept
+from flowlm import storage
+from flowlm.study import (
+    Run,
+    Study,
+    before,
+    command,
+    complete,
+    directory,
+    finished,
+    in_order,
+    is_kept,
+    kept_file,
+    left,
+    setting_name,
+    swept,
+)
 from flowlm.study_tables import write
 
 
-def keep(path: Path, kept: Path, run: Run) -> None:
-    """Copies what the tables are made of, and what says how it was made."""
-    names = ["config.json", "versions.json", "evaluation.json"]
-    names += [f"{swept(path, setting).relative_to(path)}/evaluation.json" for setting in run.sweep]
-    for name in names:
-        (kept / name).parent.mkdir(parents=True, exist_ok=True)
-        (kept / name).write_text((path / name).read_text())
+def keep(path: Path, place: Path, run: Run) -> None:
+    """Writes into one file what the tables are made of, the evaluations of the run in `path`, and what says how it was made."""
+    read = lambda name: json.loads((path / name).read_text())
+    places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
+    evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
+    record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    storage.write(storage.path(place), json.dumps(record, indent=1) + "\n")
 
 
 def _take_cores(shares: SimpleQueue) -> None:
@@ -74,7 +91,7 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
             print(f"== {path}", file=sys.stderr, flush=True)
             if not call(command(run, seed, workdir, runs, extra), name) or not finished(path):
                 return [str(path)]
-        if not complete(directory(kept, run, seed), run):
+        if not is_kept(kept, run, seed):
             for place in (swept(path, setting) for setting in run.sweep):
                 line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
                 line += [f"--objective={place.name}", "--samples_only", f"--results={place}"]
@@ -103,11 +120,11 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                     running[pool.submit(make, run, seed)] = run, seed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run, seed = running.pop(future)
-                path, place = directory(workdir, run, seed), directory(kept, run, seed)
+                path = directory(workdir, run, seed)
                 tried.add(path)
                 failed += future.result()
-                if complete(path, run) and not complete(place, run):
-                    keep(path, place, run)
+                if complete(path, run) and not is_kept(kept, run, seed):
+                    keep(path, kept_file(kept, run, seed), run)
                 write(study, kept, results)
     write(study, kept, results)
     if failed:

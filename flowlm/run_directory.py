@@ -92,7 +92,11 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     if not is_first():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "git_commit": _git_commit(), "device": jax.devices()[0].device_kind}
+    versions = {
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "device": jax.devices()[0].device_kind,
+    }
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

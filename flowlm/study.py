@@ -60,7 +60,12 @@ def directory(workdir: Path, run: Run, seed: int) -> Path:
 
 def swept(path: Path, setting: Mapping[str, object]) -> Path:
     """Where the evaluation of the run in `path` with another setting of its sampler goes."""
-    return path / "sweep" / ",".join(f"{key}={value}" for key, value in setting.items())
+    return path / "sweep" / setting_name(setting)
+
+
+def setting_name(setting: Mapping[str, object]) -> str:
+    """A setting of a sampler as the command line writes it, such as temperature=0.8,noise_scale=1.0."""
+    return ",".join(f"{key}={value}" for key, value in setting.items())
 
 
 def finished(path: Path) -> bool:
@@ -120,7 +125,7 @@ def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: 
     left = []
     for run, seed in order:
         path = directory(workdir, run, seed)
-        done = results is not None and complete(directory(results / "runs", run, seed), run)
+        done = results is not None and is_kept(results / "runs", run, seed)
         if not done and not finished(path):
             ready = all(finished(directory(workdir, *other)) for other in before(run, seed, runs))
             left.append(Unfinished(f"{run.name}-seed{seed}", path, command(run, seed, workdir, runs, extra), ready))
@@ -145,6 +150,23 @@ def complete(path: Path, run: Run) -> bool:
     return finished(path) and all((swept(path, setting) / "evaluation.json").exists() for setting in run.sweep)
 
 
+def kept_file(kept: Path, run: Run, seed: int) -> Path:
+    """Where what a study keeps of a run lies: one file with its settings, versions and evaluations."""
+    return kept / run.name / f"seed{seed}.json"
+
+
+def is_kept(kept: Path, run: Run, seed: int) -> bool:
+    """Whether the evaluation after the last step and those of every setting of its sampler are kept."""
+    path = kept_file(kept, run, seed)
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    evaluations = record["evaluations"]
+    return evaluations[""]["step"] == record["config"]["steps"] and set(map(setting_name, run.sweep)) <= set(
+        evaluations
+    )
+
+
 def left(study: Study, workdir: Path, kept: Path) -> list[tuple[Run, int]]:
     """What has to be run, in order: all that is not kept, and what that needs of runs whose directories are gone."""
     order, runs = in_order(study)
@@ -158,6 +180,6 @@ def left(study: Study, workdir: Path, kept: Path) -> list[tuple[Run, int]]:
         needed[run.name, seed] = run, seed
 
     for run, seed in order:
-        if not complete(directory(kept, run, seed), run):
+        if not is_kept(kept, run, seed):
             want(run, seed)
     return list(needed.values())

@@ -10,21 +10,21 @@ import numpy as np
 
 from flowlm.curves import draw_panels
 from flowlm.matching import Point, matched
-from flowlm.study import Run, Study, directory, finished, swept
+from flowlm.study import Run, Study, kept_file, setting_name
 
 NEAR = 0.1  # nats of diversity
 
 
-def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Path]]:
-    """(run, seed, setting of the sampler or "", evaluation.json) of all that is there."""
+def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Mapping[str, float]]]:
+    """(run, seed, setting of the sampler or "", metrics) of all that is there."""
     for run in study.runs:
         for seed in run.seeds:
-            path = directory(kept, run, seed)
-            if finished(path):
-                yield run, seed, "", path / "evaluation.json"
-                for setting in run.sweep:
-                    if (swept(path, setting) / "evaluation.json").exists():
-                        yield run, seed, swept(path, setting).name, swept(path, setting) / "evaluation.json"
+            path = kept_file(kept, run, seed)
+            if path.exists():
+                found = json.loads(path.read_text())["evaluations"]
+                for name in ("", *map(setting_name, run.sweep)):
+                    if name in found:
+                        yield run, seed, name, found[name]["metrics"]
 
 
 def _same(values: Mapping[str, float], plain: Mapping[str, float]) -> bool:
@@ -35,8 +35,7 @@ def _same(values: Mapping[str, float], plain: Mapping[str, float]) -> bool:
 def gather(study: Study, kept: Path) -> list[dict]:
     """One record for each finished run, setting, sampler and number of steps, and one for each row of reference of seed 0."""
     records = []
-    for run, seed, setting, path in evaluations(study, kept):
-        metrics = json.loads(path.read_text())["metrics"]
+    for run, seed, setting, metrics in evaluations(study, kept):
         samples: dict[str, dict] = defaultdict(dict)
         for key, value in metrics.items():
             if key.startswith("samples/"):

@@ -38,7 +38,8 @@ def test_they_are_small():
     [("grammar_fmlm", "map noise 0.5", 1, "flow_map"), ("grammar_dcd", "ancestral", 8, "dcd_32")],
 )
 def test_on_the_grammar_as_grammatical_as_in_the_study(name, sampler, steps, run):
-    told = json.loads((ROOT / f"results/study/grammar/runs/{run}/seed0/evaluation.json").read_text())["metrics"]
+    record = json.loads((ROOT / f"results/study/grammar/runs/{run}/seed0.json").read_text())
+    told = record["evaluations"][""]["metrics"]
     run, ids = draw(name, sampler, steps, 1024)
     scores = GrammarJudge(Grammar.load("grammar98"), run.tokenizer.start).score(ids, [])
     expected = told[f"samples/{sampler}@{steps}/grammatical"]
