@@ -62,10 +62,9 @@ def distilled(config: str, student: str, teacher: str, steps: int, settings: dic
     """Rounds of `steps` in all to jumps of 1/2, and rounds of as many in all that end at 1/32 (one) and at 1/8 (three)."""
     runs = rounds(config, student, teacher, steps // ROUNDS, settings, last=last, **more)
     for count in (1, 3):
-        suffix, sweep = f"_to{2 ** (ROUNDS + 1 - count)}", more.get("sweep", ())
-        chain = rounds(config, student, teacher, steps // count, settings, count=count, suffix=suffix, **more)
-        # Of the rounds on the way nothing is asked.
-        runs += [dataclasses.replace(run, sweep=sweep if run is chain[-1] else ()) for run in chain]
+        suffix = f"_to{2 ** (ROUNDS + 1 - count)}"
+        *way, end = rounds(config, student, teacher, steps // count, settings, count=count, suffix=suffix, **more)
+        runs += [*(dataclasses.replace(run, sweep=(), listed=False) for run in way), end]
     return runs
 
 
@@ -85,7 +84,7 @@ def grammar() -> Study:
     ]
     shown = ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy", "ngram_distance_1", "ngram_distance_2")
     matched = ("grammatical", "ngram_distance_2", "distinct_rows")
-    return Study(runs, (*shown, "bound_nats_per_token"), matched, (0.25, 0.75), "nll_minus_entropy")
+    return Study(runs, (*shown, "bound_nats_per_token"), matched, (0.75, 1.5), "nll_minus_entropy")
 
 
 def tuning() -> Study:

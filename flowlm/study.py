@@ -27,6 +27,7 @@ class Run:
       seeds: training seeds; a student's teacher has the same one, or its first where it has not that.
       needs: names of earlier runs whose directories its settings name, such as that of a judge.
       drawn: whether the pictures show it.
+      listed: whether the tables do; a round on the way to another's jump is made for that one alone.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     sweep: tuple[Mapping[str, object], ...] = ()
     needs: tuple[str, ...] = ()
     drawn: bool = True
+    listed: bool = True
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ NEAR = 0.1  # nats of diversity
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Mapping[str, float]]]:
     """(run, seed, setting of the sampler or "", metrics) of all that is there."""
-    for run in study.runs:
+    for run in (run for run in study.runs if run.listed):
         for seed in run.seeds:
             path = kept_file(kept, run, seed)
             if path.exists():

@@ -55,7 +55,7 @@ def test_on_real_text_as_diverse_as_in_the_table(name, sampler, steps):
     assert np.mean(entropies(ids[:, 1:])) == pytest.approx(told[f"samples/{sampler}@{steps}/entropy"], abs=0.05)
 
 
-STUDIES = {f"study/{name}": f"study.py:{name}" for name in ("grammar", "text", "text_tuning")} | {
+STUDIES = {f"study/{name}": f"study.py:{name}" for name in ("grammar", "text", "tuning")} | {
     f"ablations/{name}": f"ablations.py:{name}_cpu" for name in ("time_warp", "input", "target", "teacher")
 }
 
