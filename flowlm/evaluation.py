@@ -30,7 +30,7 @@ from flowlm.experiment import Experiment, load_trained
 from flowlm.judges import Judge, hugging_face, mauve, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
-from flowlm.judges.language_model import LanguageModel
+from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
@@ -85,16 +85,15 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
             f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
         )
     nats = layout.jit(partial(family.nats, net))
-    encode = lambda texts: [run.tokenizer.encode(text) for text in texts]
     name = storage.path(directory).name
     score = lambda ids: gathered(nats(run.params, jnp.asarray(ids)))
-    return LanguageModel(name, encode, score, family.start, min(length, net.length - 1))
+    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start, min(length, net.length - 1))
 
 
 def reference_texts(dataset: Dataset, num: int) -> list[str]:
-    """`num` rows of the validation split as text, or all where there are fewer; drawn with one seed."""
+    """`num` rows of the validation split as pretrained judges read them, or all where there are fewer; drawn with one seed."""
     split = dataset.validation
-    return [dataset.tokenizer.decode(row) for row in split.shuffled(0)(0, min(num, len(split)))]
+    return with_breaks(dataset.tokenizer, split.shuffled(0)(0, min(num, len(split))))
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
@@ -304,8 +303,8 @@ class Evaluator:
             if samples_only and name.rpartition("@")[0] != own:
                 continue
             ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
-            texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
-            scores = score_all(self._judges, ids, texts[name]) | {"seconds_per_100": sampler.seconds}
+            texts[name], scores = self._judged(ids)
+            scores["seconds_per_100"] = sampler.seconds
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
         if samples_only:
             return Evaluation(step, metrics, texts)
@@ -314,9 +313,15 @@ class Evaluator:
         rows = train.rows(0, min(MAX_ROWS, len(train)))
         others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naive.SAMPLERS.items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
-            texts[name] = [self._dataset.tokenizer.decode(row) for row in ids]
-            metrics |= {f"samples/{name}/{k}": v for k, v in score_all(self._judges, ids, texts[name]).items()}
+            texts[name], scores = self._judged(ids)
+            metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
         return Evaluation(step, metrics, texts, self._follow(params, step))
+
+    def _judged(self, ids: np.ndarray) -> tuple[list[str], dict[str, float]]:
+        """The rows as text, and what all judges say of them; only the pretrained ones read where a document ends."""
+        texts = self._dataset.tokenizer.decode_batch(ids)
+        scores = score_all(self._judges, ids, texts)
+        return texts, scores | score_all(self._language_models, ids, with_breaks(self._dataset.tokenizer, ids))
 
     def _follow(self, params, step: int) -> dict[str, list]:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
@@ -332,7 +337,7 @@ class Evaluator:
         self._held_out = split.rows(0, min(self._settings.held_out, len(split)))
         if self._context_free is not None:
             self._log_marginals = jnp.asarray(self._dataset.train.log_marginals(self._dataset.tokenizer.vocab_size))
-        self._judges = make_judges(self._dataset) + self._language_models
+        self._judges = make_judges(self._dataset)
 
     def _reference_rows(self, num: int) -> np.ndarray:
         split = self._dataset.test

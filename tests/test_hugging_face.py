@@ -81,7 +81,7 @@ def test_the_features_are_those_of_the_mauve_library(folder):
     name, encode, states, end = hugging_face.reader(str(folder), LENGTH)
     model, theirs = loaded(folder)
     texts = [text for text in TEXTS if text] * 9  # more than one batch
-    ours = mauve.last_states(states, encode(texts), end, LENGTH)
+    ours = mauve.last_states(states, encode, texts, end, LENGTH)
     expected = featurize_tokens_from_model(model, [torch.tensor([theirs(text)]) for text in texts], 1)
     assert (name, end) == ("tiny_gpt2", 0)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5, atol=1e-5)

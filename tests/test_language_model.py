@@ -1,15 +1,18 @@
 """Generative perplexity: the protocol by hand, and the judge's network against a second one in numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import run_config, train_only
 
 from flowlm import evaluation
-from flowlm.experiment import load_trained
-from flowlm.judges import smollm2
-from flowlm.judges.language_model import LanguageModel
+from flowlm.data import open_dataset
+from flowlm.experiment import build, load_trained
+from flowlm.judges import mauve, smollm2
+from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
 from flowlm.sharding import Layout, make_mesh
+from flowlm.tokenizers import shipped
 from flowlm.train import train
 
 END = 0
@@ -37,6 +40,62 @@ def test_which_targets_count():
     many = judge.score(None, ["a", "b", ""] * 40)
     np.testing.assert_allclose(many["x_nats_per_token"], (7 + 111) / 5)
     assert np.isnan(judge.score(None, ["", ""])["x_nats_per_token"])
+
+
+def test_documents_in_a_sample_stand_apart():
+    """A start token inside a row is the judge's end-of-text: documents are tokenised one by one, and the first end counts."""
+    tokenizer = shipped("sotu_bpe_512")
+    start, (speech, fellow) = tokenizer.start, tokenizer.encode_batch(["speech.", "Fellow"])
+    inside = np.array([start, *speech, start, *fellow, start])
+    assert tokenizer.decode(inside) == "speech.Fellow"
+    letters = lambda texts: [[ord(letter) for letter in text] for text in texts]
+    read = []
+    judge = LanguageModel("x", letters, lambda ids: read.append(ids) or ids[:, 1:] + 10.0, END, 20)
+    scores = judge.score(None, with_breaks(tokenizer, [inside]))
+    spelt = [*map(ord, "speech."), END, *map(ord, "Fellow"), END]
+    assert read[0][0, 1 : len(spelt) + 1].tolist() == spelt
+    # 13 letters and the first end; the end that closes the row is a later one.
+    assert scores["x_nats_per_token"] == pytest.approx(sum(spelt) / 14 + 10)
+    # No start token inside: nothing but the text. A row that the model does not begin with one is text from its first token on.
+    assert with_breaks(tokenizer, [inside[: len(speech) + 1], [*speech, start, *speech]]) == [
+        "speech.",
+        f"speech.{BREAK}speech.",
+    ]
+    # What a model writes cannot spell the break.
+    with pytest.raises(UnicodeEncodeError):
+        BREAK.encode()
+    features = []
+    states = lambda ids, last: features.append(ids[0, : last[0] + 1].tolist()) or np.zeros((len(ids), 2))
+    mauve.last_states(states, letters, with_breaks(tokenizer, [inside]), END, 20)
+    assert features == [spelt]
+
+
+def test_only_pretrained_judges_read_where_a_document_ends(data_dir, monkeypatch):
+    """Of a sampler that writes a start token in the middle of every row."""
+    seen = {"counting": [], "pretrained": []}
+
+    class Judge:
+        def __init__(self, kind):
+            self.kind = kind
+
+        def score(self, ids, texts):
+            seen[self.kind].append(texts[0])
+            return {self.kind: 0.0}
+
+    config = run_config(data_dir)
+    dataset = open_dataset(config.data.name, config.data.tokenizer, config.data.length, config.data.dir)
+    layout, parts = Layout(make_mesh(data=1)), ("the dog sees the cat .", "she writes a poem .")
+    one, two = dataset.tokenizer.encode_batch(parts)
+    row = np.array([98, *one, 98, *two, *[98] * 7])[:19]
+    monkeypatch.setattr(evaluation, "make_judges", lambda dataset: [Judge("counting")])
+    monkeypatch.setattr(evaluation, "make_language_models", lambda *arguments: [Judge("pretrained")])
+    monkeypatch.setattr(evaluation.Sampler, "__call__", lambda self, params, key, num: np.tile(row, (num, 1)))
+    monkeypatch.setattr(evaluation.Sampler, "seconds", 1.0, raising=False)
+    experiment = build(config, 99)
+    evaluator = evaluation.Evaluator(experiment, dataset, layout, 0, config.evaluation, str(data_dir))
+    evaluator(experiment.net.init(jax.random.key(0)), 1, 4, samples_only=True)
+    assert seen["counting"] == [dataset.tokenizer.decode(row)] and BREAK not in seen["counting"][0]
+    assert seen["pretrained"][0].split(BREAK)[:2] == list(parts)
 
 
 CONFIG = {"heads": 6, "key_heads": 2, "base": 100.0, "epsilon": 1e-5}

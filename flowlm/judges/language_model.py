@@ -1,7 +1,8 @@
 """Generative perplexity: how surprised a pretrained language model is by the samples (the protocol of 2602.16813 and its peers).
 
-A sample is decoded, tokenised anew by the judge, cut to the L tokens that the model's own rows have, and read from <|endoftext|>
-on. Targets are all tokens that are not end-of-text, and the first that is one. Over all samples
+A sample is decoded with the ends of its documents, tokenised anew by the judge, cut to the L tokens that the model's own rows have,
+and read from <|endoftext|> on. An end between two documents is the judge's own <|endoftext|>. Targets are all tokens that are not
+end-of-text, and the first that is one. Over all samples
 
     nats_per_token = total nats / total targets,   perplexity = exp(nats_per_token)
 
@@ -13,8 +14,37 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flowlm.judges import mean_with_stderr
+from flowlm.tokenizers import Tokenizer
 
 ROWS = 32  # texts read at once
+# The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.
+BREAK = "\ud800"
+
+
+def with_breaks(tokenizer: Tokenizer, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+    """Texts of rows of ids [N][L], as pretrained judges read them: a BREAK in place of every start token but one in front."""
+    texts = []
+    for row in map(np.asarray, ids):
+        row = row[1:] if row[0] == tokenizer.start else row
+        documents = np.split(row, np.flatnonzero(row == tokenizer.start))
+        texts.append(BREAK.join(tokenizer.decode_batch(documents)))
+    return texts
+
+
+def encode_documents(encode: Callable, texts: Sequence[str], end: int) -> list[list[int]]:
+    """The ids of each text with `end` in place of every BREAK; each document is tokenised alone.
+
+    encode: texts -> lists of ids.
+    """
+    documents = [text.split(BREAK) for text in texts]
+    tokens = iter(encode([document for text in documents for document in text]))
+    rows = []
+    for text in documents:
+        row = list(next(tokens))
+        for _ in text[1:]:
+            row += [end, *next(tokens)]
+        rows.append(row)
+    return rows
 
 
 class LanguageModel:
@@ -31,8 +61,9 @@ class LanguageModel:
         self._encode, self._nats, self._end = encode, nats, end
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        """The ids are not read. The texts have a BREAK wherever a document ends (`with_breaks`)."""
         totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
-        every = [tokens[: self.length] for tokens in self._encode(list(texts))]
+        every = [tokens[: self.length] for tokens in encode_documents(self._encode, texts, self._end)]
         # One shape for all, so that it compiles once; what is padded is not counted.
         length = min(max(8, -(-max(map(len, every)) // 8) * 8), self.length)
         for first in range(0, len(texts), ROWS):

@@ -17,16 +17,16 @@ import numpy as np
 from absl import logging
 
 from flowlm.judges import hugging_face, smollm2
-from flowlm.judges.language_model import ROWS
+from flowlm.judges.language_model import ROWS, encode_documents
 
 
-def last_states(states: Callable, tokens: Sequence[Sequence[int]], end: int, length: int) -> np.ndarray:
-    """The hidden state at the last id of each of N lists of ids, cut to `length`, float32 [N, D]. An empty list is read as `end`.
+def last_states(states: Callable, encode: Callable, texts: Sequence[str], end: int, length: int) -> np.ndarray:
+    """The hidden state at the last id of each of N texts, cut to `length` ids, float32 [N, D]. An empty text is read as `end`.
 
-    states: ids int [B, T], last int [B] -> the hidden states at position `last` of each row [B, D], of a causal model: what
-    is padded behind changes nothing.
+    encode: texts -> lists of ids; a BREAK in a text (language_model.py) is `end`. states: ids int [B, T], last int [B] -> the
+    hidden states at position `last` of each row [B, D], of a causal model: what is padded behind changes nothing.
     """
-    tokens = [list(row[:length]) or [end] for row in tokens]
+    tokens = [row[:length] or [end] for row in encode_documents(encode, texts, end)]
     length = min(-(-max(map(len, tokens)) // 8) * 8, length)  # few shapes, as each compiles
     parts = []
     for first in range(0, len(tokens), ROWS):
@@ -68,4 +68,4 @@ def make_judge(model: str, length: int, data_dir: str, reference: Callable) -> M
     """
     kind, _, rest = model.partition(":")
     name, encode, states, end = hugging_face.reader(rest, length) if kind == "hf" else smollm2.reader(data_dir)
-    return Mauve(name, lambda texts: last_states(states, encode(list(texts)), end, length), reference)
+    return Mauve(name, lambda texts: last_states(states, encode, texts, end, length), reference)
