@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 
+from flowlm import storage
 from flowlm.study import Run, Study, before, command, complete, directory, finished, in_order, left, swept
 from flowlm.study_tables import write
 
@@ -23,7 +24,7 @@ def keep(path: Path, kept: Path, run: Run) -> None:
     names += [f"{swept(path, setting).relative_to(path)}/evaluation.json" for setting in run.sweep]
     for name in names:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
-        (kept / name).write_text((path / name).read_text())
+        storage.write(kept / name, (path / name).read_text(encoding="utf-8"))
 
 
 def _take_cores(shares: SimpleQueue) -> None:
@@ -53,11 +54,12 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
         are faster so than one by one on all cores.
 
     Raises:
-      ValueError: as `in_order` and `shares_of_cores`.
+      ValueError: as `in_order` and `shares_of_cores`; or nothing can be written to `results`.
       RuntimeError: runs that failed, by name, after all others were done.
     """
     runs, kept, failed = in_order(study)[1], results / "runs", []
     waiting, running, tried = left(study, workdir, kept), {}, set()
+    storage.check_writable(results)
 
     def call(line: Sequence[str], name: str) -> bool:
         """Runs one command; what runs at the same time prints to files of its own."""

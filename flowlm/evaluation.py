@@ -178,6 +178,7 @@ class Evaluator:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
         out = {}
         for name, follow in self._trajectories.items():
+            check_stopped()
             ids = gathered(follow(params, key, FOLLOWED, int(name.rpartition("@")[2]))).swapaxes(0, 1)
             pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]

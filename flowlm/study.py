@@ -4,7 +4,6 @@ The methods of a comparison under one budget are a study, and so are the points 
 where its files lie and what is left of it to do; carry_out.py runs it, study_tables.py shows it.
 """
 
-import json
 import runpy
 import shlex
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from flowlm import storage
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def swept(path: Path, setting: Mapping[str, object]) -> Path:
 
 
 def finished(path: Path) -> bool:
-    """Whether the run in `path` was evaluated after its last step."""
+    """Whether the run in `path` was evaluated after its last step. Raises ValueError where a file of it is damaged."""
     if not (path / "evaluation.json").exists():
         return False
-    steps = json.loads((path / "config.json").read_text())["steps"]
-    return json.loads((path / "evaluation.json").read_text())["step"] == steps
+    steps = storage.read_json(path / "config.json")["steps"]
+    return storage.read_json(path / "evaluation.json")["step"] == steps
 
 
 def before(run: Run, seed: int, runs: Mapping[str, Run]) -> list[tuple[Run, int]]:
