@@ -82,6 +82,10 @@ def trace_step(
     return Program(jit_step(config, experiment, layout, state).trace(state, ids, teacher), layout.mesh.size, rows)
 
 
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | None = None) -> Program:
     """One call of the sampler that evaluations use, in one step, or in as many as an autoregressive model needs."""
     del per_device  # a call draws the same number of rows everywhere
@@ -96,14 +100,27 @@ def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | 
         params = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes)
         )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Program(sampler.trace(params, key), layout.mesh.size, sampler.rows)
+    return Program(sampler.trace(params, _key()), layout.mesh.size, sampler.rows)
+
+
+def trace_held_out(config: ConfigDict, devices: Sequence[Any], per_device: int | None = None) -> Program:
+    """One call of the held-out likelihood that evaluations compute: of the bound, or where there is none of the cross-entropy."""
+    del per_device  # evaluation.held_out_batch says how many rows
+    experiment, layout = build(config, config.model.vocab_size), sharding.make_layout(config, devices)
+    family, rows = experiment.family, min(config.evaluation.held_out, config.evaluation.held_out_batch)
+    bound = evaluation.has_bound(family)
+    fn = evaluation.on_rows(layout, experiment.net, family.bound if bound else family.denoising)
+    ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
+    tau = () if bound else (jax.ShapeDtypeStruct((), jnp.float32),)
+    params = abstract_state(experiment, layout).params
+    return Program(fn.trace(params, ids, _key(), *tau), layout.mesh.size, rows)
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {
     "train": trace_step,
     "dense": partial(trace_step, dense=True),
     "sample": trace_sampler,
+    "held_out": trace_held_out,
 }
 
 

@@ -44,7 +44,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from flowlm import train_state
@@ -60,6 +59,7 @@ from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import TARGETS
 from flowlm.optimizers import make_optimizer
 from flowlm.prior import Gaussian
+from flowlm.terminal import console
 from flowlm.time_warp import TimeWarp
 
 FLAGS = flags.FlagValues()  # of its own: `flowlm` has some of these names too
@@ -294,7 +294,7 @@ def summarize(runs: dict[str, list[dict]], settings: dict) -> dict[str, dict]:
 
 
 def _show(summary: dict, results: dict, title: str) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    screen = console(132)
     views = [key for key in MEMORIES if any(key in line for line in summary.values())]
     table = Table(title=title)
     for column in ("one step or draw", "time, s", "tokens/s", "MFU", *(f"{key}, MiB" for key in views)):
@@ -306,17 +306,17 @@ def _show(summary: dict, results: dict, title: str) -> None:
         mfu = f"{line['mfu']:.1%}" if "mfu" in line else "-"
         memory = (f"{line[key] / MIB:,.0f}" if key in line else "-" for key in views)
         table.add_row(name, f"{line['seconds']:.3g}", f"{line['tokens_per_second']:,.0f}", mfu, *memory)
-    console.print(table)
+    screen.print(table)
     for name, line in summary.items():
         if MEMORY in line:
-            console.print(f"{name}: {line[MEMORY]}", markup=False)
+            screen.print(f"{name}: {line[MEMORY]}")
     table = Table()
     for column in ("first / second", "of", "ratio", "over rounds"):
         table.add_column(column, justify="right")
     for pair, result in results.items():
         for name, line in result.items():
             table.add_row(pair, name, f"{line['ratio']:.2f}", f"{line['low']:.2f} .. {line['high']:.2f}")
-    console.print(table)
+    screen.print(table)
 
 
 def main(arguments: list[str]) -> None:

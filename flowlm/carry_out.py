@@ -35,7 +35,7 @@ from flowlm.study_tables import write
 
 def keep(path: Path, place: Path, run: Run) -> None:
     """Writes into one file what the tables are made of, the evaluations of the run in `path`, and what says how it was made."""
-    read = lambda name: json.loads((path / name).read_text())
+    read = lambda name: storage.read_json(path / name)
     places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
     record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
@@ -70,11 +70,12 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
         are faster so than one by one on all cores.
 
     Raises:
-      ValueError: as `in_order` and `shares_of_cores`.
+      ValueError: as `in_order` and `shares_of_cores`; or nothing can be written to `results`.
       RuntimeError: runs that failed, by name, after all others were done.
     """
     runs, kept, failed = in_order(study)[1], results / "runs", []
     waiting, running, tried = left(study, workdir, kept), {}, set()
+    storage.check_writable(results)
 
     def call(line: Sequence[str], name: str) -> bool:
         """Runs one command; what runs at the same time prints to files of its own."""

@@ -123,6 +123,7 @@ def defaults(family: str = "flow") -> ConfigDict:
             evaluation=dict(
                 every=1000,
                 held_out=512,  # rows
+                held_out_batch=256,  # of them in one call, over all devices
                 taus=(0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95),
                 steps=(1, 8, 64),
                 samples=256,  # for each number of steps

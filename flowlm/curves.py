@@ -1,6 +1,5 @@
 """Pictures of a run: curves.png (every metric against training steps) and evaluation.png (samples against sampling steps)."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
@@ -17,6 +16,7 @@ MOST = 6  # lines of a legend in every panel
 
 def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
     """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
+    plain = lambda text: text.replace("$", r"\$")  # in a name it begins no formula
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,9 +29,10 @@ def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, fi
         for label, points in lines.items():
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) < 20 else None
-            shared[label] = axes.plot(x, y, marker=marker, markersize=3, label=label or None, color=colours[label])[0]
+            named = {"label": plain(label) or None, "color": colours[label]}
+            shared[plain(label)] = axes.plot(x, y, marker=marker, markersize=3, **named)[0]
         finish(axes, panel)
-        axes.set_title(panel.replace("_", " "), fontsize=9)
+        axes.set_title(plain(panel.replace("_", " ")), fontsize=9)
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=8)
         if any(lines) and len(labels) <= MOST:
@@ -64,7 +65,7 @@ def draw_curves(workdir) -> None:
 def draw_evaluation(directory) -> None:
     """Writes `directory`/evaluation.png from evaluation.json: every judge's metric against sampling steps, held-out dashed."""
     directory = storage.path(directory)
-    metrics = json.loads((directory / "evaluation.json").read_text())["metrics"]
+    metrics = storage.read_json(directory / "evaluation.json")["metrics"]
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     real: dict[str, float] = {}
     for name, value in metrics.items():

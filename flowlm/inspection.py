@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from flowlm import importing, run_directory, storage
@@ -15,6 +14,7 @@ from flowlm.checkpoint import has_params
 from flowlm.experiment import load_trained
 from flowlm.export import checksum, restore
 from flowlm.sharding import Layout
+from flowlm.terminal import console
 
 
 class Inspected(NamedTuple):
@@ -61,7 +61,6 @@ def _programs(path) -> Inspected:
 
 def show(found: Inspected) -> None:
     """Prints what it is, every setting, every array, and the checksum of their values."""
-    console = Console(width=120 if not Console().is_terminal else None)
     arrays = flatten_dict(found.params, sep="/")
     settings = Table("setting", "value", title="Settings")
     for key, value in run_directory.flat(found.config.to_dict()).items():
@@ -72,6 +71,6 @@ def show(found: Inspected) -> None:
     for name, array in sorted(arrays.items()):
         values = np.asarray(array, np.float32)
         table.add_row(name, str(values.shape), f"{values.size:,}", f"{np.sqrt(np.mean(values**2)):.4g}")
-    console.print(settings, table)
+    console(120).print(settings, table)
     print(f"{found.kind}\nfamily      {found.config.objective.family}\nstep        {found.step}")
     print(f"parameters  {sum(a.size for a in arrays.values()):,}\nchecksum    {checksum(found.params)}")

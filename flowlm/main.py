@@ -30,6 +30,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flowlm.terminal import replace_what_cannot_be_printed
+
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "train, plan: the experiment, and --config.key=value to change it"
@@ -136,6 +138,7 @@ def _sample() -> None:
 
 
 def _evaluate() -> None:
+    from flowlm import storage
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
     from flowlm.experiment import load_trained
@@ -154,14 +157,16 @@ def _evaluate() -> None:
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
-    evaluator = Evaluator(run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts)
-    result = evaluator(run.params, run.step, _NUM.value or settings.final_samples, _SAMPLES_ONLY.value)
-    result.save(_RESULTS.value or _CHECKPOINT.value)
+    out, only = _RESULTS.value or _CHECKPOINT.value, _SAMPLES_ONLY.value
+    storage.check_writable(out)
+    evaluator = Evaluator(run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, only)
+    result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
+    result.save(out)
     result.show()
 
 
 def _compare() -> None:
-    from flowlm.evaluation import compare
+    from flowlm.results import compare
 
     if not _RUNS.value:
         raise ValueError("flowlm compare needs --runs=DIR,DIR, directories of evaluated runs")
@@ -325,6 +330,7 @@ def _main(argv: list[str]) -> None:
 
 def run() -> None:
     """Entry point of the `flowlm` console script."""
+    replace_what_cannot_be_printed()
     app.run(_main, flags_parser=_parse)
 
 

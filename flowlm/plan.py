@@ -1,8 +1,8 @@
 """What a run needs of the chips it is meant for, before any is rented.
 
-The training step and the sampler of an experiment are compiled by the TPU compiler for a named topology, on a CPU host and
-without a TPU (ahead_of_time.py). Memory, products and bytes on the wire are what the compiler decided (hlo.py); times are a
-roofline of published peaks (costs.py) and nothing that was measured.
+The training step, the sampler and the held-out likelihood of an experiment are compiled by the TPU compiler for a named topology,
+on a CPU host and without a TPU (ahead_of_time.py). Memory, products and bytes on the wire are what the compiler decided (hlo.py);
+times are a roofline of published peaks (costs.py) and nothing that was measured.
 """
 
 import importlib.metadata
@@ -94,7 +94,9 @@ def plan(
     if dense and type(experiment.family) is not Flow:
         raise ValueError(f"--dense is of the family flow, not {config.objective.family}")
     check_compiler()
-    names = ["train", *["dense"] * dense, *["sample"] * bool(evaluation.samplers(experiment.family))]
+    family = experiment.family
+    names = ["train", *["dense"] * dense, *["sample"] * bool(evaluation.samplers(family))]
+    names += ["held_out"] * (evaluation.has_bound(family) or hasattr(family, "denoising"))
     points = []
     with ThreadPoolExecutor(2) as pool:
         try:

@@ -5,12 +5,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from flowlm.ahead_of_time import total
 from flowlm.costs import EFFICIENCY
 from flowlm.curves import draw_panels
+from flowlm.terminal import console
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
         if set(cells) != {"-"}:
             rows.append((label, cells))
 
-    train, sample = (lambda p: p["train"]), (lambda p: p["sample"])
+    train, sample, held_out = ((lambda p, name=name: p[name]) for name in ("train", "sample", "held_out"))
     row("chips", lambda p: train(p)["chips"], "{:,}")
     row("sequences per chip", lambda p: train(p)["per_chip"], "{:g}")
     row("HBM: state and batch, GiB", lambda p: train(p)["hbm"]["arguments"] / GIB)
@@ -62,6 +62,9 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     row("sampler: sequences per chip", lambda p: sample(p)["per_chip"], "{:g}")
     row("sampler: peak HBM, GiB", lambda p: total(sample(p)) / GIB)
     row("estimate: one call of the sampler, ms", lambda p: 1e3 * sample(p)["roofline"]["estimate"])
+    row("held-out likelihood: sequences per chip", lambda p: held_out(p)["per_chip"], "{:g}")
+    row("held-out likelihood: peak HBM, GiB", lambda p: total(held_out(p)) / GIB)
+    row("held-out likelihood fits", lambda p: "yes" if held_out(p)["fits"] else "**no**")
     return rows
 
 
@@ -74,9 +77,9 @@ def show(report: Mapping, out: str | None) -> None:
         table.add_column(name, justify="left" if name == names[0] else "right")
     for label, cells in rows:
         table.add_row(label, *(cell.strip("*") for cell in cells))
-    console = Console(width=200 if not Console().is_terminal else None)
-    console.print(table)
-    console.print(
+    screen = console()
+    screen.print(table)
+    screen.print(
         f"Times are an estimate: the largest of the three times at published peaks, divided by an efficiency of {EFFICIENCY}."
     )
     if out is None:

@@ -1,4 +1,4 @@
-"""Several processes that train one model, and how all of them stop at one step when any of them is told to.
+"""Several processes that train one model, and how all of them stop at one place when any of them is told to.
 
 Every host runs the same command. SLURM, Open MPI, Kubernetes job sets and TPU slices are found by JAX itself; elsewhere three
 variables say who is who: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On CPUs the
@@ -7,6 +7,7 @@ processes talk over gloo.
 
 import os
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -15,16 +16,20 @@ from jax.experimental import multihost_utils
 # A process that has not been heard of for so long is taken for dead, and the others end with an error.
 TIMEOUT_SECONDS = 60
 
-_terminated = False  # a single process has been sent SIGTERM
+# What a shell says of a process that was ended by Ctrl-C.
+INTERRUPTED = 130
+# Under this key JAX tells all processes that one of them was sent SIGTERM.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
+_told_to_stop = threading.Event()  # a single process has been sent SIGTERM or SIGINT
 
 
-def _note_termination(signum, frame) -> None:
-    global _terminated
-    _terminated = True
+class Stopped(Exception):
+    """The run was told to stop in the middle of something that is done again from its beginning."""
 
 
 def start(distributed: bool) -> None:
-    """Joins the other processes where there are any, and arranges that SIGTERM asks for a checkpoint. To be called once, first.
+    """Joins the other processes where there are any, and listens to SIGTERM and Ctrl-C. To be called once, first.
 
     Args:
       distributed: there must be others: an error, not a single process, where nothing says so.
@@ -52,16 +57,56 @@ def start(distributed: bool) -> None:
                 f"no cluster was found here ({error}): set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID for every process"
             ) from error
-    if jax.distributed.is_initialized():
-        return  # JAX listens for SIGTERM itself
-    signal.signal(signal.SIGTERM, _note_termination)
+    _listen()
+
+
+def _listen() -> None:
+    """SIGTERM, and the first SIGINT like it, ask the run to save and stop; the second SIGINT ends the process."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    # Python calls its handlers only when a compiled program returns, maybe in minutes; a thread hears the signal at once.
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda signum, frame: None)
+    if not jax.distributed.is_initialized():  # else JAX listens for SIGTERM itself, and tells the other processes
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    threading.Thread(target=_hear, args=(read,), daemon=True).start()
+
+
+def _hear(signals: int) -> None:
+    """Reads the numbers of signals from a pipe for as long as the process lives."""
+    interrupted = False
+    while True:
+        (signum,) = os.read(signals, 1)
+        if signum == signal.SIGINT and interrupted:
+            os._exit(INTERRUPTED)
+        if signum == signal.SIGINT:
+            interrupted = True
+            os.write(2, b"\nflowlm: interrupted, so it saves and stops; Ctrl-C again ends it at once, unsaved\n")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)
+        if signum in (signal.SIGINT, signal.SIGTERM):
+            _told_to_stop.set()
 
 
 def preempted(step: int) -> bool:
     """Whether to save and stop before this step: the same answer in all processes. To be asked by all at every step."""
     if jax.distributed.is_initialized():
         return multihost_utils.reached_preemption_sync_point(step)
-    return _terminated
+    return _told_to_stop.is_set()
+
+
+def check_stopped() -> None:
+    """Raises Stopped, in all processes alike, if any was told to stop. All must ask; for places inside a step."""
+    told = _told_to_stop.is_set()
+    if jax.distributed.is_initialized():
+        client = multihost_utils.distributed.global_state.client
+        try:
+            client.key_value_try_get(_NOTICE)
+            told = True
+        except jax.errors.JaxRuntimeError:  # it is not there
+            told = False
+    if not all_agree(not told):
+        raise Stopped
 
 
 def is_first() -> bool:

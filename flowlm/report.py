@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from rich.console import Console
 from rich.table import Table
 
 from flowlm import storage
 from flowlm.metrics import read_metrics
 from flowlm.run_directory import FREE, flat
+from flowlm.study_tables import markdown
+from flowlm.terminal import console
 
 POINTS = 400  # of a curve in the page; of a longer one every k-th is taken, and the last
 SHOWN_TEXT = 4000  # characters of the samples of each sampler
@@ -65,7 +66,7 @@ def find_runs(folder) -> Iterator:
 
 
 def _json(path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return storage.read_json(path) if path.exists() else None
 
 
 def read_run(path, name: str) -> Report:
@@ -75,7 +76,7 @@ def read_run(path, name: str) -> Report:
     if evaluation is not None:
         metrics, texts = dict(evaluation["metrics"]), dict(evaluation["samples"])
         if (path / "samples.txt").exists():
-            blocks = f"\n{(path / 'samples.txt').read_text()}".split("\n== ")[1:]
+            blocks = f"\n{(path / 'samples.txt').read_text(encoding='utf-8')}".split("\n== ")[1:]
             texts |= {head: text[:SHOWN_TEXT] for head, _, text in (block.partition("\n") for block in blocks)}
     # Other settings of the sampler (study.py): the same, under the sampler's name and the setting.
     for place in sorted((path / "sweep").iterdir()) if (path / "sweep").exists() else ():
@@ -192,20 +193,22 @@ def page_data(runs: Sequence[Report]) -> dict:
 
 
 def write(folders: Sequence[str], out: str) -> None:
-    """Writes runs.csv, runs.md and index.html to `out` and prints the table. Raises FileNotFoundError as `gather`."""
+    """Writes runs.csv, runs.md and index.html to `out` and prints the table.
+
+    Raises:
+      FileNotFoundError: as `gather`. ValueError: a file of a run is damaged, or nothing can be written to `out`.
+    """
     runs = gather(folders)
+    storage.check_writable(out)
     rows, keys, out = records(runs), varied(runs), storage.path(out)
     shown = columns(rows, keys)
     cells = [[show(row, column, keys) for column in shown] for row in rows]
     titles = [c if c in keys else c.replace("_", " ").replace("/", " ") for c in shown]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "runs.csv").open("w") as file:
+    with (out / "runs.csv").open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    escaped = lambda line: " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line)
-    lines = [f"| {escaped(titles)} |", "|---" * len(titles) + "|", *(f"| {escaped(line)} |" for line in cells)]
-    (out / "runs.md").write_text("\n".join(lines) + "\n")
+    (out / "runs.md").write_text("\n".join(markdown(titles, cells)) + "\n", encoding="utf-8")
     templates = jinja2.Environment(loader=jinja2.PackageLoader("flowlm", "templates"), autoescape=True)
     templates.policies["json.dumps_kwargs"] = {}  # in its own order, not sorted
     page = templates.get_template("report.html").render(
@@ -218,21 +221,21 @@ def write(folders: Sequence[str], out: str) -> None:
         varied=[(key, ["" if (v := run.config.get(key)) is None else str(v) for run in runs]) for key in keys],
         data=page_data(runs),
     )
-    (out / "index.html").write_text(page)
+    (out / "index.html").write_text(page, encoding="utf-8")
     _print(titles, cells, f"{len(runs)} runs")
     print(f"{out / 'index.html'}")
 
 
 def _print(titles: Sequence[str], cells: Sequence[Sequence[str]], caption: str) -> None:
     """The first columns of the table, as many as the terminal is wide."""
-    console = Console(width=200 if not Console().is_terminal else None)
-    table, room = Table(title=caption), console.width - 1
+    screen = console()
+    table, room = Table(title=caption), screen.width - 1
     widths = [max(len(title), *(len(line[i]) for line in cells)) + 3 for i, title in enumerate(titles)]
     count = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) <= room)
     for title in titles[:count]:
         table.add_column(title, no_wrap=True)
     for line in cells:
         table.add_row(*line[:count])
-    console.print(table)
+    screen.print(table)
     if count < len(titles):
         print(f"{len(titles) - count} more columns, from {titles[count]!r} on, are in runs.md")

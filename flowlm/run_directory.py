@@ -1,7 +1,7 @@
 """What a run leaves behind, so that any later command needs only its directory.
 
 config.json      every setting, resolved          checkpoints/<step>   training state
-tokenizer.json   the tokenizer itself             metrics.jsonl        curves (curves.png draws them)
+tokenizer.json   the tokenizer itself             metrics.jsonl        curves (curves.png draws them); in a bucket metrics/
 versions.json    packages and git commit          evaluation.json, samples.txt, trajectories.json
 """
 

@@ -5,9 +5,11 @@ their writer closes them; there is no directory, no appending and no renaming, w
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
+from typing import Any
 
 from etils import epath
 
@@ -41,11 +43,31 @@ def in_bucket(place: epath.Path) -> bool:
 def write(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):
-        place.write_text(text)
+        place.write_text(text, encoding="utf-8")
     else:
         temporary = place.with_suffix(".tmp")
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(place)
+
+
+def read_json(place: epath.Path) -> Any:
+    """What a JSON file holds. Raises ValueError: it is cut or damaged."""
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{place} is cut or damaged ({error}): restore it from a copy, or make it again") from error
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Makes the directory and writes a small file there, which goes again. Raises ValueError where that cannot be done."""
+    place = path(directory)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".writable-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {directory} ({error}): give another directory") from error
 
 
 def mirror(place: epath.Path) -> epath.Path:

@@ -4,7 +4,6 @@ The methods of a comparison under one budget are a study, and so are the points 
 where its files lie and what is left of it to do; carry_out.py runs it, study_tables.py shows it.
 """
 
-import json
 import runpy
 import shlex
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from flowlm import storage
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ def setting_name(setting: Mapping[str, object]) -> str:
 
 
 def finished(path: Path) -> bool:
-    """Whether the run in `path` was evaluated after its last step."""
+    """Whether the run in `path` was evaluated after its last step. Raises ValueError where a file of it is damaged."""
     if not (path / "evaluation.json").exists():
         return False
-    steps = json.loads((path / "config.json").read_text())["steps"]
-    return json.loads((path / "evaluation.json").read_text())["step"] == steps
+    steps = storage.read_json(path / "config.json")["steps"]
+    return storage.read_json(path / "evaluation.json")["step"] == steps
 
 
 def before(run: Run, seed: int, runs: Mapping[str, Run]) -> list[tuple[Run, int]]:
@@ -162,11 +163,9 @@ def is_kept(kept: Path, run: Run, seed: int) -> bool:
     path = kept_file(kept, run, seed)
     if not path.exists():
         return False
-    record = json.loads(path.read_text())
-    evaluations = record["evaluations"]
-    return evaluations[""]["step"] == record["config"]["steps"] and set(map(setting_name, run.sweep)) <= set(
-        evaluations
-    )
+    record = storage.read_json(path)
+    steps, evaluations = record["config"]["steps"], record["evaluations"]
+    return evaluations[""]["step"] == steps and set(map(setting_name, run.sweep)) <= set(evaluations)
 
 
 def left(study: Study, workdir: Path, kept: Path) -> list[tuple[Run, int]]:

@@ -1,13 +1,13 @@
 """What a study found: one record for each cell, and from them tables and pictures."""
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flowlm import storage
 from flowlm.curves import draw_panels
 from flowlm.matching import Point, matched
 from flowlm.study import Run, Study, kept_file, setting_name
@@ -21,7 +21,7 @@ def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Mappi
         for seed in run.seeds:
             path = kept_file(kept, run, seed)
             if path.exists():
-                found = json.loads(path.read_text())["evaluations"]
+                found = storage.read_json(path)["evaluations"]
                 for name in ("", *map(setting_name, run.sweep)):
                     if name in found:
                         yield run, seed, name, found[name]["metrics"]
@@ -68,7 +68,7 @@ def write(study: Study, kept: Path, results: Path) -> None:
         return
     results.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for record in records for key in record))
-    with (results / "study.csv").open("w", newline="") as file:
+    with (results / "study.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
@@ -80,9 +80,11 @@ def write(study: Study, kept: Path, results: Path) -> None:
         cells[name, record["steps"] or ""].append(record)
     table = {cell: [shown(group, metric) for metric in study.metrics] for cell, group in cells.items()}
     rows = [[name, steps, len(cells[name, steps]), *values] for (name, steps), values in table.items()]
-    (results / "study.md").write_text("\n".join(markdown(["method", "steps", "seeds", *study.metrics], rows)) + "\n")
+    (results / "study.md").write_text(
+        "\n".join(markdown(["method", "steps", "seeds", *map(_title, study.metrics)], rows)) + "\n", encoding="utf-8"
+    )
 
-    (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)))
+    (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)), encoding="utf-8")
     if study.matched:
         held_out = next(record[study.diversity] for record in records if record["method"] == "held_out")
         lines = []
@@ -92,7 +94,7 @@ def write(study: Study, kept: Path, results: Path) -> None:
             points = matched(records, study.matched, held_out - below, study.diversity)
             texts = {cell: [_text(point, held_out - below) for point in row] for cell, row in points.items()}
             lines += grids(study.matched, texts)
-        (results / "study_matched.md").write_text("\n".join(lines))
+        (results / "study_matched.md").write_text("\n".join(lines), encoding="utf-8")
         draw_matched(study, points, held_out - below, results / "study_matched.png")
 
     drawn = {run.name for run in study.runs if run.drawn}
@@ -134,10 +136,15 @@ def shown(group: Sequence[dict], metric: str) -> str:
     return f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
+def _title(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
 def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
-    """Lines of a table."""
-    line = lambda cells: f"| {' | '.join(str(cell) for cell in cells)} |"
-    return [line([str(name).replace("_", " ") for name in head]), "|---" * len(head) + "|", *map(line, rows)]
+    """Lines of a table, in which no cell can end a cell or a line."""
+    escaped = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")
+    line = lambda cells: f"| {' | '.join(map(escaped, cells))} |"
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
 def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[str]:
@@ -148,7 +155,7 @@ def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[
     for i, metric in enumerate(metrics):
         # Real text and the naive samplers take no steps.
         rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
-        lines += [*markdown([metric, *steps], rows), ""]
+        lines += [*markdown([_title(metric), *steps], rows), ""]
     return lines
 
 

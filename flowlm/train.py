@@ -14,46 +14,29 @@ from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
-from flowlm.metrics import MetricWriter
+from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.profiling import Profiler, Recompilations
 
 
 def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:
     """Trains the experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
 
-    Told to stop (processes.preempted), it saves and returns before its last step. Steps in `profile_steps` are traced into
-    `workdir`/profile.
+    Told to stop (SIGTERM, Ctrl-C), it saves and returns, from the middle of an evaluation too. Steps in `profile_steps` are
+    traced into `workdir`/profile.
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
       FloatingPointError: the loss, a gradient or a parameter is not finite; nothing already saved is lost.
     """
-    # ---- Everything that can be wrong is found here, before anything is prepared, written or compiled.
-    data = config.data
-    tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
-    experiment = build(config, tokenizer.vocab_size, tokenizer.start)
-    layout = sharding.make_layout(config)
-    processes.check_mesh(layout.mesh)
-    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
-    teacher = None
-    if config.teacher:
-        teacher = load_teacher(config, tokenizer, experiment, layout)
-    origin = None
-    if config.init_from:
-        origin = load_origin(config, tokenizer, experiment, layout)
-    if has_params(workdir):
-        raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
-    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
-    run_directory.prepare(workdir, config, dataset.tokenizer)
+    experiment, layout, dataset, evaluator, teacher, origin = _prepare(config, workdir)
 
     # ---- The state is born sharded: shapes, then places, then values.
     abstract = abstract_state(experiment, layout)
-    places = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(storage.path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
     if state is None:
         init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=places)(teacher, origin)
+        state = jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(teacher, origin)
     del origin
     first = int(state.step)
     if first > config.steps:
@@ -64,7 +47,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
 
     step_fn = jit_step(config, experiment, layout, abstract)
     rows = dataset.train.shuffled(config.seed)
-    evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
+    judged = _is_judged(workdir, first)
     # Of several processes the first writes and prints what all of them know.
     leads = processes.is_first()
     writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
@@ -75,15 +58,25 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
         total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
     )
 
-    # ---- save, take batch, step, log the previous step's metrics, evaluate.
-    metrics, logged, clock = None, first, time.perf_counter()
+    # ---- save, evaluate, take batch, step, log the previous step's metrics.
+    metrics, values, logged, clock = None, {}, first, time.perf_counter()
     try:
         for step in range(first, config.steps):
-            preempted = processes.preempted(step)
-            if step > first and (preempted or checkpoints.should_save(step)):
+            stop = processes.preempted(step)
+            save = step > first and (stop or checkpoints.should_save(step))
+            evaluate = step % config.evaluation.every == 0 and (step > first or not judged)
+            if step > first and (save or evaluate):
                 values = _check_finite(metrics, step, checkpoints)
+            if save:
                 checkpoints.save(step, state)
-            if preempted:
+            if evaluate and not stop:
+                try:
+                    write(step, evaluator(state.ema, step, config.evaluation.samples).metrics)
+                    logged, clock = step, time.perf_counter()
+                except processes.Stopped:  # the same command begins this evaluation anew
+                    checkpoints.save(step, state)
+                    stop = True
+            if stop:
                 if step > first:
                     write(step, values)
                 progress.close()
@@ -93,7 +86,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
             profiler.before(step)
             previous = metrics
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, data.length, layout)
+                batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, dataset.length, layout)
                 state, metrics = step_fn(state, batch, teacher)
             profiler.after(step, metrics)
             recompilations.check(step)
@@ -105,26 +98,26 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                 values["learning_rate"] = float(experiment.schedule(step - 1))
                 if step > logged:  # not right after an evaluation
                     now = time.perf_counter()
-                    values["tokens_per_second"] = (step - logged) * config.batch_size * data.length / (now - clock)
+                    values["tokens_per_second"] = (step - logged) * config.batch_size * dataset.length / (now - clock)
                     logged, clock = step, now
                 write(step, values)
                 progress.set_postfix(
                     loss=f"{values['loss']:.3f}", tokens_per_s=f"{values.get('tokens_per_second', 0):.0f}"
                 )
 
-            done = step + 1
-            if done < config.steps and done % config.evaluation.every == 0:
-                _check_finite(metrics, done, checkpoints)
-                write(done, evaluator(state.ema, done, config.evaluation.samples).metrics)
-                logged, clock = done, time.perf_counter()
-
         # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.
         if metrics is not None:
             values = _check_finite(metrics, config.steps, checkpoints)
             checkpoints.save(config.steps, state)
         progress.close()
-        result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
-        if metrics is not None:
+        try:
+            result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
+        except processes.Stopped:
+            if metrics is not None:
+                write(config.steps, values)
+            _say(f"told to stop: all {config.steps} steps are saved, and the same command evaluates them")
+            return
+        if metrics is not None or not judged:
             write(config.steps, values | result.metrics)
         if leads:
             result.save(workdir)
@@ -141,6 +134,34 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
 def _say(text: str) -> None:
     if processes.is_first():
         print(text, file=sys.stderr)
+
+
+def _prepare(config: ConfigDict, workdir: str):
+    """(experiment, layout, dataset, evaluator, teacher or None, parameters to start from or None), and the run directory.
+
+    Everything that can be wrong is found here, before anything is written or compiled for the training.
+    """
+    data = config.data
+    tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
+    experiment = build(config, tokenizer.vocab_size, tokenizer.start)
+    layout = sharding.make_layout(config)
+    processes.check_mesh(layout.mesh)
+    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
+    teacher = load_teacher(config, tokenizer, experiment, layout) if config.teacher else None
+    origin = load_origin(config, tokenizer, experiment, layout) if config.init_from else None
+    if has_params(workdir):
+        raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
+    run_directory.prepare(workdir, config, dataset.tokenizer)
+    evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
+    return experiment, layout, dataset, evaluator, teacher, origin
+
+
+def _is_judged(workdir, step: int) -> bool:
+    """Whether the evaluation of this step is in the metrics already, or there is none of it; the same in all processes."""
+    lines = [line for line in read_metrics(workdir) if line["step"] == step]
+    held = step == 0 or any(name.startswith(("samples/", "held_out/")) for line in lines for name in line)
+    return processes.all_agree(held)
 
 
 def _check_finite(metrics, step: int, checkpoints: Checkpoints) -> dict[str, float]:

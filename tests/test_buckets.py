@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toy import run_config, train_only
 
-from flowlm import evaluation, report, storage
+from flowlm import report, results, storage
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset
 from flowlm.data.prepare import prepare
@@ -67,7 +67,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
     for picture in ("curves.png", "evaluation.png"):
         assert (storage.path(there) / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    evaluation.compare([there])
+    results.compare([there])
     assert "flow euler@1" in capsys.readouterr().out
     report.write([f"{BUCKET}/runs"], f"{BUCKET}/report")
     assert names_in(f"{BUCKET}/report") == ["index.html", "runs.csv", "runs.md"]
@@ -125,6 +125,49 @@ def test_every_metric_is_there_at_once():
     assert [m["step"] for m in read_metrics(f"{BUCKET}/metrics")] == [1, 2, 3]
     MetricWriter(f"{BUCKET}/metrics", start=2).write(3, {"loss": 0.5})
     assert [m["loss"] for m in read_metrics(f"{BUCKET}/metrics")] == [1.0, 0.5, 0.5]
+
+
+def test_a_long_run_does_not_write_its_metrics_again_with_every_line(monkeypatch):
+    """Of 1,000 equal lines a part of 100 is written 1 + 2 + ... + 100 lines long: 50,500 lines in all, not 500,500."""
+    written = []
+    write = storage.write
+    monkeypatch.setattr(storage, "write", lambda place, text: written.append(len(text)) or write(place, text))
+    there = f"{BUCKET}/long"
+    writer = MetricWriter(there)
+    for step in range(1001, 2001):
+        writer.write(step, {"loss": 0.25})
+    writer.close()
+    line = len('{"step": 1001, "loss": 0.25}\n')
+    assert sum(written) == 10 * (100 * 101 // 2) * line
+    assert [m["step"] for m in read_metrics(there)] == [*range(1001, 2001)]
+    assert len(names_in(f"{there}/metrics")) == 10
+    # Taken up at a step inside the last part but one: what lies beyond it goes, and nothing else is touched.
+    written.clear()
+    writer = MetricWriter(there, start=1850)
+    assert sum(written) == 50 * line
+    writer.write(1851, {"loss": 0.5})
+    assert [m["step"] for m in read_metrics(there)] == [*range(1001, 1852)]
+    assert [m["loss"] for m in read_metrics(there)][-2:] == [0.25, 0.5]
+    # Begun anew, it has no line of before.
+    MetricWriter(there).close()
+    assert read_metrics(there) == []
+
+
+def test_metrics_go_with_a_run_between_a_bucket_and_a_disk(tmp_path):
+    there, here = f"{BUCKET}/moved", tmp_path / "moved"
+    steps = lambda place: [m["step"] for m in read_metrics(place)]
+    writer = MetricWriter(there)
+    for step in range(1, 131):
+        writer.write(step, {"loss": 1.0})
+    storage.copy(storage.path(there), storage.path(here))
+    assert steps(here) == [*range(1, 131)]
+    writer = MetricWriter(here, start=120)
+    writer.write(121, {"loss": 1.0})
+    writer.close()
+    assert steps(here) == [*range(1, 122)] and names_in(here) == ["metrics.jsonl"]
+    storage.copy(storage.path(here), storage.path(f"{BUCKET}/back"))
+    MetricWriter(f"{BUCKET}/back", start=110).write(111, {"loss": 1.0})
+    assert steps(f"{BUCKET}/back") == [*range(1, 112)]
 
 
 # --- data --------------------------------------------------------------------------------------------------------

@@ -222,8 +222,22 @@ def test_kneser_ney_judges_texts(tmp_path):
 def test_kneser_ney_refuses_what_it_cannot_fit():
     with pytest.raises(ValueError, match="4 characters; got 5"):
         KneserNey.fit("abcd", 5)
-    with pytest.raises(ValueError, match="lower order"):
-        KneserNey.fit("".join(map(chr, range(100, 8000))), 5)
+
+
+def test_a_large_alphabet_takes_a_lower_order():
+    """6,207 characters are the most of which five fit into 63 bits; with more the model is the 4-gram one, and says so."""
+    letters = "".join(map(chr, range(0x4E00, 0x4E00 + 6207)))
+    text = letters + "the commerce of the country; the country" + letters[::7]
+    fits = KneserNey.fit(letters)
+    assert fits.order == 5 and fits.note is None
+    model, slow = KneserNey.fit(text), SlowKneserNey(text, 4)
+    assert model.order == 4
+    held_out = "the commerces of\u4e00\u4e07 \u20ac the" + letters[21:33]
+    np.testing.assert_allclose(model.log_prob(held_out), slow.log_prob(held_out), rtol=1e-10)
+    count = len(set(text))
+    assert count > 6207
+    assert model.note.startswith("nats per char is of a 4-gram model, not a 5-gram one: 6,2")
+    assert f"{count:,} different characters" in model.note
 
 
 class Coins:

@@ -1,14 +1,13 @@
 """Generative perplexity: the protocol by hand, and the judge's network against a second one in numpy."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import run_config, train_only
 
-from flowlm import evaluation
+from flowlm import panel
 from flowlm.data import open_dataset
-from flowlm.experiment import build, load_trained
+from flowlm.experiment import load_trained
 from flowlm.judges import mauve, smollm2
 from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
 from flowlm.sharding import Layout, make_mesh
@@ -71,31 +70,30 @@ def test_documents_in_a_sample_stand_apart():
 
 
 def test_only_pretrained_judges_read_where_a_document_ends(data_dir, monkeypatch):
-    """Of a sampler that writes a start token in the middle of every row."""
+    """Of a row with a start token in its middle."""
     seen = {"counting": [], "pretrained": []}
 
     class Judge:
         def __init__(self, kind):
             self.kind = kind
+            self.read = seen[kind].append
 
         def score(self, ids, texts):
-            seen[self.kind].append(texts[0])
+            self.read(texts)
             return {self.kind: 0.0}
 
-    config = run_config(data_dir)
-    dataset = open_dataset(config.data.name, config.data.tokenizer, config.data.length, config.data.dir)
-    layout, parts = Layout(make_mesh(data=1)), ("the dog sees the cat .", "she writes a poem .")
+    data = run_config(data_dir).data
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
+    parts = ("the dog sees the cat .", "she writes a poem .")
     one, two = dataset.tokenizer.encode_batch(parts)
     row = np.array([98, *one, 98, *two, *[98] * 7])[:19]
-    monkeypatch.setattr(evaluation, "make_judges", lambda dataset: [Judge("counting")])
-    monkeypatch.setattr(evaluation, "make_language_models", lambda *arguments: [Judge("pretrained")])
-    monkeypatch.setattr(evaluation.Sampler, "__call__", lambda self, params, key, num: np.tile(row, (num, 1)))
-    monkeypatch.setattr(evaluation.Sampler, "seconds", 1.0, raising=False)
-    experiment = build(config, 99)
-    evaluator = evaluation.Evaluator(experiment, dataset, layout, 0, config.evaluation, str(data_dir))
-    evaluator(experiment.net.init(jax.random.key(0)), 1, 4, samples_only=True)
-    assert seen["counting"] == [dataset.tokenizer.decode(row)] and BREAK not in seen["counting"][0]
-    assert seen["pretrained"][0].split(BREAK)[:2] == list(parts)
+    monkeypatch.setattr(panel, "make_judges", lambda dataset: [Judge("counting")])
+    monkeypatch.setattr(panel, "make_language_models", lambda *arguments: [Judge("pretrained")])
+    judges = panel.Panel(dataset, ("x",), "", None)
+    texts, scores = judges.judge(row[None])
+    assert texts == seen["counting"][-1] == [dataset.tokenizer.decode(row)]
+    assert seen["pretrained"][-1][0].split(BREAK)[:2] == list(parts)
+    assert scores == {"counting": 0.0, "pretrained": 0.0}
 
 
 CONFIG = {"heads": 6, "key_heads": 2, "base": 100.0, "epsilon": 1e-5}
@@ -185,7 +183,7 @@ def test_the_pretrained_judge_ranks_texts():
 def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     config = run_config(data_dir, "autoregressive", steps=2)
     train_only(config, tmp_path / "ar")
-    (judge,) = evaluation.make_language_models(
+    (judge,) = panel.make_language_models(
         [f"run:{tmp_path / 'ar'}"], 19, str(data_dir), Layout(make_mesh(data=1)), None
     )
     run = load_trained(tmp_path / "ar", Layout(make_mesh(data=1)))
@@ -200,9 +198,7 @@ def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
     np.testing.assert_allclose(judge.score(None, texts)["ar_nats_per_token"], sum(expected) / count, rtol=1e-5)
     train_only(run_config(data_dir, "masked", steps=2), tmp_path / "masked")
     with pytest.raises(ValueError, match="is of the family masked: only an autoregressive run can judge"):
-        evaluation.make_language_models(
-            [f"run:{tmp_path / 'masked'}"], 19, str(data_dir), Layout(make_mesh(data=1)), None
-        )
+        panel.make_language_models([f"run:{tmp_path / 'masked'}"], 19, str(data_dir), Layout(make_mesh(data=1)), None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from test_language_model import CONFIG, VOCAB, weights
 from toy import run_config
 
-from flowlm import evaluation
+from flowlm import panel
 from flowlm.data import open_dataset
 from flowlm.judges import mauve, smollm2
 
@@ -76,12 +76,12 @@ def test_as_many_samples_as_held_out_texts(library):
 def test_the_held_out_texts_are_rows_of_the_validation_split(data_dir):
     data = run_config(data_dir).data
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
-    texts = evaluation.reference_texts(dataset, 40)
+    texts = panel.reference_texts(dataset, 40)
     split = dataset.validation
     every = [dataset.tokenizer.decode(row) for row in split.rows(0, len(split))]
     assert len(texts) == 40 and set(texts) <= set(every) and texts != every[:40]
-    assert evaluation.reference_texts(dataset, 50)[:40] == texts
-    assert sorted(evaluation.reference_texts(dataset, len(split) + 1)) == sorted(every)
+    assert panel.reference_texts(dataset, 50)[:40] == texts
+    assert sorted(panel.reference_texts(dataset, len(split) + 1)) == sorted(every)
 
 
 @pytest.fixture
@@ -109,6 +109,6 @@ def test_the_features_are_those_of_one_text_at_a_time(tiny, library):
 
 def test_a_missing_library_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", None)
-    make = partial(evaluation.make_language_models, length=9, data_dir="", layout=None, reference=None)
+    make = partial(panel.make_language_models, length=9, data_dir="", layout=None, reference=None)
     with pytest.raises(ImportError, match=r"needs the package mauve-text: pip install 'flowlm\[mauve\]'"):
         make(["mauve:smollm2"])

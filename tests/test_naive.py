@@ -11,7 +11,8 @@ from flowlm.judges.ngrams import NGrams
 
 def law(rows, n):
     grams = Counter(tuple(r[i : i + n]) for r in rows.tolist() for i in range(len(r) - n + 1) if -1 not in r[i : i + n])
-    return {g: c / sum(grams.values()) for g, c in grams.items()}
+    total = sum(grams.values())
+    return {g: c / total for g, c in grams.items()}
 
 
 @pytest.mark.parametrize("size", [5, 60_000])
@@ -26,6 +27,26 @@ def test_distance_is_the_total_variation_of_counters(size):
         p, q = law(a[:, 1:], n), law(b[:, 1:], n)
         expected = sum(abs(p.get(g, 0) - q.get(g, 0)) for g in p.keys() | q.keys()) / 2
         np.testing.assert_allclose(scores[f"ngram_distance_{n}"], expected)
+
+
+def test_the_reference_is_counted_once_and_every_digit_stays(monkeypatch):
+    """Half the summed difference over all n-grams in lexicographic order, by a sort of both sides for every score."""
+    rng = np.random.default_rng(1)
+    for trial in range(60):
+        length, pool = rng.integers(1, 12), rng.integers(0, rng.choice([3, 60_000]), rng.choice([2, 4, 50]))
+        a, b = (rng.choice(pool, (rng.integers(1, 40), length)) for _ in range(2))
+        judge = NGrams(b, start=int(pool[0]))
+        with monkeypatch.context() as patch:
+            patch.setattr("flowlm.judges.ngrams.tables", None)  # what counts the reference
+            scores = judge.score(a, [""] * len(a))
+        assert list(scores) == [f"ngram_distance_{n}" for n in range(1, min(length, 6))]
+        for rows in (a, b):
+            rows[rows[:, 0] == pool[0], 0] = -1
+        for n in range(1, min(length, 6)):
+            p, q = law(a, n), law(b, n)
+            apart = np.abs(np.array([q.get(g, 0.0) - p.get(g, 0.0) for g in sorted(p.keys() | q.keys())]))
+            expected = float(apart.sum() / 2) if p and q else float("nan")
+            np.testing.assert_array_equal(scores[f"ngram_distance_{n}"], expected, err_msg=f"{trial} {n}")
 
 
 def test_of_the_same_rows_it_is_zero_and_of_others_one():

@@ -7,7 +7,7 @@ followed by its standard error under `<metric>_stderr`. A metric that cannot be 
 never absent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +36,10 @@ def mean_with_stderr(name: str, values: np.ndarray, sizes: np.ndarray | None = N
     return {name: float(mean), f"{name}_stderr": float(stderr)}
 
 
-def score_all(judges: Sequence[Judge], ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-    """Every judge's metrics in one dict, in the order of the judges.
+def score_all(
+    judges: Sequence[Judge], ids: np.ndarray, texts: Sequence[str], before: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Every judge's metrics in one dict, in the order of the judges. `before` is called before each of them.
 
     Raises:
       ValueError: `ids` and `texts` differ in number, there are no samples, or two judges report the same metric.
@@ -46,6 +48,7 @@ def score_all(judges: Sequence[Judge], ids: np.ndarray, texts: Sequence[str]) ->
         raise ValueError(f"Judges need one text a row and at least one row; got {len(ids)} rows, {len(texts)} texts.")
     scores = {}
     for judge in judges:
+        before()
         new = judge.score(ids, texts)
         if clash := sorted(scores.keys() & new.keys()):
             raise ValueError(

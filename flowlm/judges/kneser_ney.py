@@ -19,6 +19,8 @@ import numpy as np
 
 from flowlm.judges import mean_with_stderr
 
+ORDER = 5  # characters in the longest grams of the usual model
+
 
 def code_points(text: str) -> np.ndarray:
     """The Unicode code points of a text, uint32 [len]."""
@@ -64,16 +66,26 @@ class KneserNey:
         self.order, self.alphabet, self.grams, self.counts = order, alphabet, grams, counts
 
     @property
+    def note(self) -> str | None:
+        """What to say beside the metric where the alphabet is too large for the usual order."""
+        if self.base**ORDER < 2**63:
+            return None
+        return (
+            f"nats per char is of a {self.order}-gram model, not a {ORDER}-gram one: {len(self.alphabet):,} different "
+            "characters are too many for that"
+        )
+
+    @property
     def base(self) -> int:
         """Number of symbols, A + 1."""
         return len(self.alphabet) + 1
 
     @classmethod
-    def fit(cls, text: str, order: int = 5) -> "KneserNey":
-        """Counts the `order`-grams of a text.
+    def fit(cls, text: str, order: int = ORDER) -> "KneserNey":
+        """Counts the `order`-grams of a text, or shorter ones where its alphabet is too large for `order` digits in 63 bits.
 
         Raises:
-          ValueError: the text is shorter than `order`, or its alphabet too large for `order` digits in 63 bits.
+          ValueError: the text is shorter than `order`.
         """
         if not 1 <= order <= len(text):
             raise ValueError(f"order must lie between 1 and the text's {len(text)} characters; got {order}.")
@@ -81,8 +93,7 @@ class KneserNey:
         alphabet = np.unique(points)
         codes = np.searchsorted(alphabet, points)
         base = len(alphabet) + 1
-        if base**order >= 2**63:
-            raise ValueError(f"order {order} over {base} symbols does not fit in 63 bits: lower order.")
+        order = max(k for k in range(1, order + 1) if base**k < 2**63)
         keys = np.zeros(len(codes) - order + 1, np.int64)
         for offset in range(order):
             keys *= base

@@ -60,8 +60,8 @@ class LanguageModel:
         self.name, self.length = name, length
         self._encode, self._nats, self._end = encode, nats, end
 
-    def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """The ids are not read. The texts have a BREAK wherever a document ends (`with_breaks`)."""
+    def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(nats, targets) of each text, float64 [N]. The texts have a BREAK wherever a document ends (`with_breaks`)."""
         totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
         every = [tokens[: self.length] for tokens in encode_documents(self._encode, texts, self._end)]
         # One shape for all, so that it compiles once; what is padded is not counted.
@@ -77,6 +77,10 @@ class LanguageModel:
             nats = np.where(counted, np.asarray(self._nats(batch), np.float64), 0)
             size = len(rows)
             totals[first : first + size], counts[first : first + size] = nats.sum(1)[:size], counted.sum(1)[:size]
-        scores = mean_with_stderr(f"{self.name}_nats_per_token", totals, counts)
+        return totals, counts
+
+    def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        """The ids are not read; texts as in `read`."""
+        scores = mean_with_stderr(f"{self.name}_nats_per_token", *self.read(texts))
         mean = scores[f"{self.name}_nats_per_token"]
         return scores | {f"{self.name}_perplexity": float(np.exp(mean))}

@@ -39,7 +39,11 @@ def last_states(states: Callable, encode: Callable, texts: Sequence[str], end: i
 
 
 class Mauve:
-    """Metric: mauve_NAME, in (0, 1]."""
+    """Metric: mauve_NAME, in (0, 1].
+
+    Attributes:
+      read: texts -> float [N, D], what the model sees in them.
+    """
 
     def __init__(self, name: str, features: Callable, reference: Callable):
         """features: texts -> float [N, D]. reference: num -> that many held-out texts, or all where there are fewer."""
@@ -47,7 +51,7 @@ class Mauve:
             from mauve import compute_mauve
         except ImportError as error:
             raise ImportError("the judge mauve needs the package mauve-text: pip install 'flowlm[mauve]'") from error
-        self.name, self._features, self._compute = name, features, compute_mauve
+        self.name, self.read, self._compute = name, features, compute_mauve
         # Read once for all samplers that draw the same number.
         self._reference = functools.cache(lambda num: features(reference(num)))
 
@@ -56,7 +60,7 @@ class Mauve:
         reference = self._reference(len(texts))
         if len(reference) < len(texts):
             logging.warning("mauve reads %d samples of %d: no more held-out rows", len(reference), len(texts))
-        samples = self._features(texts[: len(reference)])
+        samples = self.read(texts[: len(reference)])
         return {f"mauve_{self.name}": float(self._compute(p_features=reference, q_features=samples).mauve)}
 
 

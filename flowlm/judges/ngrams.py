@@ -9,38 +9,66 @@ ngram_distance_2 adjacent pairs; a sampler with the right pairs and nothing more
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flowlm.judges.statistics import ngram_codes
 
 ORDERS = (1, 2, 3, 4, 5)
+BASE = 2**32  # above every token id
 
 
-def numbered(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A number for every n-gram inside the rows of a [N, L] and b [M, L], the same for the same n-gram; -1 joins none."""
-    codes = ngram_codes(np.concatenate([a, b]), n)
-    first, second = (part[part >= 0] for part in (codes[: len(a)], codes[len(a) :]))
-    numbers = np.unique(np.concatenate([first, second]), return_inverse=True)[1]
-    return numbers[: len(first)], numbers[len(first) :]
+class Table(NamedTuple):
+    """The n-grams of some rows, in lexicographic order: each the place of its first n - 1 tokens in their table, and its last one.
+
+    Attributes:
+      grams: [G] int64, sorted: place x BASE + last token. shares: [G] of all n-grams.
+    """
+
+    grams: np.ndarray
+    shares: np.ndarray
+
+    def place(self, prefix: np.ndarray, known: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(where n-grams are or would be, whether they are there).
+
+        Args:
+          prefix, known: the same of their first n - 1 tokens. last: their last tokens.
+        """
+        wanted = prefix * BASE + np.where(known, last, 0)
+        place = np.searchsorted(self.grams, wanted)
+        there = (
+            self.grams[np.minimum(place, len(self.grams) - 1)] == wanted if len(self.grams) else np.zeros_like(known)
+        )
+        return place, there & known
 
 
-def total_variation(a: np.ndarray, b: np.ndarray) -> float:
-    """Half the summed difference between the shares of numbers in a and in b; NaN where one is empty."""
-    if not len(a) or not len(b):
-        return float("nan")
-    size = max(a.max(), b.max()) + 1
-    shares = [np.bincount(x, minlength=size) / len(x) for x in (a, b)]
-    return float(np.abs(shares[0] - shares[1]).sum() / 2)
+def tables(tokens: np.ndarray) -> list[Table]:
+    """Tables of the orders 1, 2, ... of rows of ids [N, L] of which negative ones are no token, as many as L allows."""
+    found: list[Table] = []
+    place, whole = np.zeros(tokens.shape, np.int64), np.ones(tokens.shape, bool)
+    for n in ORDERS:
+        if n > tokens.shape[1]:
+            break
+        last = tokens[:, n - 1 :]
+        place, whole = place[:, : last.shape[1]], whole[:, : last.shape[1]] & (last >= 0)
+        grams, numbers, counts = np.unique(place[whole] * BASE + last[whole], return_inverse=True, return_counts=True)
+        found.append(Table(grams, counts / max(len(numbers), 1)))
+        place = np.zeros(last.shape, np.int64)
+        place[whole] = numbers
+    return found
 
 
 class NGrams:
-    """Metrics: ngram_distance_1 .. ngram_distance_5, in [0, 1]. A start token in position 0 is left out."""
+    """Metrics: ngram_distance_1 .. ngram_distance_5, in [0, 1]. A start token in position 0 is left out.
+
+    The reference is counted once, when the judge is made; samples are looked up in its tables.
+    """
 
     def __init__(self, reference: np.ndarray, start: int):
         """`reference`: held-out ids int [M, L]. `start`: id of the start token."""
         self.start = start
-        self.reference = self._framed(reference)
+        self._reference = tables(self._framed(reference))
 
     def _framed(self, ids: np.ndarray) -> np.ndarray:
         tokens = np.array(ids, np.int64)
@@ -49,8 +77,27 @@ class NGrams:
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
         tokens = self._framed(ids)
-        return {
-            f"ngram_distance_{n}": total_variation(*numbered(tokens, self.reference, n))
-            for n in ORDERS
-            if n < ids.shape[1]
-        }
+        place, known = np.zeros(tokens.shape, np.int64), np.ones(tokens.shape, bool)
+        distances = {}
+        for n, table in zip(ORDERS, self._reference):
+            last = tokens[:, n - 1 :]
+            place, known = table.place(place[:, : last.shape[1]], known[:, : last.shape[1]], last)
+            if n < ids.shape[1]:
+                distances[f"ngram_distance_{n}"] = self._distance(table, ngram_codes(tokens, n), place, known)
+        return distances
+
+    @staticmethod
+    def _distance(table: Table, codes: np.ndarray, place: np.ndarray, known: np.ndarray) -> float:
+        """The total variation of `table` and samples' n-grams, of which `place` and `known` say where they are in it.
+
+        codes: their numbers in lexicographic order, -1 for what is no n-gram. NaN where there is none on one side.
+        """
+        whole = codes >= 0
+        _, first, counts = np.unique(codes[whole], return_index=True, return_counts=True)
+        if not len(first) or not len(table.grams):
+            return float("nan")
+        shares, place, known = counts / counts.sum(), place[whole][first], known[whole][first]
+        apart = table.shares.copy()
+        apart[place[known]] = np.abs(table.shares[place[known]] - shares[known])
+        # One order of summing, whichever side an n-gram is on.
+        return float(np.insert(apart, place[~known], shares[~known]).sum() / 2)
