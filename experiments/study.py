@@ -6,8 +6,9 @@
 
 `grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, three seeds of teacher and student: about
 8 hours on 2 CPU cores, 20 minutes on a card with 16 cores. `text`: the quickstart's speeches and network, 6,000 steps and 3,000 of
-distillation, a little longer. `tuning`, `text_tuning`: about an hour each. All go on where they were when run again. Every sampler's knob is swept, and figures
-are given at equal diversity too: on the grammar -log p minus the entropy, on text the samples' entropy.
+distillation, a little longer. `tuning`, `text_tuning`: about an hour each. All go on where they were when run again. Every
+sampler's knob is swept, and figures are given at equal diversity too: on the grammar -log p minus the entropy, on text the
+samples' entropy.
 
 Discrete students go through rounds of equal length, each with twice the jump of the last; every round is a row of the table, so
 that the best one at each number of steps can be read off. An early round is cheaper than the map it is compared with, so there
