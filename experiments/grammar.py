@@ -30,33 +30,28 @@ noise; that is why its matrix starts at zero and decays. Weaker still would be b
     flowlm train --config=experiments/grammar.py:flow_map --config.teacher=DIR --workdir=DIR2
 
 A flow map from such a run, 4,500 steps of `csd`, 23 minutes on 2 idle CPU cores or 21 on one; share grammatical of 2,048 samples at
-1 / 2 / 4 / 8 steps (results/study/grammar; standard errors .008 to .011), at least .998 of the rows distinct:
+1 / 2 / 4 / 8 steps (results/study/grammar; standard errors .008 to .011), all rows distinct, each seed from a flow of its own:
 
     seed    all of the noise                 half of it (objective.noise_scale, the experiment's sampler)
-    0       .167 / .404 / .550 / .632        .213 / .610 / .803 / .894
-    1       .174 / .413 / .549 / .626        .243 / .637 / .815 / .898
-    2       .177 / .429 / .558 / .638        .230 / .615 / .803 / .884
+    0       .194 / .461 / .598 / .687        .237 / .655 / .835 / .904
+    1       .143 / .391 / .528 / .620        .198 / .600 / .777 / .858
+    2       .108 / .313 / .424 / .494        .186 / .562 / .725 / .820
 
-From another flow of the same command, .151 and .148 in one step. 6,000 steps of `psd` in the same time, from that flow, seed 0:
-.129 / .331 / .462 / .566; in one step with .9, .8, .7, .6, .5, .4, .3 of the noise
-.150, .150, .158, .173, .185, .190, .145. A trigram chain drawn from the training rows writes .62 grammatical ones.
+A trigram chain drawn from the training rows writes .62 grammatical ones.
 
-At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the noise), from the flow of the table above. Psd, lsd, esd
-and no teacher are means over three seeds (± .002 to .055), the others one (± .009 to .016). ablations.py:target_cpu and teacher_cpu
-make them (results/ablations), and study.py:tuning the two of csd:
+At an equal, smaller budget (--config.steps=1500, 1,024 samples, all of the noise), from one flow. Psd, lsd, esd and no teacher are
+means over three seeds (± .002 to .055), the others one (± .009 to .016). ablations.py:target_cpu and teacher_cpu make them
+(results/ablations):
 
     psd                                      .146 / .379 / .535 / .624
     lsd                                      .103 / .237 / .454 / .589
     lsd_logit                                .147 / .267 / .466 / .583
     esd                                      .068 / .235 / .393 / .512
-    csd                                      .140 / .381 / .521 / .624
-    the same with 8 blocks in flow and map   .204 / .509 / .633 / .719
     teacher_steps (4)                        .087 / .356 / .520 / .622
     psd without a teacher                    .023 / .082 / .139 / .183
 
-From another flow psd has .110 / .329 / .460 / .562, and .076 / .251 / .432 / .502 with model.end_time_scale=1000. Until commit
-b866946f4ce2 rows with t = 1 learnt by their own identity, and lsd and lsd_logit collapsed in one step (.998 and .982, with .003 and
-.021 of the rows distinct). What helped most is a time embedding of t that is smooth, depth, and in sampling less noise.
+What helped most is a time embedding of t that is smooth (psd has .076 / .251 / .432 / .502 with model.end_time_scale=1000, .110 /
+.329 / .460 / .562 without, from another flow), and in sampling less noise.
 
     flowlm train --config=experiments/grammar.py:masked --workdir=M        (or :uniform, :autoregressive)
     flowlm train --config=experiments/grammar.py:sdtt --config.teacher=M --config.objective.jump=0.03125 --workdir=M2   (or :dcd)

@@ -35,7 +35,7 @@ def test_they_are_small():
 
 @pytest.mark.parametrize(
     ("name", "sampler", "steps", "run"),
-    [("grammar_fmlm", "map noise 0.5", 1, "flow_map"), ("grammar_dcd", "ancestral", 8, "dcd_32")],
+    [("grammar_fmlm", "map noise 0.5", 1, "flow_map"), ("grammar_dcd", "ancestral", 8, "dcd_8_to8")],
 )
 def test_on_the_grammar_as_grammatical_as_in_the_study(name, sampler, steps, run):
     record = json.loads((ROOT / f"results/study/grammar/runs/{run}/seed0.json").read_text())
