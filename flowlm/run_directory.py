@@ -7,6 +7,7 @@ versions.json    packages and git commit          evaluation.json, samples.txt, 
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -44,7 +45,10 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _git_commit() -> str:
-    here = Path(__file__).parent
+    """Of the checkout that runs; in an image, which has the code alone, what its build was told in FLOWLM_COMMIT."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # git itself would answer for a repository around it
+        return os.environ.get("FLOWLM_COMMIT") or "unknown"
     try:
         commit = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
