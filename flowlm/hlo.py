@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """kind: the type of its result, as text. shapes: in it, a tuple's flattened. rest: what is behind the operands, up to metadata."""
+    """kind: its result's type, as text. shapes: in it, a tuple's flattened. rest: what is behind the operands, up to metadata."""
 
     name: str
     opcode: str

@@ -263,7 +263,7 @@ def assert_scanned_products(partitioned, optimized, report, assignment):
     assert list(hlo.walk(final, unknown)) and not unknown
     memory = hlo.memory(report, assignment)
     assert memory.arguments == row + 6 * 128 * 128 * 2
-    assert 0 < memory.temporaries and memory.arguments + memory.temporaries <= memory.total < 2 * memory.arguments
+    assert memory.temporaries > 0 and memory.arguments + memory.temporaries <= memory.total < 2 * memory.arguments
 
 
 @pytest.mark.parametrize("version", ["jax_0_10", "jax_0_11"])

@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from test_bad_input import error_of
 from test_experiments import ARGUMENTS, FILES, ROOT, load
@@ -160,8 +161,18 @@ def test_known_collectives_of_a_tpu_program(monkeypatch):
         assert wire / 2 <= counted[kind][2] <= wire, kind  # what is multiplied in bfloat16 may be sent so
 
 
+@pytest.fixture
+def no_cache():
+    """What is found in the cache of compiled programs is not compiled, hence not dumped."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+        if not enabled:
+            yield
+
+
 @tpu
-def test_what_this_compiler_writes_is_read(four_chips, tmp_path):
+def test_what_this_compiler_writes_is_read(four_chips, no_cache, tmp_path):
     mesh = Mesh(np.array(four_chips), ("data",), axis_types=(AxisType.Auto,))
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "tpu-spmd-partitioning"}
     scanned_products(mesh).compile(compiler_options=options)
