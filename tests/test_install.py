@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_what_is_named_in_launchers_and_the_dockerfile_has_a_lock():
     assert {name.replace(",", "+") for name in [*named, *sets, "core"]} == {path.stem for path in LOCKS}
 
 
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_this_project_uses_must_not_be_deprecated(kind):
+    """By setup.cfg's filters a warning in the name of these modules is an error, and of what others do among themselves none."""
+    for module in (
+        "flowlm.train_state",
+        "test_models",
+        "optax._src.linear_algebra",
+        "orbax.checkpoint.experimental.v1",
+    ):
+        with pytest.raises(kind):
+            warnings.warn_explicit("use another name", kind, "file.py", 1, module=module)
+    warnings.warn_explicit("use another name", DeprecationWarning, "file.py", 1, module="tensorflow_datasets.core")
+
+
 # ---- launch/setup.sh ---------------------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/sh
@@ -107,10 +122,8 @@ def setup(checkout, *extras, **environment):
         capture_output=True,
         text=True,
     )
-    return [
-        re.sub(r"^-m pip install --quiet --disable-pip-version-check ", "", line)
-        for line in (checkout / "pip.log").read_text().splitlines()
-    ]
+    said = (checkout / "pip.log").read_text().splitlines()
+    return [line.removeprefix("-m pip install --quiet --disable-pip-version-check ") for line in said]
 
 
 def test_a_locked_set_is_installed_from_its_lock_alone_and_again_when_that_changes(checkout):
