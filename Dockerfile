@@ -1,14 +1,21 @@
 # flowlm in a container; the arguments after the image's name are those of the command `flowlm`.
-#   docker build --build-arg EXTRAS=cuda -t flowlm .
+#   docker build --build-arg EXTRAS=cuda --build-arg COMMIT=$(git rev-parse HEAD) -t flowlm .
 #   docker run --gpus=all -v /data:/data flowlm train --config=experiments/quickstart.py --workdir=/data/run --config.data.dir=/data
-FROM python:3.11-slim
-# What to install beside the core: tpu, cuda, gcp, judge, hf, several behind commas, or nothing.
+# The chips of a TPU machine are root's: build there with `--target=root --build-arg EXTRAS=tpu,gcp`, run with `--privileged --net=host`.
+FROM python:3.11-slim AS root
+# What to install beside the core, of which requirements/ has a lock file: cuda, gcp, cuda,gcp, tpu,gcp, or nothing.
 ARG EXTRAS=
-RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home flowlm && install --directory --owner=flowlm --group=flowlm /home/flowlm/flowlm
-USER flowlm
-WORKDIR /home/flowlm/flowlm
-COPY --chown=flowlm:flowlm . .
-RUN bash launch/setup.sh "$EXTRAS"
-ENV PATH=/home/flowlm/flowlm/.venv/bin:$PATH
+WORKDIR /flowlm
+# In a layer of their own and before the code, because they change less often and are large.
+COPY requirements requirements
+RUN pip install --no-cache-dir --requirement "requirements/$(echo "${EXTRAS:-core}" | tr , +).txt"
+COPY . .
+RUN pip install --no-cache-dir --no-deps --editable .
+# For the versions.json of runs, because the repository itself is left out.
+ARG COMMIT=unknown
+ENV FLOWLM_COMMIT=$COMMIT
 ENTRYPOINT ["flowlm"]
+
+FROM root
+RUN useradd --create-home flowlm && chown flowlm:flowlm /flowlm
+USER flowlm

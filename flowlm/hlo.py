@@ -40,10 +40,11 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """shapes: of its result, a tuple's flattened. rest: everything behind the operands, up to metadata."""
+    """kind: its result's type, as text. shapes: in it, a tuple's flattened. rest: what is behind the operands, up to metadata."""
 
     name: str
     opcode: str
+    kind: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     argument: str  # the text between the parentheses
@@ -114,12 +115,34 @@ def _instruction(root: bool, name: str, text: str) -> Instruction:
     return Instruction(
         name,
         opcode,
+        text[:end],
         _shapes(text[:end]),
         tuple(part.split(" ")[-1].lstrip("%") for part in argument.split(", ") if part),
         argument,
         rest,
         root,
     )
+
+
+def _elements(kind: str) -> list[str]:
+    """The types that a tuple's type is made of."""
+    out, depth = [""], 0
+    for char in kind[1:-1]:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            out.append("")
+        else:
+            out[-1] += char
+    return [each.strip() for each in out]
+
+
+def _write_out(scope: dict[str, Instruction], name: str) -> None:
+    """Gives `tuple#1` an instruction of its own: newer XLA names a tuple's element where it is used, older XLA on a line."""
+    whole, sign, index = name.rpartition("#")
+    if sign and name not in scope:
+        _write_out(scope, whole)
+        kind = _elements(scope[whole].kind)[int(index)]
+        scope[name] = _instruction(False, name, f"{kind} get-tuple-element(%{whole}), index={index}")
 
 
 def parse(text: str) -> Module:
@@ -130,7 +153,10 @@ def parse(text: str) -> Module:
         if found := _LINE.match(line):
             if scope is not None:
                 body = re.sub(r", metadata=\{.*?\}(?=, |$)", "", found[3])
-                scope[found[2]] = _instruction(bool(found[1]), found[2], body)
+                made = _instruction(bool(found[1]), found[2], body)
+                for name in made.operands:
+                    _write_out(scope, name)
+                scope[found[2]] = made
         elif found := _HEAD.match(line):
             scope = computations[found[2]] = {}
             entry = found[2] if found[1] else entry
@@ -355,10 +381,14 @@ class Memory(NamedTuple):
 def memory(report: str, assignment: str) -> Memory:
     """From the texts of `*memory-usage-report.txt` and `*buffer-assignment.txt` that XLA dumps for TPUs.
 
-    Raises ValueError where they say nothing of HBM.
+    Raises ValueError where they say nothing of HBM or of arguments, because every program has some.
     """
     total = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", report)
     if total is None:
         raise ValueError(f"not a memory report of XLA: {report[:60]!r}")
-    sizes = lambda kind: [int(n) for n in re.findall(rf"^allocation \d+: size (\d+), {kind}", assignment, re.MULTILINE)]
+    # Newer XLA names the page too; other memories have a color.
+    line = r"^allocation \d+: size (\d+), (?:page \d+, )?"
+    sizes = lambda kind: [int(n) for n in re.findall(line + kind, assignment, re.MULTILINE)]
+    if not sizes("parameter"):
+        raise ValueError(f"no parameter in a buffer assignment of XLA: {assignment[:60]!r}")
     return Memory(sum(sizes("parameter")), sum(sizes("preallocated-temp")), int(total[1]))

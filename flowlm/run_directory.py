@@ -46,10 +46,10 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _git_commit() -> str:
-    """The commit of this code, -dirty where it was changed; of a copy without its history what FLOWLM_COMMIT says."""
-    if told := os.environ.get("FLOWLM_COMMIT"):
-        return told
-    here = Path(__file__).parent
+    """Of the checkout that runs; in an image, which has the code alone, what its build was told in FLOWLM_COMMIT."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # git itself would answer for a repository around it
+        return os.environ.get("FLOWLM_COMMIT") or "unknown"
     try:
         commit = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

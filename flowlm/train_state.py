@@ -125,7 +125,7 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, ema_decay)
-        norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics | norms
 
     return step

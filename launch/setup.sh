@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv beside the checkout's files and installs flowlm into it, once.   usage: bash launch/setup.sh [EXTRAS]
-# PYTHON names the interpreter (3.11 to 3.13).
+# PYTHON names the interpreter (3.11 to 3.13). LOCKED=1 installs the very versions of requirements/, not the newest allowed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
@@ -9,9 +9,17 @@ python=${PYTHON:-python3}
     echo "flowlm needs Python 3.11 to 3.13; $python is $("$python" -V). Set PYTHON=/path/to/python." >&2
     exit 1
 }
-stamp=.venv/.flowlm-installed-${extras:-core}
-if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
+set=${extras:-core}
+lock=${LOCKED:+requirements/${set//,/+}.txt}
+[ -z "$lock" ] || [ -e "$lock" ] || {
+    echo "There is no $lock: make it by \`bash requirements/lock.sh $set\`, or leave out LOCKED." >&2
+    exit 1
+}
+stamp=.venv/.flowlm-installed-$set${lock:+-locked}
+if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ "${lock:-setup.cfg}" -nt "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    [ -z "$lock" ] || "${pip[@]}" --requirement "$lock"
+    "${pip[@]}" ${lock:+--no-deps} --editable ".${extras:+[$extras]}"
     touch "$stamp"
 fi

@@ -21,7 +21,7 @@ sender=$!
     cd flowlm
     git fetch --quiet ../flowlm.bundle HEAD
     git checkout --quiet --detach FETCH_HEAD
-    PYTHON=python3.11 bash launch/setup.sh tpu,gcp
+    LOCKED=1 PYTHON=python3.11 bash launch/setup.sh tpu,gcp # a restart goes on with the same versions
     echo "$BASHPID" > ../flowlm.pid # which the line below keeps: where to send SIGTERM
     exec env "${environment[@]}" .venv/bin/python "${command[@]}"
 ) >>"$log" 2>&1

@@ -1,6 +1,7 @@
 """Costs read from HLO text are those counted by hand: all runs of a loop, all spellings of a group, a chain of fusions once."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,56 @@ KNOWN = {
 }
 
 
+DUMPS = Path(__file__).parent / "data/hlo"
+
+
+def scanned_products(mesh):
+    """Six times x = psum(tanh(x @ w)): each chip of four holds x [8, 128] and w [6, 128, 128] in bfloat16."""
+
+    def body(x, w):
+        return jax.lax.scan(lambda x, w: (jax.lax.psum(jnp.tanh(x @ w), "data"), None), x, w)[0]
+
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
+    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+    return jax.jit(fn).lower(place((32, 128), P("data")), place((6, 128, 128), P()))
+
+
+def assert_scanned_products(partitioned, optimized, report, assignment):
+    """From what the TPU compiler dumps of that program, the numbers that the program itself says."""
+    row, unknown = 8 * 128 * 2, []
+    final = hlo.parse(optimized)
+    assert hlo.products(hlo.parse(partitioned)) == [(6 * 2 * 8 * 128 * 128, 1)]
+    assert hlo.collectives(final) == [hlo.Collective("all-reduce", 4, row, 2 * 3 / 4 * row, 6)]
+    assert list(hlo.walk(final, unknown)) and not unknown
+    memory = hlo.memory(report, assignment)
+    assert memory.arguments == row + 6 * 128 * 128 * 2
+    assert memory.temporaries > 0 and memory.arguments + memory.temporaries <= memory.total < 2 * memory.arguments
+
+
+@pytest.mark.parametrize("version", ["jax_0_10", "jax_0_11"])
+def test_what_both_compilers_write_is_read(version):
+    """One names an element of a tuple on a line of its own, the other as `tuple#1` where it is used, and memory's page too."""
+    names = ("partitioned", "optimized", "memory-usage-report", "buffer-assignment")
+    texts = [(DUMPS / version / f"{name}.txt").read_text() for name in names]
+    assert ("#" in texts[0]) == (version == "jax_0_11")
+    assert_scanned_products(*texts)
+
+
+def test_an_element_of_a_tuple_within_a_tuple():
+    text = """HloModule jit_step
+
+ENTRY %main (p: (f32[2], (s32[3,4], f32[]))) -> f32[] {
+  %p = (f32[2]{0:T(2,128)}, /*index=1*/(s32[3,4]{1,0}, f32[])) parameter(0)
+  %sum = s32[3,4]{1,0} add(%p#1#0, s32[3,4]{1,0} %p#1#0)
+  ROOT %negate = f32[] negate(%p#1#1)
+}
+"""
+    scope = hlo.parse(text).computations["main"]
+    assert scope["p#1#0"].shapes == (hlo.Shape("s32", (3, 4)),) and scope["p#1#0"].operands == ("p#1",)
+    assert scope["p#1#1"].shapes == (hlo.Shape("f32", ()),) and "index=1" in scope["p#1#1"].rest
+    assert list(scope) == ["p", "p#1", "p#1#0", "sum", "p#1#1", "negate"]
+
+
 def test_memory_of_a_report():
     report = "Memory Space: default (color=0)\nTotal bytes: 1000 (1.0KiB)\n\nMemory Space: vmem (color=1)\nTotal bytes: 77 (77B)\n"
     assignment = (
@@ -251,3 +302,5 @@ def test_memory_of_a_report():
     assert hlo.memory(report, assignment) == hlo.Memory(arguments=400, temporaries=400, total=1000)
     with pytest.raises(ValueError, match="not a memory report"):
         hlo.memory("nothing", assignment)
+    with pytest.raises(ValueError, match="no parameter"):  # another spelling must not pass for no memory
+        hlo.memory(report, assignment.replace("size", "bytes"))

@@ -8,10 +8,11 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from test_bad_input import error_of
 from test_experiments import ARGUMENTS, FILES, ROOT, load
-from test_hlo import KNOWN, known_program, totals
+from test_hlo import KNOWN, assert_scanned_products, known_program, scanned_products, totals
 from toy import run_config
 
 from flowlm import ahead_of_time, plan
@@ -158,6 +159,26 @@ def test_known_collectives_of_a_tpu_program(monkeypatch):
     for kind, (number, _, wire) in KNOWN.items():
         assert counted[kind][0] == number
         assert wire / 2 <= counted[kind][2] <= wire, kind  # what is multiplied in bfloat16 may be sent so
+
+
+@pytest.fixture
+def no_cache():
+    """What is found in the cache of compiled programs is not compiled, hence not dumped."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+        if not enabled:
+            yield
+
+
+@tpu
+def test_what_this_compiler_writes_is_read(four_chips, no_cache, tmp_path):
+    mesh = Mesh(np.array(four_chips), ("data",), axis_types=(AxisType.Auto,))
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "tpu-spmd-partitioning"}
+    scanned_products(mesh).compile(compiler_options=options)
+    names = ("tpu-spmd-partitioning*", "optimizations", "optimizations-memory-usage-report")
+    texts = [next(tmp_path.glob(f"*after_{name}.txt")).read_text() for name in names]
+    assert_scanned_products(*texts, next(tmp_path.glob("*after_optimizations-buffer-assignment.txt")).read_text())
 
 
 @tpu

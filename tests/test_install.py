@@ -1,0 +1,238 @@
+"""How flowlm is installed: lock files that agree with setup.cfg, the script that makes .venv, the steps of the Dockerfile."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from flowlm import run_directory
+
+ROOT = Path(__file__).parents[1]
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def direct(extras):
+    """What setup.cfg asks for, as {name: (specifier, extras)}."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].split("\n")
+    for extra in extras:
+        lines += config["options.extras_require"][extra].split("\n")
+    return [Requirement(line) for line in lines if line]
+
+
+def locked(path, python):
+    """{name: version} that a lock file installs on that Python, on Linux; the markers of every line are honoured."""
+    environment = default_environment() | {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
+    lines = [Requirement(line) for line in path.read_text().splitlines()]
+    taken = [line for line in lines if line.marker is None or line.marker.evaluate(environment)]
+    names = [canonicalize_name(line.name) for line in taken]
+    assert len(names) == len(set(names)), f"{path.name} names a package twice"
+    assert all(re.fullmatch(r"==[\w.]+", str(line.specifier)) for line in taken)
+    return {name: str(line.specifier)[2:] for name, line in zip(names, taken)}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_a_lock_has_one_version_of_all_that_setup_cfg_asks_for(path, python):
+    extras = [] if path.stem == "core" else path.stem.split("+")
+    versions = locked(path, python)
+    for asked in direct(extras):
+        version = versions[canonicalize_name(asked.name)]
+        assert asked.specifier.contains(version), f"{asked} is locked to {version}: bash requirements/lock.sh"
+    assert versions["jaxlib"] == versions["jax"]
+    assert ("libtpu" in versions) == ("tpu" in extras) and ("jax-cuda12-plugin" in versions) == ("cuda" in extras)
+
+
+def test_what_is_named_in_launchers_and_the_dockerfile_has_a_lock():
+    named = re.findall(
+        r"LOCKED=1 .*setup\.sh ([\w,]+)", "".join(p.read_text() for p in (ROOT / "launch").iterdir() if p.is_file())
+    )
+    assert {"tpu,gcp", "cuda"} <= set(named)
+    sets = re.search(r"requirements/ has a lock file: (.*?), or nothing", (ROOT / "Dockerfile").read_text())[1].split(
+        ", "
+    )
+    assert {name.replace(",", "+") for name in [*named, *sets, "core"]} == {path.stem for path in LOCKS}
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_this_project_uses_must_not_be_deprecated(kind):
+    """By setup.cfg's filters a warning in the name of these modules is an error, and of what others do among themselves none."""
+    for module in (
+        "flowlm.train_state",
+        "test_models",
+        "optax._src.linear_algebra",
+        "orbax.checkpoint.experimental.v1",
+    ):
+        with pytest.raises(kind):
+            warnings.warn_explicit("use another name", kind, "file.py", 1, module=module)
+    warnings.warn_explicit("use another name", DeprecationWarning, "file.py", 1, module="tensorflow_datasets.core")
+
+
+# ---- launch/setup.sh ---------------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+case "$1" in
+-c | -V) exit 0 ;;
+esac
+case "$2" in
+venv) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+pip) echo "$@" >> pip.log ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Only what the script reads, and an interpreter that writes down what pip is asked for."""
+    for name in ("launch", "requirements"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "launch/setup.sh", tmp_path / "launch")
+    for name in ("setup.cfg", "requirements/tpu+gcp.txt", "requirements/core.txt"):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def setup(checkout, *extras, **environment):
+    """What pip is asked for, line by line. Raises CalledProcessError."""
+    (checkout / "pip.log").write_text("")
+    subprocess.run(
+        ["bash", "launch/setup.sh", *extras],
+        cwd=checkout,
+        env=os.environ | {"PYTHON": "./python", "LOCKED": ""} | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    said = (checkout / "pip.log").read_text().splitlines()
+    return [line.removeprefix("-m pip install --quiet --disable-pip-version-check ") for line in said]
+
+
+def test_a_locked_set_is_installed_from_its_lock_alone_and_again_when_that_changes(checkout):
+    lock = checkout / "requirements/tpu+gcp.txt"
+    wanted = ["--requirement requirements/tpu+gcp.txt", "--no-deps --editable .[tpu,gcp]"]
+    assert setup(checkout, "tpu,gcp", LOCKED="1") == wanted
+    assert setup(checkout, "tpu,gcp", LOCKED="1") == []
+    os.utime(lock, (2**32, 2**32))
+    assert setup(checkout, "tpu,gcp", LOCKED="1") == wanted
+
+
+def test_without_a_lock_the_ranges_of_setup_cfg_count(checkout):
+    assert setup(checkout) == ["--editable ."]
+    assert setup(checkout, "dev") == ["--editable .[dev]"]
+    assert setup(checkout, LOCKED="1") == ["--requirement requirements/core.txt", "--no-deps --editable ."]
+
+
+def test_a_set_without_a_lock_is_refused(checkout):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        setup(checkout, "hf,judge", LOCKED="1")
+    assert "requirements/hf+judge.txt: make it by `bash requirements/lock.sh hf,judge`" in error.value.stderr
+    assert not (checkout / ".venv").exists()
+
+
+# ---- The Dockerfile ----------------------------------------------------------------------------------------------
+
+TOOLS = ("pip", "useradd", "chown")
+
+
+def stages():
+    """[(name of its base, its own name, [(instruction, rest)])] of the Dockerfile."""
+    out = []
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line and not line.startswith("#"):
+            word, rest = line.split(" ", 1)
+            if word == "FROM":
+                base, _, name = rest.partition(" AS ")
+                out.append((base, name, []))
+            else:
+                out[-1][2].append((word, rest))
+    return out
+
+
+def build(target, folder, **arguments):
+    """Carries the steps out in `folder`, with tools that only say what they were asked. Returns (said, environment, user)."""
+    for tool in TOOLS:
+        path = folder / "bin" / tool
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A file that pip is told to read must have been copied by then.
+        path.write_text(
+            f'#!/bin/sh\n[ "$3" != --requirement ] || [ -e "$4" ] || exit 1\necho "{tool} $@" >> "{folder}/said"\n'
+        )
+        path.chmod(0o755)
+    found = {name: (base, steps) for base, name, steps in stages()}
+    base, steps = found[target]
+    steps = [*(found[base][1] if base in found else []), *steps]
+    inside, environment, user = folder / "image", {"PATH": f"{folder}/bin:{os.environ['PATH']}"}, "root"
+    inside.mkdir()
+    for word, rest in steps:
+        if word == "ARG":
+            name, _, default = rest.partition("=")
+            environment[name] = arguments.get(name, default)
+        elif word == "ENV":
+            name, _, value = rest.partition("=")
+            environment[name] = re.sub(r"\$(\w+)", lambda found: environment[found[1]], value)
+        elif word == "COPY" and rest == ". .":
+            ignored = (ROOT / ".dockerignore").read_text().split()
+            (folder / "said").open("a").write("the code\n")
+            copied = [path for path in ROOT.iterdir() if path.name not in [name.strip("/") for name in ignored]]
+            assert ROOT / "setup.cfg" in copied and ROOT / ".git" not in copied
+        elif word == "COPY":
+            shutil.copytree(ROOT / rest.split()[0], inside / rest.split()[1])
+        elif word == "RUN":
+            subprocess.run(["sh", "-c", rest], cwd=inside, env=environment, check=True)
+        elif word == "USER":
+            user = rest
+        else:
+            assert word in ("WORKDIR", "ENTRYPOINT")
+    return (folder / "said").read_text().splitlines(), environment, user
+
+
+@pytest.mark.parametrize(("extras", "lock"), [("", "core"), ("cuda", "cuda"), ("tpu,gcp", "tpu+gcp")])
+def test_an_image_installs_its_lock_before_the_code(tmp_path, extras, lock):
+    said, environment, user = build("root", tmp_path, EXTRAS=extras, COMMIT="abc")
+    dependencies, code, own = said
+    assert dependencies.endswith(f"--requirement requirements/{lock}.txt") and code == "the code"
+    assert own.endswith("--no-deps --editable .")
+    assert environment["FLOWLM_COMMIT"] == "abc" and user == "root"
+
+
+def test_an_image_is_nobody_in_particular_unless_asked(tmp_path):
+    last = stages()[-1][1]
+    said, environment, user = build(last, tmp_path)
+    assert user == "flowlm" and "useradd --create-home flowlm" in said and environment["FLOWLM_COMMIT"] == "unknown"
+
+
+def test_extras_without_a_lock_end_the_build(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        build("root", tmp_path, EXTRAS="hf")
+
+
+def test_the_commit_of_an_image_is_what_its_build_was_told(tmp_path, monkeypatch):
+    """Also where the directory around the code is a repository of something else."""
+    for words in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-qm", "m"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    assert len(run_directory._git_commit().removesuffix("-dirty")) == 40
+    (tmp_path / "image/flowlm").mkdir(parents=True)
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "image/flowlm/run_directory.py"))
+    monkeypatch.setenv("FLOWLM_COMMIT", "abc")
+    assert run_directory._git_commit() == "abc"
+    monkeypatch.setenv("FLOWLM_COMMIT", "")
+    assert run_directory._git_commit() == "unknown"
