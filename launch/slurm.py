@@ -97,14 +97,14 @@ def status(handle: Handle) -> str:
     """SLURM's word for the job's state, and why it waits or failed."""
     answer = _slurm("scontrol", "show", "job", "--oneliner", handle["id"])
     if answer.returncode:
-        return f"no longer known to SLURM; it last said: {error_in(Path(handle['log']))}"
+        return f"no longer known to SLURM; it last said: {error_in(tail(Path(handle['log'])))}"
     fields = dict(re.findall(r"(\w+)=(\S*)", answer.stdout))
     state = fields["JobState"]
     if state == "PENDING":
         return f"{state} ({fields['Reason']})"
     if state in ("RUNNING", "COMPLETED"):
         return f"{state}, started {int(fields['Restarts']) + 1} time(s)"
-    return f"{state} (exit code {fields['ExitCode']}): {error_in(Path(handle['log']))}"
+    return f"{state} (exit code {fields['ExitCode']}): {error_in(tail(Path(handle['log'])))}"
 
 
 def logs(handle: Handle) -> str:
