@@ -39,7 +39,6 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
         add_help=backend is not None,
-        argument_default=argparse.SUPPRESS if backend is None else None,
     )
     parser.add_argument("action", nargs="?", default="start", choices=ACTIONS)
     parser.add_argument("--backend", default=None, choices=BACKENDS, help="what runs the job")
@@ -65,6 +64,13 @@ def joined(argv: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a parser, and the others as they are: argparse would take one with a blank in its value for an action."""
+    ours = {f"--{name}" for name in vars(parser.parse_args([]))} | ({"-h", "--help"} if parser.add_help else set())
+    extra = [word for word in argv if word.startswith("-") and word.partition("=")[0] not in ours]
+    return parser.parse_args([word for word in argv if word not in extra]), extra
 
 
 def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
@@ -111,11 +117,11 @@ def check(command_line: list[Job]) -> None:
 
 
 def start(argv: list[str]) -> None:
-    name = _parser().parse_known_args(argv)[0].backend
+    name = _parsed(_parser(), argv)[0].backend
     if name is None:
         raise ValueError(f"give --backend=NAME, one of {', '.join(BACKENDS)}, with --config and --workdir")
     backend = load(name)
-    asked, extra = _parser(backend).parse_known_args(argv)
+    asked, extra = _parsed(_parser(backend), argv)
     if (asked.config is None) == (asked.sweep is None) or asked.workdir is None:
         raise ValueError(
             "give --config=experiments/NAME.py or --sweep=experiments/ablations.py:NAME, and --workdir=DIR"
@@ -135,7 +141,7 @@ def start(argv: list[str]) -> None:
 def main(argv: Sequence[str]) -> None:
     argv = joined(argv)
     try:
-        asked, _ = _parser().parse_known_args(argv)
+        asked, _ = _parsed(_parser(), argv)
         if asked.action == "start":
             start(argv)
             return
