@@ -59,7 +59,7 @@ def script(jobs: Sequence[Job]) -> str:
         name=jobs[0].name,
         root=_word(str(ROOT)),
         # In the names of files SLURM puts numbers for %j and its like; %% is a %.
-        output=_word(_folder(jobs).replace("%", "%%")) + ("/slurm-%a.log" if len(jobs) > 1 else "/slurm.log"),
+        output=_word(_folder(jobs).replace("%", "%%") + ("/slurm-%a.log" if len(jobs) > 1 else "/slurm.log")),
         resources={key: _word(value) if isinstance(value, str) else value for key, value in asdict(resources).items()},
         points=points,
         finished=shlex.join([sys.executable, "-c", FINISHED]),
@@ -146,8 +146,8 @@ def _folder(jobs: Sequence[Job]) -> str:
 
 
 def _word(value: str) -> str:
-    """One word for sbatch, which splits its lines as a shell would, and takes a # for the beginning of a comment."""
-    return re.sub(r"[^\w./%=@:,+-]", r"\\\g<0>", value, flags=re.ASCII)
+    """One word for sbatch, which splits its lines at blanks and ends them at a #, but for what stands in quotes."""
+    return value if re.fullmatch(r"[\w./%=@:,+-]*", value, re.ASCII) else '"' + value.replace('"', r"\"") + '"'
 
 
 def _slurm(*command: str, input: str | None = None) -> subprocess.CompletedProcess:

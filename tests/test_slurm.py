@@ -131,6 +131,35 @@ def test_an_array_is_one_submission(tmp_path):
         assert f"I am {name}" in slurm.logs(handle)
 
 
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_path_is_not_a_pattern(tmp_path, points):
+    """Nor several words, nor a comment: what a job says is found where it was promised, beside a run of any name."""
+    folder = tmp_path / "it's 50%j %a of 'a' #1 & $HOME"
+    made = [
+        python(folder / f"{i}", FINISHED.format(workdir=str(folder / f"{i}")) + f"print('I am {i}')")
+        for i in range(points)
+    ]
+    slurm.check(made)
+    for index, handle in enumerate(submit(*made)):
+        wait_for("COMPLETED", handle)
+        assert Path(handle["log"]).is_relative_to(folder) and f"I am {index}" in slurm.logs(handle)
+
+
+def test_one_process_of_a_step_says_for_whom_it_waits(tmp_path):
+    """Four tasks of which one trains, as in an interactive step, where JAX counts the tasks."""
+    program = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = 1, 3; cluster.join(False)"
+    line = 'if [ "$SLURM_PROCID" = 0 ]; then exec "$0" -c "$1"; fi'
+    step = ["srun", "--nodes=2", "--ntasks=4", "--overcommit", "bash", "-c", line, sys.executable, program]
+    here = dict(cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE)
+    told = subprocess.run(step, **here)
+    assert told.returncode != 0
+    assert re.search(
+        r"flowlm: process 0 of 4 \(SLURM_NTASKS=4\) waits at flowlm-node1:\d+ for 1, 2, 3, for up to 3 s", told.stderr
+    )
+    alone = subprocess.run(step, **here | {"env": here["env"] | {"JAX_NUM_PROCESSES": "1"}})
+    assert alone.returncode == 0 and "waits" not in alone.stderr, alone.stderr
+
+
 def test_a_sweep_is_an_array(tmp_path, data_dir):
     """Both of its points are run, and a report has both."""
     study = sweep_file(tmp_path, data_dir)
