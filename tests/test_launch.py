@@ -203,7 +203,7 @@ def test_an_array_of_jobs(tmp_path):
         assert shown.stdout.split("|") == expected
 
 
-ODD = "it's 50%j of \"#1\" & $HOME"  # the name of a folder
+ODD = 'it\'s 50%j of "#1" & $HOME'  # the name of a folder
 
 
 @pytest.mark.parametrize("points", [1, 2])
