@@ -26,7 +26,7 @@ def exits(workdir: str) -> dict[str, str]:
     """{worker: exit status} of the workers on which this turn has ended."""
     folder, now = storage.path(workdir) / "logs", str(turn(workdir))
     notes = {path.stem: path.read_text().split() for path in _inside(folder) if path.suffix == ".exit"}
-    return {worker: note[1] for worker, note in sorted(notes.items()) if note[0] == now}
+    return {worker: note[-1] for worker, note in sorted(notes.items()) if note[:-1] == [now]}
 
 
 def workers(workdir: str) -> list[str]:

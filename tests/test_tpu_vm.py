@@ -66,6 +66,17 @@ def test_a_dry_run_shows_what_is_sent_and_sends_nothing(cloud, monkeypatch, caps
     assert shown == sent
 
 
+def test_how_other_turns_ended_does_not_count():
+    """Nor what was written before there were turns, which was the status alone."""
+    workdir = f"{BUCKET}/runs/exits"
+    tpu_workers.next_turn(workdir)
+    for worker, note in {0: "1 0", 1: "1 137", 2: "0 1", 3: "2 1", 4: "1", 5: ""}.items():
+        (storage.path(workdir) / f"logs/{worker}.exit").write_text(f"{note}\n")
+    assert tpu_workers.exits(workdir) == {"0": "0", "1": "137"}
+    tpu_workers.next_turn(workdir)
+    assert tpu_workers.exits(workdir) == {"3": "1"}
+
+
 def test_the_parts_of_a_log_are_joined_when_read():
     workdir = f"{BUCKET}/runs/parts"
     for name, text in {"3/2026-000000.log": "a\nb", "3/2026-000001.log": "c\nd\n", "12/x.log": "e\n"}.items():
