@@ -145,19 +145,25 @@ def test_a_path_is_not_a_pattern(tmp_path, points):
         assert Path(handle["log"]).is_relative_to(folder) and f"I am {index}" in slurm.logs(handle)
 
 
-def test_one_process_of_a_step_says_for_whom_it_waits(tmp_path):
-    """Four tasks of which one trains, as in an interactive step, where JAX counts the tasks."""
-    program = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = 1, 3; cluster.join(False)"
-    line = 'if [ "$SLURM_PROCID" = 0 ]; then exec "$0" -c "$1"; fi'
-    step = ["srun", "--nodes=2", "--ntasks=4", "--overcommit", "bash", "-c", line, sys.executable, program]
-    here = dict(cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE)
-    told = subprocess.run(step, **here)
-    assert told.returncode != 0
-    assert re.search(
-        r"flowlm: process 0 of 4 \(SLURM_NTASKS=4\) waits at flowlm-node1:\d+ for 1, 2, 3, for up to 3 s", told.stderr
-    )
-    alone = subprocess.run(step, **here | {"env": here["env"] | {"JAX_NUM_PROCESSES": "1"}})
-    assert alone.returncode == 0 and "waits" not in alone.stderr, alone.stderr
+def test_a_task_that_is_alone_says_for_whom_it_waits():
+    """Four tasks of which one trains, as in an interactive step, where JAX counts the tasks; and two that both do."""
+    program = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = {}; cluster.join(False); import jax; "
+    program += "print(jax.process_index(), 'of', jax.process_count())"
+    only = 'if [ "$SLURM_PROCID" = 0 ]; then exec "$0" -c "$1"; fi'
+    here = dict(cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+
+    def step(tasks, line, seconds, **environment):
+        command = ["srun", "--nodes=2", f"--ntasks={tasks}", "--overcommit", "bash", "-c", line, sys.executable]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.run([*command, program.format(seconds)], env=environment, **here)
+
+    told = step(4, only, (1, 3))
+    waits = r"flowlm: process 0 of 4 \(SLURM_NTASKS=4\) waits at flowlm-node1:\d+ for 1, 2, 3"
+    assert told.returncode != 0 and re.search(f"{waits}, for up to 3 s", told.stderr), told.stderr
+    alone = step(4, only, (1, 3), JAX_NUM_PROCESSES="1")
+    assert (alone.returncode, alone.stdout) == (0, "0 of 1\n"), alone.stderr
+    both = step(2, 'exec "$0" -c "$1"', (PATIENCE, 2 * PATIENCE))
+    assert sorted(both.stdout.splitlines()) == ["0 of 2", "1 of 2"], both.stderr
 
 
 def test_a_sweep_is_an_array(tmp_path, data_dir):
