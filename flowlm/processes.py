@@ -1,11 +1,8 @@
 """Several processes that train one model, and how all of them stop at one place when any of them is told to.
 
-Every host runs the same command. SLURM, Open MPI, Kubernetes job sets and TPU slices are found by JAX itself; elsewhere three
-variables say who is who: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On CPUs the
-processes talk over gloo.
+Every host runs the same command, and cluster.py finds the others. On CPUs the processes talk over gloo.
 """
 
-import os
 import signal
 import threading
 
@@ -13,8 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# A process that has not been heard of for so long is taken for dead, and the others end with an error.
-TIMEOUT_SECONDS = 60
+from flowlm import cluster
 
 # What a shell says of a process that was ended by Ctrl-C.
 INTERRUPTED = 130
@@ -35,28 +31,10 @@ def start(distributed: bool) -> None:
       distributed: there must be others: an error, not a single process, where nothing says so.
 
     Raises:
-      ValueError: the variables are not whole numbers, or are missing while `distributed`.
+      ValueError: the variables that say who is who are no whole numbers, too few, or contradict `distributed`.
+      RuntimeError: the cluster that seems to be here cannot be joined.
     """
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    told = {name: os.environ.get(name) for name in names}
-    for name, value in told.items():
-        if value is not None and not value.isdigit():
-            raise ValueError(f"the environment variable {name} is {value!r}: it must be a whole number")
-    number, index = (None if value is None else int(value) for value in told.values())
-    try:
-        jax.distributed.initialize(
-            num_processes=number,
-            process_id=index,
-            heartbeat_timeout_seconds=TIMEOUT_SECONDS,
-        )
-    except ValueError as error:
-        # Where JAX finds no cluster it asks for the coordinator; with nothing said at all this is the only process.
-        said = any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", *names))
-        if distributed or said or "coordinator_address" not in str(error):
-            raise ValueError(
-                f"no cluster was found here ({error}): set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
-                "JAX_PROCESS_ID for every process"
-            ) from error
+    cluster.join(distributed)
     _listen()
 
 

@@ -36,6 +36,15 @@ def path(name: str | os.PathLike) -> epath.Path:
     return found
 
 
+def renew() -> None:
+    """Lets buckets be reached by the credentials that there are now, for who runs longer than a login lasts."""
+    import gcsfs
+    from etils.epath import backend
+
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
 def in_bucket(place: epath.Path) -> bool:
     return os.fspath(place).startswith(SCHEME)
 

@@ -70,7 +70,9 @@ def training_job(
 ) -> Job:
     """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
     command = ("-m", "flowlm.main", "train", f"--config={config}", *extra, f"--workdir={workdir}")
-    return Job(job_name(storage.path(workdir).name), command, workdir, resources, environment)
+    # A bucket's client may not be here, and a dry run needs none.
+    name = workdir.rstrip("/").rpartition("/")[2] if storage.in_bucket(workdir) else storage.path(workdir).name
+    return Job(job_name(name), command, workdir, resources, environment)
 
 
 def job_name(name: str) -> str:
@@ -80,7 +82,7 @@ def job_name(name: str) -> str:
 
 def settings(job: Job) -> ConfigDict:
     """The settings that the job's run will have. Raises ValueError for what is none of the experiment's, before it is queued."""
-    argv = ["flowlm", *(a for a in job.command if a.startswith(("--config=", "--config.")))]
+    argv = ["flowlm", *(a for a in job.command if a.startswith(("--config=", "--config.", "--noconfig.")))]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
@@ -109,25 +111,35 @@ def recall(workdir: str) -> list[tuple[str, str, Handle]]:
       FileNotFoundError: none was.
     """
     here = storage.path(workdir)
-    found = [path for pattern in ("launch.json", "*/*/launch.json") for path in sorted(here.glob(pattern))]
+    # Folders are listed and not matched, because the name of one may read as a pattern.
+    own = (here / "launch.json").exists()
+    runs = [here] if own else [run for name in _folders(here) for run in _folders(name)]
+    found = [path for path in (run / "launch.json" for run in runs) if path.exists()]
     if not found:
         raise FileNotFoundError(f"{workdir} has no launch.json: nothing was started there by `python -m launch.run`")
     entries = [(str(path.parent), json.loads(path.read_text())) for path in found]
     return [(directory, entry["backend"], entry["handle"]) for directory, entry in entries]
 
 
+def _folders(place) -> list:
+    return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+
+
 # ---- What the processes on machines with a common file system say.
 
 
-def tail(path: Path, lines: int = 40) -> str:
+def last_lines(text: bytes, lines: int = 40) -> str:
     """The last lines of a log; of a progress bar, which draws itself again and again, what is seen at the end."""
-    if not path.exists():
-        return ""
-    text = path.read_bytes().decode(errors="replace").rstrip("\n")
-    return "\n".join(line.rstrip("\r").split("\r")[-1] for line in text.split("\n")[-lines:])
+    split = text.decode(errors="replace").rstrip("\n").split("\n")[-lines:]
+    return "\n".join(line.rstrip("\r").split("\r")[-1] for line in split)
 
 
-def error_in(path: Path) -> str:
-    """The last line in which flowlm said what was wrong, or the last line at all."""
-    lines = tail(path).split("\n")
+def tail(path: Path) -> str:
+    """The last lines of a log, none where there is no log."""
+    return last_lines(path.read_bytes()) if path.exists() else ""
+
+
+def error_in(log: str) -> str:
+    """The last line of a log in which flowlm said what was wrong, or the last line at all."""
+    lines = log.split("\n")
     return next((line for line in reversed(lines) if "flowlm: " in line), lines[-1])

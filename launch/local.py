@@ -183,7 +183,7 @@ class _Supervisor:
             if failed is None or self._stopping:
                 break
             status = self._processes[failed].returncode
-            state = f"failed: process {failed} ended with {status}: {error_in(self._logs / f'{failed}.log')}"
+            state = f"failed: process {failed} ended with {status}: {error_in(tail(self._logs / f'{failed}.log'))}"
         self._write(state)
         return state
 

@@ -12,7 +12,9 @@ Flags that are none of these go to `flowlm train` as they are. --dry_run prints 
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +23,7 @@ from flowlm import storage, study
 from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
 BACKENDS = ("local", "slurm", "tpu_vm")
+ACTIONS = ("start", "status", "logs", "stop")
 
 
 def load(name: str) -> Backend:
@@ -36,9 +39,8 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
         add_help=backend is not None,
-        argument_default=argparse.SUPPRESS if backend is None else None,
     )
-    parser.add_argument("action", nargs="?", default="start", choices=("start", "status", "logs", "stop"))
+    parser.add_argument("action", nargs="?", default="start", choices=ACTIONS)
     parser.add_argument("--backend", default=None, choices=BACKENDS, help="what runs the job")
     parser.add_argument("--config", default=None, help="the experiment")
     parser.add_argument("--sweep", default=None, help="in place of --config: a study or a sweep, all of its runs")
@@ -50,6 +52,25 @@ def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
         text = f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})"
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     return parser
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--flag value` as the one word `--flag=value`, because argparse takes a word after a flag it does not know for an action."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1] if words else ""
+        if re.match(r"--[^=]+$", last) and not re.match("-+[A-Za-z]", word) and word not in ACTIONS:
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a parser, and the others as they are: argparse would take one with a blank in its value for an action."""
+    ours = {f"--{name}" for name in vars(parser.parse_args([]))} | ({"-h", "--help"} if parser.add_help else set())
+    extra = [word for word in argv if word.startswith("-") and word.partition("=")[0] not in ours]
+    return parser.parse_args([word for word in argv if word not in extra]), extra
 
 
 def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
@@ -86,17 +107,21 @@ def check(command_line: list[Job]) -> None:
             raise ValueError(f"no experiment {path}: run from a checkout, there it is experiments/NAME.py")
         for flag in job.command[4:]:
             name = flag.partition("=")[0].lstrip("-")
-            if not flag.startswith("--") or not (name.startswith("config.") or name in flags.FLAGS):
+            # absl's own: --noNAME says that NAME is false.
+            known = name in flags.FLAGS or (
+                name[:2] == "no" and name[2:] in flags.FLAGS and flags.FLAGS[name[2:]].boolean
+            )
+            if not flag.startswith("--") or not (re.match(r"(no)?config\.", name) or known):
                 raise ValueError(f"{flag!r} is neither a flag of this backend nor of flowlm train: see --help")
         settings(job)
 
 
 def start(argv: list[str]) -> None:
-    name = _parser().parse_known_args(argv)[0].backend
+    name = _parsed(_parser(), argv)[0].backend
     if name is None:
         raise ValueError(f"give --backend=NAME, one of {', '.join(BACKENDS)}, with --config and --workdir")
     backend = load(name)
-    asked, extra = _parser(backend).parse_known_args(argv)
+    asked, extra = _parsed(_parser(backend), argv)
     if (asked.config is None) == (asked.sweep is None) or asked.workdir is None:
         raise ValueError(
             "give --config=experiments/NAME.py or --sweep=experiments/ablations.py:NAME, and --workdir=DIR"
@@ -113,9 +138,10 @@ def start(argv: list[str]) -> None:
     backend.submit(wanted, lambda job, handle: remember(name, job, handle))
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    argv = joined(argv)
     try:
-        asked, _ = _parser().parse_known_args(argv)
+        asked, _ = _parsed(_parser(), argv)
         if asked.action == "start":
             start(argv)
             return
@@ -125,6 +151,8 @@ def main(argv: list[str]) -> None:
         for workdir, name, handle in found:
             told = getattr(load(name), asked.action)(handle) or load(name).status(handle)
             print(told if len(found) == 1 else f"{workdir}: {told}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
         sys.exit(f"launch: {error}")
 

@@ -57,9 +57,10 @@ def script(jobs: Sequence[Job]) -> str:
         )
     return template.render(
         name=jobs[0].name,
-        root=ROOT,
-        output=_output(jobs),
-        resources=asdict(resources),
+        root=_word(str(ROOT)),
+        # In the names of files SLURM puts numbers for %j and its like; %% is a %.
+        output=_word(_folder(jobs).replace("%", "%%") + ("/slurm-%a.log" if len(jobs) > 1 else "/slurm.log")),
+        resources={key: _word(value) if isinstance(value, str) else value for key, value in asdict(resources).items()},
         points=points,
         finished=shlex.join([sys.executable, "-c", FINISHED]),
     )
@@ -80,16 +81,15 @@ def describe(jobs: Sequence[Job]) -> str:
 
 def submit(jobs: Sequence[Job], record: Callable[[Job, Handle], None]) -> None:
     """One `sbatch`. Raises RuntimeError with SLURM's words if it refuses."""
-    for job in jobs:
-        Path(_output([job])).parent.mkdir(parents=True, exist_ok=True)
-    Path(_output(jobs)).parent.mkdir(parents=True, exist_ok=True)
+    for part in [jobs, *([job] for job in jobs)]:
+        Path(_folder(part)).mkdir(parents=True, exist_ok=True)
     answer = _slurm("sbatch", "--parsable", input=script(jobs))
     if answer.returncode:
         raise RuntimeError(f"sbatch refused the job: {answer.stderr.strip()}")
     number = answer.stdout.strip().partition(";")[0]
     for index, job in enumerate(jobs):
-        name = f"{number}_{index}" if len(jobs) > 1 else number
-        record(job, {"id": name, "log": _output(jobs).replace("%a", str(index))})
+        name, log = (f"{number}_{index}", f"slurm-{index}.log") if len(jobs) > 1 else (number, "slurm.log")
+        record(job, {"id": name, "log": f"{_folder(jobs)}/{log}"})
         print(f"{job.name} is job {name}", file=sys.stderr)
 
 
@@ -97,14 +97,14 @@ def status(handle: Handle) -> str:
     """SLURM's word for the job's state, and why it waits or failed."""
     answer = _slurm("scontrol", "show", "job", "--oneliner", handle["id"])
     if answer.returncode:
-        return f"no longer known to SLURM; it last said: {error_in(Path(handle['log']))}"
+        return f"no longer known to SLURM; it last said: {error_in(tail(Path(handle['log'])))}"
     fields = dict(re.findall(r"(\w+)=(\S*)", answer.stdout))
     state = fields["JobState"]
     if state == "PENDING":
         return f"{state} ({fields['Reason']})"
     if state in ("RUNNING", "COMPLETED"):
         return f"{state}, started {int(fields['Restarts']) + 1} time(s)"
-    return f"{state} (exit code {fields['ExitCode']}): {error_in(Path(handle['log']))}"
+    return f"{state} (exit code {fields['ExitCode']}): {error_in(tail(Path(handle['log'])))}"
 
 
 def logs(handle: Handle) -> str:
@@ -122,6 +122,10 @@ def _check_resources(jobs: Sequence[Job]) -> None:
     resources = jobs[0].resources
     if any(job.resources != resources for job in jobs):
         raise ValueError("the jobs of one array ask for the same resources")
+    if wrong := [job.workdir for job in jobs if "\\" in job.workdir or "\n" in job.workdir]:
+        raise ValueError(
+            f"SLURM cannot write to a path with a backslash or a line break: give another --workdir than {wrong[0]!r}"
+        )
     if resources.nodes < 1 or resources.tasks_per_node < 1 or resources.grace < 1:
         raise ValueError(f"nodes, tasks_per_node and grace are at least 1, got {resources}")
     if resources.gpus and resources.tasks_per_node not in (1, resources.gpus):
@@ -134,12 +138,16 @@ def _absolute(workdir: str) -> str:
     return workdir if "://" in workdir else str(Path(workdir).resolve())
 
 
-def _output(jobs: Sequence[Job]) -> str:
-    """The file that SLURM writes to: beside the run, or for an array beside all of its runs."""
+def _folder(jobs: Sequence[Job]) -> str:
+    """Where SLURM writes what the jobs say: beside the run, or for an array beside all of its runs."""
     if "://" in jobs[0].workdir:
-        return str(ROOT / "runs" / "logs" / jobs[0].name / ("slurm-%a.log" if len(jobs) > 1 else "slurm.log"))
-    places = [_absolute(job.workdir) for job in jobs]
-    return f"{commonpath(places)}/logs/" + ("slurm-%a.log" if len(jobs) > 1 else "slurm.log")
+        return str(ROOT / "runs" / "logs" / jobs[0].name)
+    return f"{commonpath([_absolute(job.workdir) for job in jobs])}/logs"
+
+
+def _word(value: str) -> str:
+    """One word for sbatch, which splits its lines at blanks and ends them at a #, but for what stands in quotes."""
+    return value if re.fullmatch(r"[\w./%=@:,+-]*", value, re.ASCII) else '"' + value.replace('"', r"\"") + '"'
 
 
 def _slurm(*command: str, input: str | None = None) -> subprocess.CompletedProcess:

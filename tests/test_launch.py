@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -202,6 +203,49 @@ def test_an_array_of_jobs(tmp_path):
         assert shown.stdout.split("|") == expected
 
 
+ODD = 'it\'s 50%j of "#1" & $HOME'  # the name of a folder
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_sbatch_reads_odd_names_as_they_are(tmp_path, points):
+    """A line of options is split as a shell would, the name of the log has no number of a job in it, nor any other."""
+    resources = slurm.Resources(partition="big one", account="a#b")
+    made = [jobs.Job("toy", ("-c", ""), str(tmp_path / ODD / f"{i}"), resources) for i in range(points)]
+    lines = [line.removeprefix("#SBATCH ") for line in slurm.script(made).splitlines() if line.startswith("#SBATCH")]
+    options = [shlex.split(line, comments=True) for line in lines]
+    assert all(len(words) == 1 for words in options)
+    log = f"{ODD}/0/logs/slurm.log" if points == 1 else f"{ODD}/logs/slurm-%a.log"
+    assert [f"--output={tmp_path}/" + log.replace("%j", "%%j")] in options
+    assert ["--partition=big one"] in options and ["--account=a#b"] in options
+
+
+def test_what_follows_a_flag_after_a_blank_is_its_value(tmp_path, monkeypatch, capsys):
+    """Of this command, of its backend, of flowlm train and of the experiment; a flag without one has none."""
+    monkeypatch.chdir(ROOT)
+    words = ["--dry_run", "--backend", "local", "--config", "experiments/test.py", "--workdir", f"{tmp_path}/a run"]
+    words += ["--compile_cache", "/a cache", "--config.seed", "3", "--nodistributed", "--max_restarts", "0"]
+    run.main(words)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "flowlm.main" in line)
+    sent = shlex.split(line)[3 : shlex.split(line).index(">>")]
+    assert sent == [
+        "train", "--config=experiments/test.py", "--compile_cache=/a cache", "--config.seed=3", "--nodistributed",
+        f"--workdir={tmp_path}/a run",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"max_restarts at least 0, got .*max_restarts=-1"):
+        run.main([*words[:-1], "-1"])
+    with pytest.raises(SystemExit, match="nothing was started there"):
+        run.main(["status", "--workdir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["a[1]", "lr=1e-3,b=*?"])
+def test_a_workdir_whose_name_reads_as_a_pattern_is_found_again(tmp_path, name):
+    """The run itself, and a sweep's."""
+    for workdir in (tmp_path / name, tmp_path / "sweep[2]" / name / "seed0"):
+        jobs.remember("local", python(workdir, ""), {"logs": "here"})
+        assert jobs.recall(str(workdir)) == [(str(workdir), "local", {"logs": "here"})]
+    assert jobs.recall(str(tmp_path / "sweep[2]")) == [(str(workdir), "local", {"logs": "here"})]
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +266,9 @@ def test_an_array_of_jobs(tmp_path):
         (["--backend=local", *START, "--gpus=1", "--cpu_devices=1"], "cpu_devices or gpus, not both"),
         (["--backend=local", START[0], "--workdir=gs://bucket/run"], "gs://bucket/run must be a directory here"),
         (["--backend=slurm", *START, "--gpus=8", "--tasks_per_node=3"], "3 tasks a node cannot share 8 GPUs"),
+        (["--backend=slurm", START[0], "--workdir=/tmp/a\\b"], "give another --workdir than '/tmp/a"),
+        (["--backend=local", *START, "--noconfig.steps"], "steps"),
+        (["--backend=local", *START, "--nosteps"], "'--nosteps' is neither a flag"),
         (["status"], "status needs --workdir=DIR"),
         (["stop", "--workdir=/nowhere"], "/nowhere has no launch.json"),
     ],

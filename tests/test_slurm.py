@@ -131,6 +131,41 @@ def test_an_array_is_one_submission(tmp_path):
         assert f"I am {name}" in slurm.logs(handle)
 
 
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_path_is_not_a_pattern(tmp_path, points):
+    """Nor several words, nor a comment: what a job says is found where it was promised, beside a run of any name."""
+    folder = tmp_path / "it's 50%j %a of 'a' #1 & $HOME"
+    made = [
+        python(folder / f"{i}", FINISHED.format(workdir=str(folder / f"{i}")) + f"print('I am {i}')")
+        for i in range(points)
+    ]
+    slurm.check(made)
+    for index, handle in enumerate(submit(*made)):
+        wait_for("COMPLETED", handle)
+        assert Path(handle["log"]).is_relative_to(folder) and f"I am {index}" in slurm.logs(handle)
+
+
+def test_a_task_that_is_alone_says_for_whom_it_waits():
+    """Four tasks of which one trains, as in an interactive step, where JAX counts the tasks; and two that both do."""
+    program = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = {}; cluster.join(False); import jax; "
+    program += "print(jax.process_index(), 'of', jax.process_count())"
+    only = 'if [ "$SLURM_PROCID" = 0 ]; then exec "$0" -c "$1"; fi'
+    here = dict(cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+
+    def step(tasks, line, seconds, **environment):
+        command = ["srun", "--nodes=2", f"--ntasks={tasks}", "--overcommit", "bash", "-c", line, sys.executable]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.run([*command, program.format(seconds)], env=environment, **here)
+
+    told = step(4, only, (1, 3))
+    waits = r"flowlm: process 0 of 4 \(SLURM_NTASKS=4\) waits at flowlm-node1:\d+ for 1, 2, 3"
+    assert told.returncode != 0 and re.search(f"{waits}, for up to 3 s", told.stderr), told.stderr
+    alone = step(4, only, (1, 3), JAX_NUM_PROCESSES="1")
+    assert (alone.returncode, alone.stdout) == (0, "0 of 1\n"), alone.stderr
+    both = step(2, 'exec "$0" -c "$1"', (PATIENCE, 2 * PATIENCE))
+    assert sorted(both.stdout.splitlines()) == ["0 of 2", "1 of 2"], both.stderr
+
+
 def test_a_sweep_is_an_array(tmp_path, data_dir):
     """Both of its points are run, and a report has both."""
     study = sweep_file(tmp_path, data_dir)

@@ -100,7 +100,7 @@ _EXPERIMENT = """
 import time
 from pathlib import Path
 import toy
-from flowlm import evaluation, processes, sharding
+from flowlm import cluster, evaluation, sharding
 
 rows = sharding.global_rows
 
@@ -111,7 +111,7 @@ def global_rows(*arguments):
 sharding.global_rows = global_rows
 if not {evaluate}:
     evaluation.Evaluator = toy.NoEvaluation
-processes.TIMEOUT_SECONDS = 20
+cluster.TIMEOUT_SECONDS = 20
 
 def get_config(arg=""):
     return toy.run_config({data_dir!r}, **{changes!r})
