@@ -69,6 +69,12 @@ class Tokenizer:
         """Id of the start token."""
         return self._model.token_to_id(tokenizer_files.start_token(self._model))
 
+    @property
+    def unknown(self) -> str | None:
+        """The token that stands for what the vocabulary cannot spell, None where such characters are dropped or refused."""
+        unknown = self._noticing[1]
+        return self.pieces[unknown] if 0 <= unknown < self.vocab_size else None
+
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
         """The token of each id, as the file spells it."""

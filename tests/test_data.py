@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from flowlm import data, tokenizers
+from flowlm import data, tokenizers, windows
 from flowlm.data import builders, corpora, marginals, packing
 
 
@@ -60,12 +60,14 @@ def test_text_is_the_documents(speeches):
     assert speeches.validation.text(1234) == truth[:1234]
 
 
-def test_batches_of_documents_do_not_matter(monkeypatch):
+def test_batches_of_documents_do_not_matter(tmp_path, monkeypatch):
     tokenizer = tokenizers.shipped("chars")
-    texts = ["abc", "", "de", "f"]
+    documents = [("train", "abc"), ("test", "xy"), ("train", ""), ("train", "de"), ("test", "z"), ("train", "f")]
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4)
-    stream = np.concatenate(list(packing.token_stream(iter(texts), tokenizer, separated=True)))
-    np.testing.assert_array_equal(stream, [0, 1, 2, 27, 27, 3, 4, 27, 5, 27])
+    rows, record = packing.write_streams(lambda: iter(documents), tokenizer, True, tmp_path, 2)
+    assert rows["train"].reshape(-1).tolist() == [0, 1, 2, 27, 27, 3, 4, 27, 5, 27]
+    assert rows["test"].reshape(-1).tolist() == [23, 24, 27, 25] and len(rows["validation"]) == 0
+    assert record.tokens == {"train": 10, "validation": 0, "test": 5}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -266,9 +268,12 @@ def test_missing_sources(tmp_path, name, place, mend):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_text8_is_one_text_cut_in_three(tmp_path, packed, monkeypatch):
-    monkeypatch.setattr(corpora, "_TEXT8_BLOCK", 700)
+    """Of which no character is lost, however long it is: blanks too, which a tokenizer strips at the ends of a text."""
+    monkeypatch.setattr(windows, "WINDOW", 2000)
+    monkeypatch.setattr(windows, "CONTEXT", 100)
     rng = np.random.default_rng(0)
-    text = "".join(rng.choice(list("abcdefgh "), 20_000))
+    text = "".join(rng.choice(list("abcdefgh"), 20_000))
+    text = "".join(c if i % 5 else " " for i, c in enumerate(text, 1))
     (tmp_path / "sources").mkdir()
     if packed:
         with zipfile.ZipFile(tmp_path / "sources" / "text8.zip", "w") as archive:
@@ -277,9 +282,11 @@ def test_text8_is_one_text_cut_in_three(tmp_path, packed, monkeypatch):
         (tmp_path / "sources" / "text8").write_text(text)
     cut = {"train": text[:18_000], "validation": text[18_000:19_000], "test": text[19_000:]}
     for split, truth in cut.items():
-        pieces = [piece for _, piece in corpora.documents("text8", split, tmp_path)]
-        assert "".join(pieces) == truth
-        assert all(piece[0] == " " for piece in pieces[1:])
+        assert [piece for _, piece in corpora.documents("text8", split, tmp_path)] == [truth]
+    dataset = data.open_dataset("text8", "chars", 11, tmp_path)
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    packed_text = "".join(letters[i] for i in dataset.train.rows(0, len(dataset.train))[:, 1:].reshape(-1))
+    assert packed_text == cut["train"][: len(packed_text)] and len(packed_text) > 17_980
 
 
 def test_lm1b(tmp_path):

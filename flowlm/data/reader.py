@@ -92,7 +92,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset; `grammar` is the exact law of its rows (without their start token) where there is one."""
+    """A prepared dataset.
+
+    Attributes:
+      grammar: the exact law of its rows (without their start token) where there is one.
+      unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
+        and "such_as", some of it; else empty.
+    """
 
     tokenizer: Tokenizer
     length: int
@@ -100,6 +106,7 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+    unspelled: dict = dataclasses.field(default_factory=dict)
 
 
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
@@ -149,7 +156,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
                 storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
     splits = {split: Split(builder.as_data_source(split), vocabulary, length) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits)
+    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}))
 
 
 def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) -> None:
