@@ -30,6 +30,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flowlm import open_files
+
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "train, plan: the experiment, and --config.key=value to change it"
@@ -329,6 +331,7 @@ def _main(argv: list[str]) -> None:
 
 def run() -> None:
     """Entry point of the `flowlm` console script."""
+    open_files.raise_limit()
     app.run(_main, flags_parser=_parse)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from flowlm import data, tokenizers, windows
 from flowlm.data import builders, corpora, marginals, packing
+from flowlm.data.grammar import Grammar
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +159,51 @@ print(dataset.train.rows(0, 20).sum(), time.time() - begin < 20)
     assert [process.returncode for process in both] == [0, 0]
     assert printed[0] == printed[1] and printed[0].endswith("True")
     assert not list(tmp_path.glob("tfds/**/incomplete*"))
+
+
+MANY_SHARDS = """
+import resource, sys
+soft, hard, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+import numpy as np
+from flowlm import data
+from flowlm.data import builders
+builders.GRAMMAR_ROWS = {"train": 1100, "validation": 60, "test": 60}
+builders.SHARD_ROWS = 1
+dataset = data.open_dataset("grammar98", "grammar98", 19, out)
+everything = dataset.train.rows(0, 1100)
+stream = dataset.train.shuffled(0)
+for step in range(3):
+    stream(512 * step, 512 * step + 512)
+    dataset.validation.rows(0, 60), dataset.test.rows(0, 60)
+assert (dataset.train.rows(3, 1090) == everything[3:1090]).all()
+np.save(out + "/rows.npy", everything)
+"""
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """1,100 shards and 256 files: what is written and read is what the grammar drew."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHARDS, "256", "256", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("tfds/**/*train.array_record*"))) == 1100
+    rows = np.load(tmp_path / "rows.npy")
+    drawn = Grammar.load("grammar98").sample(np.random.default_rng(0), 1100)
+    np.testing.assert_array_equal(rows[:, 1:], drawn)
+
+
+def test_the_command_may_open_as_many_files_as_the_system_lets_it():
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 300))
+from absl import app
+from flowlm import main
+app.run = lambda *arguments, **named: print(resource.getrlimit(resource.RLIMIT_NOFILE))
+main.run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["(300, 300)"], done.stderr[-2000:]
 
 
 # --- grammar rows ------------------------------------------------------------------------------------------------
