@@ -19,7 +19,7 @@ from etils import epath
 SCHEME = "gs://"
 MIRROR = "~/.cache/flowlm/buckets"
 # Bytes asked of a bucket at once: each request takes as long as some megabytes do.
-READ = 1 << 24
+READ = 1 << 25
 
 
 def path(name: str | os.PathLike) -> epath.Path:

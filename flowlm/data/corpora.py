@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -89,7 +90,9 @@ def _open_text8(sources: Path) -> Iterator[tuple[BinaryIO, int]]:
     plain = sources / "text8"
     if plain.is_file():
         with storage.read(plain) as file:
-            yield file, plain.stat().length
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            yield file, size
     else:
         with (
             storage.read(sources / "text8.zip") as file,
@@ -115,25 +118,23 @@ _LM1B_TRAIN = "training-monolingual.tokenized.shuffled"
 _LM1B_HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 
 
-def _lm1b_files(split: str, sources: Path) -> list[Path]:
-    """The first held-out file is the customary test set; the others validate."""
-    if split == "train":
-        return sorted((sources / "lm1b" / _LM1B_TRAIN).glob("news.en*"))
-    held_out = sorted((sources / "lm1b" / _LM1B_HELD_OUT).glob("news.en*"))
-    return held_out[:1] if split == "test" else held_out[1:]
+def _lm1b_files(directory: str, sources: Path) -> list[Path]:
+    return sorted((sources / "lm1b" / directory).glob("news.en*"))
 
 
 def _check_lm1b(sources: Path) -> None:
     archive = "1-billion-word-language-modeling-benchmark-r13output"
-    for split, directory in (("train", _LM1B_TRAIN), ("validation", _LM1B_HELD_OUT)):
-        found = bool(_lm1b_files(split, sources))
+    for directory, least in ((_LM1B_TRAIN, 1), (_LM1B_HELD_OUT, 2)):
         mend = f"put the directory of that name of the archive {archive} there, with its news.en* files"
-        _require(found, sources / "lm1b" / directory, mend)
+        _require(len(_lm1b_files(directory, sources)) >= least, sources / "lm1b" / directory, mend)
 
 
 def _read_lm1b(sources: Path) -> Iterator[Document]:
-    for split in SPLITS:
-        for path in _lm1b_files(split, sources):
+    """The first held-out file is the customary test set; the others validate."""
+    held_out = _lm1b_files(_LM1B_HELD_OUT, sources)
+    files = {"train": _lm1b_files(_LM1B_TRAIN, sources), "validation": held_out[1:], "test": held_out[:1]}
+    for split, paths in files.items():
+        for path in paths:
             for number, line in storage.lines(path):
                 if sentence := line.decode("utf-8").strip():
                     yield split, f"{path.name}-{number}", sentence
