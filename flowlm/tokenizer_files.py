@@ -71,7 +71,7 @@ def noticing(text: str) -> tuple[tokenizers.Tokenizer, int]:
         file["model"] = kind | {"unk_token": _LOST, "fuse_unk": False, "vocab": vocabulary | {_LOST: size}}
         return _from(file), size
     model = _from(file)
-    unknown = kind["unk_id"] if kind["type"] == "Unigram" else model.token_to_id(kind["unk_token"])
+    unknown = kind.get("unk_id") if kind["type"] == "Unigram" else model.token_to_id(kind["unk_token"])
     return model, -1 if unknown is None else unknown
 
 

@@ -15,9 +15,10 @@ import pytest
 import tokenizers
 from absl.testing import flagsaver
 from test_bad_input import error_of
+from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import main
+from flowlm import main, tokenizer_files, windows
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import builders, corpora, open_dataset, own_text, packing
 from flowlm.data.prepare import prepare
@@ -188,6 +189,34 @@ def test_what_a_tokenizer_cannot_spell_is_reported(tmp_path, caplog):
         assert prepare(*arguments) == manifest
     whole = prepare("textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "")
     assert whole["unspelled"] == {}
+
+
+def test_one_long_document_is_not_tokenised_at_once(tmp_path, monkeypatch):
+    """What the library works on takes a hundred bytes a character: of 300,000 it is never handed more than 5 %."""
+    monkeypatch.setattr(windows, "WINDOW", 2000)
+    monkeypatch.setattr(windows, "CONTEXT", 200)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4000)
+    long = " ".join(texts(2000))
+    written = [*texts(9, seed=1), long]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in written))
+    genuine, spies = tokenizer_files.noticing, []
+
+    def noticing(file):
+        model, unknown = genuine(file)
+        spies.append(Spy(model))
+        return spies[-1], unknown
+
+    monkeypatch.setattr(tokenizer_files, "noticing", noticing)
+    prepare("jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 16, str(tmp_path / "out"), "")
+    assert len(long) > 300_000 and 0 < max(spy.most for spy in spies) < 15_000
+    tokenizer = shipped("sotu_bpe_512")
+    (side,) = [split for split, side in by_split(tmp_path / "out").items() if long in side]
+    rows = getattr(open_dataset("own_text", str(tmp_path / "out/tokenizer.json"), 16, tmp_path / "out"), side)
+    packed = rows.rows(0, len(rows))[:, 1:].reshape(-1)
+    ids = tokenizer._model.encode(long, add_special_tokens=False).ids
+    where = packed.tobytes().find(np.asarray(ids[:1000], np.int32).tobytes()) // 4
+    np.testing.assert_array_equal(packed[where : where + len(ids)], ids[: len(packed) - where])
+    assert len(packed) - where > len(ids) - 16
 
 
 def test_a_folder_of_an_older_version_is_left_as_it_is(folder, tmp_path):
