@@ -52,7 +52,10 @@ class Tokenizer:
 
     @functools.cached_property
     def _is_control(self) -> np.ndarray:
-        """Of each id, and one more, whether it is a special token's that stands for no text; the unknown token's does."""
+        """Whether each id is a special token's, of which no text may be made; the unknown token's is not, text becomes it.
+
+        There is one more id than the vocabulary has, that of what `_noticing` saw dropped.
+        """
         found = np.zeros(self.vocab_size + 1, bool)
         found[[i for i, token in self._model.get_added_tokens_decoder().items() if token.special]] = True
         unknown = self._noticing[1]
@@ -133,7 +136,7 @@ class Tokenizer:
             raise ValueError(f"{str(texts)[:80]} has words outside the vocabulary of the tokenizer") from error
 
     def _as_text(self, ids: np.ndarray) -> np.ndarray:
-        """Ids without control tokens. Some models find them in a text that spells them; that becomes its characters."""
+        """Ids without control tokens: where a model found one in a text that spells it, its characters stand instead."""
 
         def characters(i: int) -> np.ndarray:
             spelled = np.concatenate(self._encode(self._model, [*self._model.id_to_token(i)]))

@@ -1,5 +1,6 @@
 """Data from documents to the training stream: nothing lost, nothing shared, order a function of (seed, index)."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -357,10 +358,45 @@ def test_openwebtext_holds_out_the_last_documents(tmp_path):
     directory.mkdir(parents=True)
     for part in range(2):
         lines = [json.dumps({"text": f"document\n{part * 20 + i}"}) + "\n" for i in range(20)]
-        (directory / f"{part}.jsonl").write_text("".join(lines))
+        if part:
+            (directory / f"{part}.jsonl.gz").write_bytes(
+                gzip.compress("\n".join(lines).encode())
+            )  # blank lines between
+        else:
+            (directory / f"{part}.jsonl").write_text("".join(lines))
     texts = {split: [text for _, text in corpora.documents("openwebtext", split, tmp_path)] for split in corpora.SPLITS}
     assert texts["train"] == [f"document\n{i}" for i in range(36)]
     assert texts["validation"] == ["document\n36", "document\n37"]
     assert texts["test"] == ["document\n38", "document\n39"]
     dataset = data.open_dataset("openwebtext", "sotu_bpe_512", 8, tmp_path)
     assert dataset.train.text(21) == "document\n0 document\n1"
+
+
+def test_openwebtext_of_more_documents_than_wait(tmp_path, monkeypatch):
+    """As many wait in memory as are held out; the others go on at once."""
+    monkeypatch.setattr(corpora, "_OPENWEBTEXT_HELD_OUT", 5)
+    directory = tmp_path / "sources" / "openwebtext"
+    directory.mkdir(parents=True)
+    (directory / "0.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(60)))
+    found = [*corpora.read("openwebtext", tmp_path)]
+    assert [(number, text) for _, number, text in found] == [(str(i), f"document {i}") for i in range(60)]
+    assert [split for split, _, _ in found] == ["train"] * 55 + ["validation"] * 3 + ["test"] * 2
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name", "line"),
+    [
+        ("text8", "text8", b"one \xff two"),
+        ("lm1b", "training-monolingual.tokenized.shuffled/news.en-1", b"one \xff two"),
+        ("openwebtext", "0.jsonl", b'{"txt": "one"}'),
+    ],
+)
+def test_a_damaged_source_is_named(tmp_path, corpus, name, line):
+    directory = tmp_path / "sources" / ("" if corpus == "text8" else corpus)
+    for i in range(2):
+        (directory / f"heldout-monolingual.tokenized.shuffled/news.en-{i}").parent.mkdir(parents=True, exist_ok=True)
+        (directory / f"heldout-monolingual.tokenized.shuffled/news.en-{i}").write_text("fine\n")
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(line)
+    with pytest.raises(ValueError, match=f"{name}(, line 1)? is (damaged|not a JSON object)"):
+        [*corpora.read(corpus, tmp_path)]

@@ -94,7 +94,7 @@ class PackedText(_Rows, skip_registration=True):
         # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
         separated = corpora.CORPORA[config.source].separated
         rows, record = packing.write_streams(documents, config.tokenizer, separated, self._tokens, config.length - 1)
-        if record.such_as:
+        if any(record.unspelled.values()):
             self.info.metadata.update(count=record.unspelled, such_as=record.such_as)
             logging.warning("%s", _report(config, record))
         return {split: self._shards(split, rows[split]) for split in corpora.SPLITS}

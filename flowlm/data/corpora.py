@@ -48,6 +48,13 @@ def _require(found: bool, path: Path, mend: str) -> None:
         raise FileNotFoundError(f"corpus source {path} is missing: {mend}")
 
 
+def _decoded(content: bytes, encoding: str, path: Path) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
 # --- sotu: the speeches that come with the package ---------------------------------------------------------------
 
 SOTU = Path(__file__).parent / "sotu" / "speeches.jsonl.xz"
@@ -109,7 +116,7 @@ def _read_text8(sources: Path) -> Iterator[Document]:
             logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", sources / "text8", size, _TEXT8_SIZE)
         bounds = (0, size * 90 // 100, size * 95 // 100, size)
         for split, (begin, end) in zip(SPLITS, itertools.pairwise(bounds), strict=True):
-            yield split, split, file.read(end - begin).decode("ascii")
+            yield split, split, _decoded(file.read(end - begin), "ascii", sources / "text8")
 
 
 # --- lm1b: the archive's two directories, a sentence a line ------------------------------------------------------
@@ -136,7 +143,7 @@ def _read_lm1b(sources: Path) -> Iterator[Document]:
     for split, paths in files.items():
         for path in paths:
             for number, line in storage.lines(path):
-                if sentence := line.decode("utf-8").strip():
+                if sentence := _decoded(line, "utf-8", path).strip():
                     yield split, f"{path.name}-{number}", sentence
 
 
