@@ -12,7 +12,7 @@ flowlm prepare judge [--data_dir=DIR]
 flowlm export DIR --out=DIR --format=params|safetensors|jax [--dtype=float32|bfloat16] [--steps=N [--sampler=NAME]]
 flowlm import CKPT --to=DIR [--weights=ema|live] [--config=experiments/NAME.py]
 flowlm inspect PATH
-flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR
+flowlm prepare --source=textfiles|jsonl --path=FILE_OR_DIR --tokenizer=NAME --length=N --out=DIR [--text_key=NAME]
 flowlm report DIR DIR ... --out=DIR
 flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --results=DIR [--extra=FLAG,FLAG,...]
              [--parallel=N] [--dry_run]
@@ -30,6 +30,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flowlm import open_files
 from flowlm.terminal import replace_what_cannot_be_printed
 
 FLAGS = flags.FLAGS
@@ -57,6 +58,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines o
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
 _SOURCE = flags.DEFINE_string("source", None, "prepare: textfiles (a document a file) or jsonl (a document a line)")
 _PATH = flags.DEFINE_string("path", None, "prepare: the file or the folder with the text")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "prepare: the key of a document's text in a line of jsonl")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "prepare: name of a tokenizer or path of its file")
 _LENGTH = flags.DEFINE_integer("length", None, "prepare: ids in a row", 2)
 _OUT = flags.DEFINE_string("out", None, "prepare, report: the folder to make")
@@ -190,7 +192,10 @@ def _prepare() -> None:
     wanted = _SOURCE.value, _PATH.value, _TOKENIZER.value, _LENGTH.value, _OUT.value
     if None in wanted:
         raise ValueError("flowlm prepare needs --source, --path, --tokenizer, --length and --out (or the word judge)")
-    manifest = prepare(*wanted, _DATA_DIR.value)
+    manifest = prepare(*wanted, _DATA_DIR.value, _TEXT_KEY.value)
+    if manifest.get("left_out", {}).get("files"):
+        left_out = manifest["left_out"]
+        print(f"left out: {left_out['files']} other files, such as {', '.join(left_out['such_as'])}")
     for split, rows in manifest["rows"].items():
         print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
     print(f"flowlm train --config=experiments/own_text.py:{_OUT.value} --workdir=DIR")
@@ -331,6 +336,7 @@ def _main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point of the `flowlm` console script."""
     replace_what_cannot_be_printed()
+    open_files.raise_limit()
     app.run(_main, flags_parser=_parse)
 
 

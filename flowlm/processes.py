@@ -3,6 +3,7 @@
 Every host runs the same command, and cluster.py finds the others. On CPUs the processes talk over gloo.
 """
 
+import os
 import signal
 import threading
 

@@ -4,17 +4,23 @@ A bucket (`gs://NAME/...`) is reached by gcsfs, and by tensorstore for the array
 their writer closes them; there is no directory, no appending and no renaming, which is copying and deleting.
 """
 
+import contextlib
+import gzip
 import importlib.util
+import io
 import json
 import os
 import shutil
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from etils import epath
 
 SCHEME = "gs://"
 MIRROR = "~/.cache/flowlm/buckets"
+# Bytes asked of a bucket at once: each request takes as long as some megabytes do.
+READ = 1 << 25
 
 
 def path(name: str | os.PathLike) -> epath.Path:
@@ -47,6 +53,27 @@ def renew() -> None:
 
 def in_bucket(place: epath.Path) -> bool:
     return os.fspath(place).startswith(SCHEME)
+
+
+@contextlib.contextmanager
+def read(place: os.PathLike) -> Iterator[BinaryIO]:
+    """The bytes of a file, for whoever takes them from its beginning on and little at a time; unpacked if it ends in .gz."""
+    place = epath.Path(place)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(place.open("rb"))
+        if in_bucket(place):
+            file = stack.enter_context(io.BufferedReader(file, READ))
+        if place.suffix.lower() == ".gz":
+            file = stack.enter_context(gzip.open(file))
+        yield file
+
+
+def lines(place: os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line of a file that is not blank, counted from 1."""
+    with read(place) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
 
 
 def write(place: epath.Path, text: str) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
-from flowlm import storage
-
-START_TOKENS = ("<|start|>", "[CLS]", "<|endoftext|>")
+from flowlm import storage, tokenizer_files, windows
+from flowlm.tokenizer_files import START_TOKENS
 
 _SHIPPED = pathlib.Path(__file__).parent / "data" / "tokenizers"
 _FETCHED = {"bert-base-uncased": "bert-base-uncased", "gpt2": "openai-community/gpt2"}
@@ -30,23 +29,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads a tokenizer file.
-
-        Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it is not a tokenizer, or has none of the start tokens.
-        """
-        path = storage.path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer file {path}; name a file written by Tokenizer.save")
-        tokenizer = cls(path.read_text("utf-8"))
-        try:
-            has_start = tokenizer._start_token is not None
-        except Exception as error:  # The library raises bare Exception for every malformed file.
-            raise ValueError(f"{path} is not a file of the `tokenizers` library: {error}") from error
-        if not has_start:
-            raise ValueError(f"{path} has no start token; its vocabulary must hold one of {START_TOKENS}")
-        return tokenizer
+        """Reads a tokenizer file. Raises FileNotFoundError and ValueError as `tokenizer_files.read` does."""
+        return cls(tokenizer_files.read(storage.path(path)))
 
     def with_pad(self) -> "Tokenizer":
         """The same with one more id, of a token [PAD] that no text has and that is not decoded."""
@@ -60,15 +44,23 @@ class Tokenizer:
 
     @functools.cached_property
     def _model(self) -> tokenizers.Tokenizer:
-        model = tokenizers.Tokenizer.from_str(self.json)
-        model.encode_special_tokens = True  # "<|start|>" written in a document is text, not a start token.
-        model.no_padding()
-        model.no_truncation()
-        return model
+        return tokenizer_files.settled(self.json)
 
     @functools.cached_property
-    def _start_token(self) -> str | None:
-        return next((token for token in START_TOKENS if self._model.token_to_id(token) is not None), None)
+    def _noticing(self) -> tuple[tokenizers.Tokenizer, int]:
+        return tokenizer_files.noticing(self.json)
+
+    @functools.cached_property
+    def _is_control(self) -> np.ndarray:
+        """Whether each id is a special token's, of which no text may be made; the unknown token's is not, text becomes it.
+
+        There is one more id than the vocabulary has, that of what `_noticing` saw dropped.
+        """
+        found = np.zeros(self.vocab_size + 1, bool)
+        found[[i for i, token in self._model.get_added_tokens_decoder().items() if token.special]] = True
+        unknown = self._noticing[1]
+        found[unknown] = unknown == self.start
+        return found
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -78,7 +70,13 @@ class Tokenizer:
     @functools.cached_property
     def start(self) -> int:
         """Id of the start token."""
-        return self._model.token_to_id(self._start_token)
+        return self._model.token_to_id(tokenizer_files.start_token(self._model))
+
+    @property
+    def unknown(self) -> str | None:
+        """The token that stands for what the vocabulary cannot spell, None where such characters are dropped or refused."""
+        unknown = self._noticing[1]
+        return self.pieces[unknown] if 0 <= unknown < self.vocab_size else None
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
@@ -105,11 +103,48 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many texts, in parallel over the cores."""
+        return self.encode_counted(texts)[0]
+
+    def encode_counted(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """`encode_batch`, and of each text how often the vocabulary could not spell it.
+
+        Counted are tokens that are the unknown token, or, where the file has none, characters that it drops.
+        """
+        model, unknown = self._noticing
+        found = self._encode(model, texts)
+        counts = [int(np.count_nonzero(ids == unknown)) for ids in found]
+        if unknown == self.vocab_size:
+            found = [self._encode(self._model, [text])[0] if n else ids for text, n, ids in zip(texts, counts, found)]
+        return [self._as_text(ids) if self._is_control[ids].any() else ids for ids in found], counts
+
+    def unspelled(self, text: str, num: int = 5) -> list[str]:
+        """The first `num` different parts of a text that the vocabulary cannot spell."""
+        model, unknown = self._noticing
+        found = {}
+        for begin in range(0, len(text), windows.WINDOW):
+            part = text[begin : begin + windows.WINDOW]
+            encoding = model.encode(part, add_special_tokens=False)
+            found |= {part[slice(*at)]: None for i, at in zip(encoding.ids, encoding.offsets) if i == unknown}
+            if len(found) >= num:
+                break
+        return [*found][:num]
+
+    def _encode(self, model: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         try:
-            encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+            return windows.encode(model, texts)
         except Exception as error:  # The library raises bare Exception for a word outside the vocabulary.
             raise ValueError(f"{str(texts)[:80]} has words outside the vocabulary of the tokenizer") from error
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def _as_text(self, ids: np.ndarray) -> np.ndarray:
+        """Ids without control tokens: where a model found one in a text that spells it, its characters stand instead."""
+
+        def characters(i: int) -> np.ndarray:
+            spelled = np.concatenate(self._encode(self._model, [*self._model.id_to_token(i)]))
+            if self._is_control[spelled].any():
+                raise ValueError(f"the tokenizer reads text as its token {self._model.id_to_token(i)!r}: give another")
+            return spelled
+
+        return np.concatenate([characters(i) if self._is_control[i] else np.array([i], np.int32) for i in ids])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of a sequence of ids, without start, end and pad tokens."""
@@ -152,7 +187,7 @@ def shipped(name: str, data_dir: str | pathlib.Path | None = None) -> Tokenizer:
             line = f"import tokenizers; tokenizers.Tokenizer.from_pretrained({_FETCHED[name]!r}).save({str(path)!r})"
             raise FileNotFoundError(f"tokenizer {name!r} is not in {path.parent}; fetch it once in Python with\n{line}")
         return Tokenizer.load(path)
-    if name.endswith(".json"):
+    if name.endswith(".json") or storage.path(name).is_file():
         return Tokenizer.load(name)
     known = ", ".join([*shipped_names(), *_FETCHED])
     raise ValueError(f"unknown tokenizer {name!r}; known are {known}, and any path that ends in .json")

@@ -1,6 +1,7 @@
 """A bucket on this machine: gcp-storage-emulator, with the generations of objects that tensorstore reads and it does not send."""
 
 import contextlib
+import dataclasses
 import logging
 import re
 from urllib.parse import parse_qs, unquote, urlparse
@@ -8,6 +9,40 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What was asked of the bucket since it was last reset.
+
+    Attributes:
+      requests: all of them. contents: those for what is in an object. read: bytes that were sent for any.
+    """
+
+    requests: int = 0
+    contents: int = 0
+    read: int = 0
+
+    def reset(self):
+        self.requests = self.contents = self.read = 0
+
+
+TRAFFIC = Traffic()
+
+
+class _Counted:
+    """A stream of answers that counts the bytes behind their headers."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, content):
+        if not content.startswith(b"HTTP/"):
+            TRAFFIC.read += len(content)
+        return self._stream.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
 
 
 class _Handler(server.RequestHandler):
@@ -26,7 +61,13 @@ class _Handler(server.RequestHandler):
         except (NotFound, KeyError):
             return "0", query
 
+    def setup(self):
+        super().setup()
+        self.wfile = _Counted(self.wfile)
+
     def _answer(self):
+        TRAFFIC.requests += 1
+        TRAFFIC.contents += self.command == "GET" and "alt=media" in self.path
         generation, query = self._asked()
         refused = None
         if generation is not None and query.get("ifGenerationMatch", generation) != generation:

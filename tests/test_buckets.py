@@ -1,6 +1,7 @@
 """Run directories and data in a bucket: the same numbers as on the local disk, and nothing half written is taken for whole."""
 
 import csv
+import hashlib
 import importlib.util
 import json
 import runpy
@@ -15,7 +16,7 @@ from toy import run_config, train_only
 
 from flowlm import report, results, storage
 from flowlm.checkpoint import Checkpoints
-from flowlm.data import corpora, open_dataset
+from flowlm.data import corpora, open_dataset, packing
 from flowlm.data.prepare import prepare
 from flowlm.experiment import load_trained
 from flowlm.metrics import MetricWriter, read_metrics
@@ -203,6 +204,66 @@ def test_sources_in_a_bucket(tmp_path):
     assert read(f"{BUCKET}/texts") == read(tmp_path) == text
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):
         corpora.check("openwebtext", f"{BUCKET}/texts")
+
+
+def lines(num_bytes, seed):
+    rng = np.random.default_rng(seed)
+    words = "".join(rng.choice(list("abcdefgh "), 4000))
+    while num_bytes > 0:
+        start, size = rng.integers(2000), rng.integers(500, 2000)
+        num_bytes -= size
+        yield words[start : start + size] + "."
+
+
+SOURCES = {
+    "openwebtext": {
+        f"openwebtext/{i}.jsonl": lambda i=i: "".join(json.dumps({"text": t}) + "\n" for t in lines(24 << 20, i))
+        for i in range(2)
+    },
+    "lm1b": {
+        f"lm1b/{directory}.tokenized.shuffled/news.en-{i}": lambda i=i, size=size: "\n".join(lines(size << 20, i))
+        for directory, i, size in (
+            ("training-monolingual", 0, 24),
+            ("training-monolingual", 1, 24),
+            ("heldout-monolingual", 2, 8),
+            ("heldout-monolingual", 3, 8),
+        )
+    },
+    "text8": {"text8": lambda: " ".join(lines(40 << 20, 0)).replace(".", "")},
+}
+
+
+@pytest.mark.parametrize("corpus", SOURCES)
+def test_a_corpus_in_a_bucket_is_read_once_and_in_large_parts(corpus, tmp_path, monkeypatch):
+    """Every byte once, in requests of 4 MB or more; a few others look what is there, and how large a file is."""
+    from bucket_emulator import TRAFFIC
+
+    there, here, size = storage.path(f"{BUCKET}/large"), storage.path(tmp_path), 0
+    for name, content in SOURCES[corpus].items():
+        for place in (there, here):
+            (place / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / "sources" / name).write_text(text := content())
+        size += len(text)
+
+    def texts(place):
+        found = {split: hashlib.sha256() for split in corpora.SPLITS}
+
+        def documents(documents, tokenizer, separated, folder, width):
+            for split, text in documents():
+                found[split].update(text.encode() + b"\n")
+            raise KeyboardInterrupt  # what comes after does not read the bucket
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(packing, "write_streams", documents)
+            open_dataset(corpus, "sotu_bpe_512", 32, place)
+        return {split: digest.hexdigest() for split, digest in found.items()}
+
+    TRAFFIC.reset()
+    found = texts(there)
+    assert TRAFFIC.read <= 1.1 * size
+    assert TRAFFIC.contents <= size / (4 << 20)
+    assert TRAFFIC.requests - TRAFFIC.contents <= 20
+    assert found == texts(here)
 
 
 def test_own_text_that_was_copied_to_a_bucket(tmp_path, monkeypatch):

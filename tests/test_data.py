@@ -1,15 +1,14 @@
 """Data from documents to the training stream: nothing lost, nothing shared, order a function of (seed, index)."""
 
-import json
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 
 from flowlm import data, tokenizers
 from flowlm.data import builders, corpora, marginals, packing
+from flowlm.data.grammar import Grammar
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +59,14 @@ def test_text_is_the_documents(speeches):
     assert speeches.validation.text(1234) == truth[:1234]
 
 
-def test_batches_of_documents_do_not_matter(monkeypatch):
+def test_batches_of_documents_do_not_matter(tmp_path, monkeypatch):
     tokenizer = tokenizers.shipped("chars")
-    texts = ["abc", "", "de", "f"]
+    documents = [("train", "abc"), ("test", "xy"), ("train", ""), ("train", "de"), ("test", "z"), ("train", "f")]
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4)
-    stream = np.concatenate(list(packing.token_stream(iter(texts), tokenizer, separated=True)))
-    np.testing.assert_array_equal(stream, [0, 1, 2, 27, 27, 3, 4, 27, 5, 27])
+    rows, record = packing.write_streams(lambda: iter(documents), tokenizer, True, tmp_path, 2)
+    assert rows["train"].reshape(-1).tolist() == [0, 1, 2, 27, 27, 3, 4, 27, 5, 27]
+    assert rows["test"].reshape(-1).tolist() == [23, 24, 27, 25] and len(rows["validation"]) == 0
+    assert record.tokens == {"train": 10, "validation": 0, "test": 5}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -158,6 +159,51 @@ print(dataset.train.rows(0, 20).sum(), time.time() - begin < 20)
     assert not list(tmp_path.glob("tfds/**/incomplete*"))
 
 
+MANY_SHARDS = """
+import resource, sys
+soft, hard, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+import numpy as np
+from flowlm import data
+from flowlm.data import builders
+builders.GRAMMAR_ROWS = {"train": 1100, "validation": 60, "test": 60}
+builders.SHARD_ROWS = 1
+dataset = data.open_dataset("grammar98", "grammar98", 19, out)
+everything = dataset.train.rows(0, 1100)
+stream = dataset.train.shuffled(0)
+for step in range(3):
+    stream(512 * step, 512 * step + 512)
+    dataset.validation.rows(0, 60), dataset.test.rows(0, 60)
+assert (dataset.train.rows(3, 1090) == everything[3:1090]).all()
+np.save(out + "/rows.npy", everything)
+"""
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """1,100 shards and 256 files: what is written and read is what the grammar drew."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHARDS, "256", "256", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("tfds/**/*train.array_record*"))) == 1100
+    rows = np.load(tmp_path / "rows.npy")
+    drawn = Grammar.load("grammar98").sample(np.random.default_rng(0), 1100)
+    np.testing.assert_array_equal(rows[:, 1:], drawn)
+
+
+def test_the_command_may_open_as_many_files_as_the_system_lets_it():
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 300))
+from absl import app
+from flowlm import main
+app.run = lambda *arguments, **named: print(resource.getrlimit(resource.RLIMIT_NOFILE))
+main.run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["(300, 300)"], done.stderr[-2000:]
+
+
 # --- grammar rows ------------------------------------------------------------------------------------------------
 
 
@@ -245,69 +291,3 @@ def test_marginals_choose_the_leave_one_out_strength():
 def test_marginals_refuse_a_small_vocabulary(speeches):
     with pytest.raises(ValueError, match="vocab_size 512 is less than the tokenizer's 4096"):
         speeches.test.log_marginals(512)
-
-
-# --- corpora that need files -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "mend"),
-    [
-        ("text8", "sources/text8", "put text8 or text8.zip"),
-        ("lm1b", "sources/lm1b/training-monolingual.tokenized.shuffled", "news.en"),
-        ("openwebtext", "sources/openwebtext", "jsonl"),
-    ],
-)
-def test_missing_sources(tmp_path, name, place, mend):
-    with pytest.raises(FileNotFoundError, match=f"{place} is missing: .*{mend}"):
-        data.open_dataset(name, "chars", 16, tmp_path)
-    assert not (tmp_path / "tfds" / "packed_text").exists()
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_text8_is_one_text_cut_in_three(tmp_path, packed, monkeypatch):
-    monkeypatch.setattr(corpora, "_TEXT8_BLOCK", 700)
-    rng = np.random.default_rng(0)
-    text = "".join(rng.choice(list("abcdefgh "), 20_000))
-    (tmp_path / "sources").mkdir()
-    if packed:
-        with zipfile.ZipFile(tmp_path / "sources" / "text8.zip", "w") as archive:
-            archive.writestr("text8", text)
-    else:
-        (tmp_path / "sources" / "text8").write_text(text)
-    cut = {"train": text[:18_000], "validation": text[18_000:19_000], "test": text[19_000:]}
-    for split, truth in cut.items():
-        pieces = [piece for _, piece in corpora.documents("text8", split, tmp_path)]
-        assert "".join(pieces) == truth
-        assert all(piece[0] == " " for piece in pieces[1:])
-
-
-def test_lm1b(tmp_path):
-    directory = tmp_path / "sources" / "lm1b"
-    files = {
-        "training-monolingual.tokenized.shuffled/news.en-00001-of-00100": "One .\nTwo !\n",
-        "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": "Three ?\n" * 9,
-        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": "Test one .\n\nTest two .\n",
-        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00001-of-00050": "Valid one .\nValid two .\n",
-    }
-    for name, text in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text)
-    dataset = data.open_dataset("lm1b", "sotu_bpe_512", 6, tmp_path)
-    assert dataset.train.text(30) == "One . Two ! Three ? Three ? Th"
-    assert dataset.test.text(10) == "Test one ."
-    assert dataset.validation.text(11) == "Valid one ."
-
-
-def test_openwebtext_holds_out_the_last_documents(tmp_path):
-    directory = tmp_path / "sources" / "openwebtext"
-    directory.mkdir(parents=True)
-    for part in range(2):
-        lines = [json.dumps({"text": f"document\n{part * 20 + i}"}) + "\n" for i in range(20)]
-        (directory / f"{part}.jsonl").write_text("".join(lines))
-    texts = {split: [text for _, text in corpora.documents("openwebtext", split, tmp_path)] for split in corpora.SPLITS}
-    assert texts["train"] == [f"document\n{i}" for i in range(36)]
-    assert texts["validation"] == ["document\n36", "document\n37"]
-    assert texts["test"] == ["document\n38", "document\n39"]
-    dataset = data.open_dataset("openwebtext", "sotu_bpe_512", 8, tmp_path)
-    assert dataset.train.text(21) == "document\n0 document\n1"

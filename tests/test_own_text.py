@@ -1,25 +1,29 @@
 """Text of one's own: no document on two sides, no token lost, an interrupted preparation taken up to the same bytes."""
 
+import gzip
 import hashlib
 import json
 import runpy
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from absl.testing import flagsaver
 from test_bad_input import error_of
+from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import main
+from flowlm import main, tokenizer_files, windows
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import builders, corpora, open_dataset, own_text, packing
 from flowlm.data.prepare import prepare
 from flowlm.metrics import read_metrics
-from flowlm.tokenizers import shipped
+from flowlm.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +98,139 @@ def test_lines_and_files_split_alike(folder, tmp_path):
     assert sides[0] == sides[1]
 
 
+def test_copies_that_differ_in_no_word_are_on_one_side(tmp_path):
+    """A byte-order mark, other line breaks, blanks at the ends, accents spelled otherwise: as files and as lines."""
+    written = [f"\u00c9tude {text}\nline two" for text in texts(40)]
+
+    def forms(text):
+        yield text.encode()
+        yield b"\xef\xbb\xbf" + text.encode()
+        yield text.replace("\n", "\r\n").encode()
+        yield text.replace("\n", "\r").encode()
+        yield (text + "\n").encode()
+        yield unicodedata.normalize("NFD", text).encode()
+
+    (tmp_path / "files").mkdir()
+    lines = []
+    for i, text in enumerate(written):
+        for j, form in enumerate(forms(text)):
+            (tmp_path / f"files/{i:02d}-{j}.txt").write_bytes(form)
+            lines.append(json.dumps({"text": form.decode()}))
+    (tmp_path / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    for kind, path in (("textfiles", tmp_path / "files"), ("jsonl", tmp_path / "lines.jsonl")):
+        manifest = prepare(kind, str(path), "sotu_bpe_512", 8, str(tmp_path / kind), "")
+        assert manifest["distinct_documents"] == 40 and sum(manifest["documents"].values()) == 240
+        numbers = [{text.split()[2] for text in side} for side in by_split(tmp_path / kind).values()]
+        assert [len(side) for side in numbers] == [36, 2, 2] and len(set().union(*numbers)) == 40
+    assert not any("\ufeff" in text for side in by_split(tmp_path / "textfiles").values() for text in side)
+
+
+def test_every_file_is_taken_or_counted_and_named(tmp_path, monkeypatch, capsys):
+    """Names in capitals, folders behind links (also those that lead back), packed files; the rest is said."""
+    inside, outside = tmp_path / "texts", tmp_path / "elsewhere"
+    inside.mkdir()
+    outside.mkdir()
+    written = texts(12)
+    for i, text in enumerate(written[:3]):
+        (inside / f"{i}.txt").write_text(text)
+    (inside / "BIG.TXT").write_text(written[3])
+    (inside / "packed.txt.gz").write_bytes(gzip.compress(written[4].encode()))
+    for i, text in enumerate(written[5:]):
+        (outside / f"{i}.txt").write_text(text)
+    (inside / "link").symlink_to(outside)
+    (inside / "again").symlink_to(outside)
+    (outside / "back").symlink_to(inside)
+    (inside / "gone").symlink_to(tmp_path / "nowhere")
+    (inside / "notes.md").write_text("not a document")
+    monkeypatch.chdir(ROOT)
+    argv = ["flowlm", "prepare", "--source=textfiles", f"--path={inside}", "--tokenizer=sotu_bpe_512", "--length=8"]
+    with flagsaver.flagsaver():
+        main._main(main._parse([*argv, f"--out={tmp_path / 'out'}"]))
+    assert sorted(text for side in by_split(tmp_path / "out").values() for text in side) == sorted(written)
+    assert "left out: 2 other files, such as gone, notes.md" in capsys.readouterr().out
+    assert own_text.load(tmp_path / "out")["left_out"]["files"] == 2
+
+
+def test_lines_under_another_key_packed_and_blank(tmp_path):
+    written = texts(12)
+    lines = [json.dumps({"id": i, "content": text}) for i, text in enumerate(written)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text("\n\n".join(lines[:6]) + "\n  \n")
+    (tmp_path / "texts/b.JSONL.gz").write_bytes(gzip.compress("\r\n".join(lines[6:]).encode()))
+    arguments = "jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), ""
+    manifest = prepare(*arguments, "content")
+    assert sorted(text for side in by_split(tmp_path / "out").values() for text in side) == sorted(written)
+    assert prepare(*arguments, "content") == manifest and manifest["left_out"]["files"] == 0
+    with pytest.raises(ValueError, match=r'a.jsonl, line 1 .* under "text": its keys are \[.content., .id.\]'):
+        prepare(*arguments)
+
+
+def test_what_a_tokenizer_cannot_spell_is_reported(tmp_path, caplog):
+    """Characters that a BPE drops, and words that become [UNK]: in the log and, later too, in the manifest."""
+    (tmp_path / "texts").mkdir()
+    for i in range(12):
+        (tmp_path / f"texts/{i}.txt").write_text(f"ab{'ba' * i} \u00e9")
+    vocabulary = {"a": 0, "b": 1, " ": 2}
+    dropping = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    unknown = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | {"[UNK]": 3}, [], unk_token="[UNK]"))
+    lines = {
+        "dropping": "own_text: 12 characters were dropped, beside 180 tokens, because the tokenizer cannot spell all of the text",
+        "unknown": "own_text: 12 of 192 tokens are [UNK], because the tokenizer cannot spell all of the text, such as '\u00e9'",
+    }
+    for name, model in (("dropping", dropping), ("unknown", unknown)):
+        model.add_special_tokens(["<|start|>"])
+        model.save(str(tmp_path / f"{name}.json"))
+        arguments = "textfiles", str(tmp_path / "texts"), str(tmp_path / f"{name}.json"), 3, str(tmp_path / name), ""
+        caplog.clear()
+        manifest = prepare(*arguments)
+        assert lines[name] in caplog.text
+        assert manifest["unspelled"]["such_as"] == ["\u00e9"]
+        assert manifest["unspelled"]["count"] == {split: manifest["documents"][split] for split in corpora.SPLITS}
+        assert prepare(*arguments) == manifest
+    whole = prepare("textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "")
+    assert whole["unspelled"] == {}
+
+
+def test_one_long_document_is_not_tokenised_at_once(tmp_path, monkeypatch):
+    """What the library works on takes a hundred bytes a character: of 300,000 it is never handed more than 5 %."""
+    monkeypatch.setattr(windows, "WINDOW", 2000)
+    monkeypatch.setattr(windows, "CONTEXT", 200)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4000)
+    long = " ".join(texts(2000))
+    written = [*texts(9, seed=1), long]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in written))
+    genuine, spies = tokenizer_files.noticing, []
+
+    def noticing(file):
+        model, unknown = genuine(file)
+        spies.append(Spy(model))
+        return spies[-1], unknown
+
+    monkeypatch.setattr(tokenizer_files, "noticing", noticing)
+    prepare("jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 16, str(tmp_path / "out"), "")
+    assert len(long) > 300_000 and 0 < max(spy.most for spy in spies) < 15_000
+    tokenizer = shipped("sotu_bpe_512")
+    (side,) = [split for split, side in by_split(tmp_path / "out").items() if long in side]
+    rows = getattr(open_dataset("own_text", str(tmp_path / "out/tokenizer.json"), 16, tmp_path / "out"), side)
+    packed = rows.rows(0, len(rows))[:, 1:].reshape(-1)
+    ids = tokenizer._model.encode(long, add_special_tokens=False).ids
+    where = packed.tobytes().find(np.asarray(ids[:1000], np.int32).tobytes()) // 4
+    np.testing.assert_array_equal(packed[where : where + len(ids)], ids[: len(packed) - where])
+    assert len(packed) - where > len(ids) - 16
+
+
+def test_a_folder_of_an_older_version_is_left_as_it_is(folder, tmp_path):
+    """Its manifest says less and its sides were chosen by the bytes of the text."""
+    arguments = "textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "out"), ""
+    manifest = prepare(*arguments)
+    old = {name: manifest[name] for name in manifest if name not in ("text_key", "left_out", "unspelled")}
+    old["cuts"] = [cut - 1 for cut in old["cuts"]]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(old))
+    before = shards(tmp_path / "out")
+    again = prepare(*arguments)
+    assert again | old == again and shards(tmp_path / "out") == before
+
+
 # --- resume ------------------------------------------------------------------------------------------------------
 
 KILLED = """
@@ -101,13 +238,13 @@ import os, signal, sys
 from flowlm.data import packing
 from flowlm.data.prepare import prepare
 packing._BATCH_CHARACTERS = 1000
-genuine, calls = packing.token_stream, []
+genuine, calls = packing.Tokenizer.encode_counted, []
 def dies(*arguments):
     calls.append(0)
     if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return genuine(*arguments)
-packing.token_stream = dies
+packing.Tokenizer.encode_counted = dies
 prepare("textfiles", sys.argv[1], "sotu_bpe_512", 16, sys.argv[2], "")
 """
 
@@ -121,8 +258,8 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
     assert "was cut: run the same `flowlm prepare` again" in message
 
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 1000)
-    genuine, calls = packing.token_stream, []
-    monkeypatch.setattr(packing, "token_stream", lambda *arguments: calls.append(0) or genuine(*arguments))
+    genuine, calls = Tokenizer.encode_counted, []
+    monkeypatch.setattr(Tokenizer, "encode_counted", lambda *arguments: calls.append(0) or genuine(*arguments))
     manifest = prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "")
     whole = len(calls)
     assert whole > 8
@@ -136,24 +273,36 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
 
 
 def test_a_stream_of_other_texts_is_not_taken_up(tmp_path, monkeypatch):
-    """Other texts, or a file shorter than its record: all is written anew."""
+    """Other texts, the same on other sides, or a file shorter than its record: all is written anew."""
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 500)
-    tokenizer, path = shipped("sotu_bpe_512"), tmp_path / "x.tokens"
+    tokenizer = shipped("sotu_bpe_512")
 
-    def write(texts, path):
-        return packing.write_stream(lambda: iter(texts), tokenizer, True, path, 15)
+    def write(texts, folder, sides=("train", "test")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        documents = [(sides[i % len(sides)], text) for i, text in enumerate(texts)]
+        return packing.write_streams(lambda: iter(documents), tokenizer, True, tmp_path / folder, 15)[0]
+
+    def same(rows, truth):
+        for split in corpora.SPLITS:
+            np.testing.assert_array_equal(rows[split], truth[split])
+        return len(rows["train"]) > 10
 
     before, after = texts(20), [*texts(10), *texts(20, seed=1)]
-    write(before, path)
-    rows = write(after, path)
-    np.testing.assert_array_equal(rows, write(after, tmp_path / "fresh.tokens"))
-    path.write_bytes(path.read_bytes()[:100])
-    np.testing.assert_array_equal(write(after, path), rows)
+    write(before, "x")
+    rows = write(after, "x")
+    assert same(rows, write(after, "fresh"))
+    for split in ("train", "test"):
+        path = tmp_path / f"x/{split}.tokens"
+        path.write_bytes(path.read_bytes()[:100])
+        assert same(write(after, "x"), rows)
+    turned = ("test", "train")
+    assert same(write(after, "x", turned), write(after, "turned", turned))
     # A stream that only grew goes on.
-    monkeypatch.setattr(
-        tokenizer.__class__, "encode_batch", lambda self, batch: [np.arange(len(batch[0]), dtype=np.int32)]
-    )
-    assert len(write([*after, "0123456789" * 3], path)) == (len(path.read_bytes()) // 4) // 15
+    encoded = []
+    genuine = Tokenizer.encode_counted
+    monkeypatch.setattr(Tokenizer, "encode_counted", lambda self, batch: encoded.extend(batch) or genuine(self, batch))
+    write([*after, "0123456789"], "x", turned)
+    assert encoded == ["0123456789"]
 
 
 def test_one_process_in_a_workspace(tmp_path):
@@ -223,8 +372,12 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     for wrong in ("{", '{"txt": "a"}', '{"text": 3}', "[1]"):
         (tmp_path / "texts/a.jsonl").write_text("\n".join([*lines[:4], wrong]))
         assert "a.jsonl, line 5 is not a JSON object with text under" in bad(tmp_path)
+    assert """under "text": its keys are ['txt']""" in (
+        (tmp_path / "texts/a.jsonl").write_text('{"txt": "a"}') and bad(tmp_path)
+    )
+    assert "--text_key=txt is for --source=jsonl" in bad(tmp_path, "textfiles", text_key="txt")
     (tmp_path / "texts/a.txt").write_bytes(b"\xff\xfe")
-    assert "a.txt, line 1 is not text in UTF-8" in bad(tmp_path, "textfiles")
+    assert "a.txt is not text in UTF-8" in bad(tmp_path, "textfiles")
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines[:1] * 9 + lines[1:2]))
     assert "has 2 distinct documents, and each split needs one" in bad(tmp_path)
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines))

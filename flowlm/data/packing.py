@@ -6,6 +6,7 @@ every document in it stands between start tokens. Only the last, incomplete piec
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -15,27 +16,25 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from flowlm.tokenizers import Tokenizer
 
+SPLITS = ("train", "validation", "test")
+_RECORD = "record.json"
 # Characters handed to the tokenizer at once: enough to use all cores, little enough to be nothing in memory.
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 1_000_000
+
+Document = tuple[str, str]  # its split and its text
 
 
-def token_stream(texts: Iterable[str], tokenizer: Tokenizer, separated: bool) -> Iterator[np.ndarray]:
-    """Yields int32 arrays that, end to end, are the token stream of the texts, start tokens between them included."""
-    for batch in _batches(texts):
-        for ids in tokenizer.encode_batch(batch):
-            yield np.append(ids, np.int32(tokenizer.start)) if separated else ids
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -65,49 +64,99 @@ def workspace(directory: Path) -> Iterator[Path]:
             yield Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory.parent)))
 
 
-def write_stream(
-    texts: Callable[[], Iterable[str]], tokenizer: Tokenizer, separated: bool, path: Path, width: int
-) -> np.ndarray:
-    """Writes the token stream of the texts to `path` and returns it as rows [num, width] that are read from it as needed.
+@dataclasses.dataclass
+class Record:
+    """How far the streams are written, which lies beside them: an interrupted call is taken up there.
 
-    After every batch `path`.json says how many texts and tokens there are, and the digest of those texts: an interrupted call
-    is taken up there if the texts still begin with these.
+    Attributes:
+      texts: number of documents. sha256: digest of them and of their splits.
+      tokens, unspelled: by split, tokens, and how much the vocabulary could not spell (`Tokenizer.encode_counted`).
+      such_as: some of that.
     """
-    record = path.with_suffix(".json")
-    texts_done = tokens_done = 0
-    digest, stream = hashlib.sha256(), iter(texts())
-    if record.exists() and path.exists():
-        held = json.loads(record.read_text())
-        for text in itertools.islice(stream, held["texts"]):
-            digest.update(_mark(text))
-        if digest.hexdigest() == held["sha256"] and path.stat().st_size >= 4 * held["tokens"]:
-            texts_done, tokens_done = held["texts"], held["tokens"]
-        else:
-            digest, stream = hashlib.sha256(), iter(texts())
-    path.touch()
-    with path.open("r+b") as file:
-        file.truncate(4 * tokens_done)
-        file.seek(0, os.SEEK_END)
-        for batch in _batches(stream):
-            for ids in token_stream(batch, tokenizer, separated):
-                file.write(ids.astype(np.int32).tobytes())
-                tokens_done += len(ids)
-            file.flush()
-            os.fsync(file.fileno())  # before the record that counts on it
-            texts_done += len(batch)
-            for text in batch:
-                digest.update(_mark(text))
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"texts": texts_done, "tokens": tokens_done, "sha256": digest.hexdigest()}))
-            temporary.replace(record)
-        if tokens_done < width:
-            return np.empty((0, width), np.int32)
-        return np.memmap(file, np.int32, "r", shape=(tokens_done // width, width))
+
+    texts: int = 0
+    sha256: str = ""
+    tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    unspelled: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    such_as: list[str] = dataclasses.field(default_factory=list)
 
 
-def _mark(text: str) -> bytes:
+def write_streams(
+    documents: Callable[[], Iterable[Document]], tokenizer: Tokenizer, separated: bool, folder: Path, width: int
+) -> tuple[dict[str, np.ndarray], Record]:
+    """Writes the token stream of each split under `folder`, in one pass over the documents.
+
+    Taken up where an interrupted call was, if the documents still begin with those that it had written.
+
+    Returns:
+      by split, its rows [num, width], which are read from the disk as needed; and the record.
+    """
+    record, digest, rest = _taken_up(documents, folder)
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for split in SPLITS:
+            _place(folder, split).touch()
+            files[split] = stack.enter_context(_place(folder, split).open("r+b"))
+            files[split].truncate(4 * record.tokens[split])
+            files[split].seek(0, os.SEEK_END)
+        for batch in _batches(rest):
+            _append(batch, tokenizer, separated, files, record, digest)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())  # before the record that counts on it
+            temporary = folder / "record.tmp"
+            temporary.write_text(json.dumps(dataclasses.asdict(record)))
+            temporary.replace(folder / _RECORD)
+        rows = {split: _rows(files[split], record.tokens[split], width) for split in SPLITS}
+    return rows, record
+
+
+def _place(folder: Path, split: str) -> Path:
+    return folder / f"{split}.tokens"
+
+
+def _taken_up(documents: Callable[[], Iterable[Document]], folder: Path) -> tuple[Record, Any, Iterator[Document]]:
+    """The record to go on from, the digest so far and the documents that are left."""
+    stream = iter(documents())
+    if (folder / _RECORD).exists():
+        record, digest = Record(**json.loads((folder / _RECORD).read_text())), hashlib.sha256()
+        for document in itertools.islice(stream, record.texts):
+            digest.update(_mark(document))
+        whole = all(
+            _place(folder, split).exists() and _place(folder, split).stat().st_size >= 4 * tokens
+            for split, tokens in record.tokens.items()
+        )
+        if whole and digest.hexdigest() == record.sha256:
+            return record, digest, stream
+        stream = iter(documents())
+    return Record(), hashlib.sha256(), stream
+
+
+def _append(batch: list[Document], tokenizer: Tokenizer, separated: bool, files: dict, record: Record, digest) -> None:
+    found, unspelled = tokenizer.encode_counted([text for _, text in batch])
+    for (split, text), ids, count in zip(batch, found, unspelled, strict=True):
+        files[split].write(ids.astype(np.int32).tobytes())
+        if separated:
+            files[split].write(np.int32(tokenizer.start).tobytes())
+        record.tokens[split] += len(ids) + separated
+        record.unspelled[split] += count
+        if count and not record.such_as:
+            record.such_as = tokenizer.unspelled(text)
+        digest.update(_mark((split, text)))
+    record.texts += len(batch)
+    record.sha256 = digest.hexdigest()
+
+
+def _rows(file: BinaryIO, tokens: int, width: int) -> np.ndarray:
+    if tokens < width:
+        return np.empty((0, width), np.int32)
+    return np.memmap(file, np.int32, "r", shape=(tokens // width, width))
+
+
+def _mark(document: Document) -> bytes:
+    split, text = document
     content = text.encode("utf-8")
-    return len(content).to_bytes(8, "big") + content
+    return split.encode() + len(content).to_bytes(8, "big") + content
 
 
 def framed(rows: np.ndarray, start: int) -> np.ndarray:

@@ -11,12 +11,16 @@ from flowlm import storage, tokenizers
 from flowlm.data import own_text, reader
 from flowlm.data.corpora import SPLITS
 
+# What another folder is wanted for; the rest of a manifest follows from it.
+_ASKED = ("kind", "path", "text_key", "sources", "tokenizer_sha256", "length")
 
-def prepare(kind: str, path: str, tokenizer: str, length: int, out: str, data_dir: str) -> dict:
+
+def prepare(kind: str, path: str, tokenizer: str, length: int, out: str, data_dir: str, text_key: str = "text") -> dict:
     """Packs the text of `path` into rows of `length` ids under `out` and returns the manifest; taken up where it was cut.
 
     Args:
       kind: of own_text.KINDS. tokenizer: name or path; a fetched one lies under `data_dir`.
+      text_key: under which the lines of jsonl have their text.
 
     Raises:
       FileNotFoundError: no text, or no tokenizer. ValueError: damaged or too little text, `out` holds other text, or a bucket.
@@ -29,21 +33,25 @@ def prepare(kind: str, path: str, tokenizer: str, length: int, out: str, data_di
             )
     if kind not in own_text.KINDS:
         raise ValueError(f"unknown --source {kind!r}: choose one of {list(own_text.KINDS)}")
+    if text_key != "text" and kind != "jsonl":
+        raise ValueError(f"--text_key={text_key} is for --source=jsonl, not {kind}")
     vocabulary = tokenizers.shipped(tokenizer, data_dir)
     out, path = Path(out).expanduser(), Path(path).expanduser()
-    manifest = own_text.describe(kind, path) | {"tokenizer_sha256": vocabulary.sha256, "length": length}
-    rows = None
+    manifest = own_text.describe(kind, path, text_key) | {"tokenizer_sha256": vocabulary.sha256, "length": length}
+    manifest["rows"] = None
     if (out / own_text.MANIFEST).exists():
         held = own_text.load(out)
-        rows = held.pop("rows")
-        if differ := sorted(name for name in manifest if held.get(name) != manifest[name]):
+        if differ := sorted(name for name in _ASKED if held.get(name) != manifest[name]):
             raise ValueError(f"{out} was prepared from something else ({', '.join(differ)} differ): give another --out")
+        if held["rows"] is not None:
+            manifest = held
     out.mkdir(parents=True, exist_ok=True)
     vocabulary.save(out / "tokenizer.json")
     # Before the packing, which reads it; rows are counted last, so a manifest that has them is of a folder that is whole.
-    _write(out, manifest | {"rows": rows})
+    _write(out, manifest)
     dataset = reader.open_dataset("own_text", str(out / "tokenizer.json"), length, out)
     manifest["rows"] = {split: len(getattr(dataset, split)) for split in SPLITS}
+    manifest["unspelled"] = dataset.unspelled
     _write(out, manifest)
     return manifest
 

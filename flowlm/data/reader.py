@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ from absl import logging
 from flowlm import storage, tokenizers
 from flowlm.data import builders, corpora, grammar, marginals
 from flowlm.data.grammar import Grammar
+from flowlm.data.shards import Shards
 from flowlm.tokenizers import Tokenizer
 
 # Rows read at once where a whole split is scanned, and rows that are plenty to count tokens by position.
@@ -31,7 +32,7 @@ WHOLE = "dataset_info.json"
 class Split:
     """Rows of one split: `source` is random access to records {"ids": int32 [length]}."""
 
-    source: Sequence
+    source: Shards
     tokenizer: Tokenizer
     length: int
 
@@ -92,7 +93,13 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset; `grammar` is the exact law of its rows (without their start token) where there is one."""
+    """A prepared dataset.
+
+    Attributes:
+      grammar: the exact law of its rows (without their start token) where there is one.
+      unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
+        and "such_as", some of it; else empty.
+    """
 
     tokenizer: Tokenizer
     length: int
@@ -100,6 +107,7 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+    unspelled: dict = dataclasses.field(default_factory=dict)
 
 
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
@@ -148,8 +156,12 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             if storage.in_bucket(shared):
                 storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
-    splits = {split: Split(builder.as_data_source(split), vocabulary, length) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits)
+    splits = {split: Split(_shards(builder, split), vocabulary, length) for split in corpora.SPLITS}
+    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}))
+
+
+def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
+    return Shards(builder.as_data_source(split), np.cumsum(builder.info.splits[split].shard_lengths))
 
 
 def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) -> None:

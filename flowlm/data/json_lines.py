@@ -1,0 +1,27 @@
+"""Files with a JSON object a line, plain or packed by gzip, in each of which a document's text stands under one key."""
+
+import json
+import os
+from collections.abc import Iterator
+
+from flowlm import storage
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+def texts(place: os.PathLike, key: str = "text") -> Iterator[tuple[int, str]]:
+    """(number of the line, counted from 1; text) of each line that is not blank. Raises ValueError naming a damaged line."""
+    for number, line in storage.lines(place):
+        try:
+            found = json.loads(line)
+            # What JSON can spell and UTF-8 cannot, halves of surrogate pairs, becomes "?".
+            text = found[key].encode("utf-8", "replace").decode("utf-8")
+        except KeyError as error:
+            raise ValueError(_wrong(place, number, key, f"its keys are {sorted(found)}")) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(_wrong(place, number, key, error)) from error
+        yield number, text
+
+
+def _wrong(place: os.PathLike, number: int, key: str, error: object) -> str:
+    return f'{place}, line {number} is not a JSON object with text under "{key}": {error}'
