@@ -159,6 +159,63 @@ def test_sigterm_in_a_single_process(start, tmp_path):
     assert len(losses(workdir)) >= step - 1
 
 
+def wait_for(path, started):
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert all(process.poll() is None for process in started), "ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_evaluation_is_interrupted(start, tmp_path):
+    """Killed in it, a run has the checkpoint that was due. Ctrl-C saves like SIGTERM; a second one ends at once with 130."""
+    workdir, seconds, judging = tmp_path / "run", tmp_path / "judge_for", tmp_path / "judging"
+    changes = {"mesh.data": 1, "checkpoint.every": 2, "evaluation.every": 2, "steps": 10**6}
+
+    def run():
+        judging.unlink(missing_ok=True)
+        started = start(workdir, 1, 1, evaluate=True, **changes)
+        wait_for(judging, started)
+        return started
+
+    seconds.write_text("600")
+    started = run()
+    wait_for(workdir / "checkpoints/2", started)
+    started[0].kill()
+    started[0].wait()
+
+    seconds.write_text("0.5")
+    started = run()
+    assert "from step 2 to" in told(workdir)
+    started[0].send_signal(signal.SIGINT)
+    assert ended(started) == [0], told(workdir)
+    assert "told to stop: at step 2" in told(workdir) and "Traceback" not in told(workdir)
+    assert len(re.findall("^flowlm: interrupted", told(workdir), re.M)) == 1
+    assert saved_steps(workdir) == [2]
+
+    seconds.write_text("600")
+    started = run()
+    started[0].send_signal(signal.SIGINT)
+    while "flowlm: interrupted" not in told(workdir):
+        time.sleep(0.05)
+    assert started[0].poll() is None
+    started[0].send_signal(signal.SIGINT)
+    assert ended(started) == [130], told(workdir)
+
+
+def test_sigterm_in_an_evaluation_stops_all_processes(start, tmp_path):
+    """All save the step that is evaluated, whichever of them was told."""
+    workdir = tmp_path / "run"
+    (tmp_path / "judge_for").write_text("0.5")
+    changes = {"mesh.data": -1, "checkpoint.every": 10**6, "evaluation.every": 2, "steps": 10**6}
+    started = start(workdir, 2, 1, evaluate=True, **changes)
+    wait_for(tmp_path / "judging", started)
+    started[1].send_signal(signal.SIGTERM)
+    assert ended(started) == [0, 0], told(workdir) + told(workdir, 1)
+    assert saved_steps(workdir) == [2]
+    assert "told to stop: at step 2" in told(workdir)
+
+
 def test_kill_9_of_one_process_ends_the_other(start, tmp_path):
     """With an error. Then both start again; what is damaged, neither reads."""
     workdir = tmp_path / "run"
