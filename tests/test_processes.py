@@ -203,17 +203,53 @@ def test_an_evaluation_is_interrupted(start, tmp_path):
     assert ended(started) == [130], told(workdir)
 
 
-def test_sigterm_in_an_evaluation_stops_all_processes(start, tmp_path):
-    """All save the step that is evaluated, whichever of them was told."""
-    workdir = tmp_path / "run"
-    (tmp_path / "judge_for").write_text("0.5")
-    changes = {"mesh.data": -1, "checkpoint.every": 10**6, "evaluation.every": 2, "steps": 10**6}
-    started = start(workdir, 2, 1, evaluate=True, **changes)
-    wait_for(tmp_path / "judging", started)
-    started[1].send_signal(signal.SIGTERM)
-    assert ended(started) == [0, 0], told(workdir) + told(workdir, 1)
-    assert saved_steps(workdir) == [2]
-    assert "told to stop: at step 2" in told(workdir)
+# Asks whether to stop, as an evaluation does between its parts, and says at which asking it was.
+_ASKS = """
+import sys, time
+from flowlm import processes
+processes.start(True)
+try:
+    for number in range(10**6):
+        processes.check_stopped()
+        print(number, file=sys.stderr, flush=True)
+        time.sleep(0.1)
+except processes.Stopped:
+    print("stopped at", number)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_processes_that_ask_inside_a_step_stop_at_one_place(signum, tmp_path):
+    """Whichever of them was told."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    logs = [tmp_path / f"{index}.log" for index in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ASKS],
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+        for index, log in enumerate(logs)
+    ]
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not all(re.search("^3$", log.read_text(), re.M) for log in logs):
+            assert all(process.poll() is None for process in started), [log.read_text() for log in logs]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started[1].send_signal(signum)
+        said = [process.communicate(timeout=PATIENCE)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], [log.read_text() for log in logs]
+    places = [re.search(r"^stopped at (\d+)$", text, re.M)[1] for text in said]
+    assert places[0] == places[1]
 
 
 def test_kill_9_of_one_process_ends_the_other(start, tmp_path):
