@@ -218,6 +218,12 @@ def test_what_can_fail_of_the_judges_fails_before_training(data_dir, tmp_path, m
         start()
 
 
+def test_steps_that_a_sampler_does_not_take_are_an_error_before_training(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "jit_step", None)
+    with pytest.raises(ValueError, match="takes 18 steps, got 8: set evaluation.steps or --steps to 18"):
+        train(run_config(data_dir, "autoregressive", **{"evaluation.steps": (8,)}), tmp_path / "run")
+
+
 def test_a_split_without_rows_is_named_before_training(data_dir):
     config = run_config(data_dir)
     data = opened(config)
