@@ -60,9 +60,14 @@ class Sampler:
         rows = -(-ROWS // layout.devices) * layout.devices
         self.rows = rows
         sample = lambda params, key: family.sample(net, params, key, rows, steps)
-        self.trace = layout.jit(sample, out_shardings=layout.rows).trace
+        self._sample = layout.jit(sample, out_shardings=layout.rows)
+        self.trace = self._sample.trace
         self._prepare = jax.jit(net.prepared) if hasattr(family, "prior") else lambda params: params
         self._compiled = None
+
+    def check(self, params, key: jax.Array) -> None:
+        """Raises ValueError where the family cannot sample so. Of the parameters only shapes are read, and nothing is compiled."""
+        jax.eval_shape(self._sample, jax.eval_shape(self._prepare, params), key)
 
     def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls."""
@@ -125,7 +130,6 @@ class Evaluator:
         net, family = experiment.net, experiment.family
         self._net, self._dataset, self._seed, self._samples_only = net, dataset, seed, samples_only
         self._settings = settings
-        self._panel = Panel(dataset, settings.language_models, data_dir, layout)
         steps = settings.steps if only_steps is None else only_steps
         chosen = samplers(family)
         if samples_only:
@@ -133,6 +137,10 @@ class Evaluator:
         self._samplers = {
             f"{name}@{n}": Sampler(net, variant, n, layout) for n in steps for name, variant in chosen.items()
         }
+        key = jax.random.key(0)
+        for sampler in self._samplers.values():
+            sampler.check(jax.eval_shape(net.init, key), key)
+        self._panel = Panel(dataset, settings.language_models, data_dir, layout)
         if samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.

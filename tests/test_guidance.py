@@ -23,7 +23,7 @@ def test_a_guided_draw_has_the_far_tail():
     draw = jax.jit(
         lambda key: (Prediction(Partial(shown), (jnp.zeros(shape), jnp.ones(shape)), 2.0).draw(key) > 0).sum()
     )
-    calls = 40
+    calls = 64
     count = sum(int(draw(jax.random.key(i))) for i in range(calls))
     expected = calls * 16 * 4096 * 2 * 64 * np.exp(TAIL)
     assert abs(count - expected) < 2.5 * np.sqrt(expected) < 0.7 * expected

@@ -159,6 +159,99 @@ def test_sigterm_in_a_single_process(start, tmp_path):
     assert len(losses(workdir)) >= step - 1
 
 
+def wait_for(path, started):
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert all(process.poll() is None for process in started), "ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_evaluation_is_interrupted(start, tmp_path):
+    """Killed in it, a run has the checkpoint that was due. Ctrl-C saves like SIGTERM; a second one ends at once with 130."""
+    workdir, seconds, judging = tmp_path / "run", tmp_path / "judge_for", tmp_path / "judging"
+    changes = {"mesh.data": 1, "checkpoint.every": 2, "evaluation.every": 2, "steps": 10**6}
+
+    def run():
+        judging.unlink(missing_ok=True)
+        started = start(workdir, 1, 1, evaluate=True, **changes)
+        wait_for(judging, started)
+        return started
+
+    seconds.write_text("600")
+    started = run()
+    wait_for(workdir / "checkpoints/2", started)
+    started[0].kill()
+    started[0].wait()
+
+    seconds.write_text("0.5")
+    started = run()
+    assert "from step 2 to" in told(workdir)
+    started[0].send_signal(signal.SIGINT)
+    assert ended(started) == [0], told(workdir)
+    assert "told to stop: at step 2" in told(workdir) and "Traceback" not in told(workdir)
+    assert len(re.findall("^flowlm: interrupted", told(workdir), re.M)) == 1
+    assert saved_steps(workdir) == [2]
+
+    seconds.write_text("600")
+    started = run()
+    started[0].send_signal(signal.SIGINT)
+    while "flowlm: interrupted" not in told(workdir):
+        time.sleep(0.05)
+    assert started[0].poll() is None
+    started[0].send_signal(signal.SIGINT)
+    assert ended(started) == [130], told(workdir)
+
+
+# Asks whether to stop, as an evaluation does between its parts, and says at which asking it was.
+_ASKS = """
+import sys, time
+from flowlm import processes
+processes.start(True)
+try:
+    for number in range(10**6):
+        processes.check_stopped()
+        print(number, file=sys.stderr, flush=True)
+        time.sleep(0.1)
+except processes.Stopped:
+    print("stopped at", number)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_processes_that_ask_inside_a_step_stop_at_one_place(signum, tmp_path):
+    """Whichever of them was told."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    logs = [tmp_path / f"{index}.log" for index in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ASKS],
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+        for index, log in enumerate(logs)
+    ]
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not all(re.search("^3$", log.read_text(), re.M) for log in logs):
+            assert all(process.poll() is None for process in started), [log.read_text() for log in logs]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started[1].send_signal(signum)
+        said = [process.communicate(timeout=PATIENCE)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], [log.read_text() for log in logs]
+    places = [re.search(r"^stopped at (\d+)$", text, re.M)[1] for text in said]
+    assert places[0] == places[1]
+
+
 def test_kill_9_of_one_process_ends_the_other(start, tmp_path):
     """With an error. Then both start again; what is damaged, neither reads."""
     workdir = tmp_path / "run"

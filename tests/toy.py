@@ -95,13 +95,24 @@ def train_only(config, workdir):
         train(config, workdir)
 
 
-# The steps of an experiment file wait a little while the file `slow` is beside it, for tests that interrupt them; no evaluation.
+# For tests that interrupt it: the steps of an experiment file wait a little while the file `slow` is beside it, and its judges
+# as many seconds as the file `judge_for` says, after they have made the file `judging`. No evaluation unless asked for.
 _EXPERIMENT = """
 import time
 from pathlib import Path
 import toy
-from flowlm import cluster, evaluation, sharding
+from flowlm import cluster, evaluation, panel, sharding
 
+judge = panel.Panel.judge
+
+def slow_judge(self, ids):
+    seconds = Path(__file__).with_name("judge_for")
+    if seconds.exists():
+        Path(__file__).with_name("judging").touch()
+        time.sleep(float(seconds.read_text()))
+    return judge(self, ids)
+
+panel.Panel.judge = slow_judge
 rows = sharding.global_rows
 
 def global_rows(*arguments):
