@@ -222,9 +222,16 @@ def compile_point(config: ConfigDict, topology: Topology, program: str, per_chip
 
 
 def _dumped(directory: Path) -> bool:
-    """Whether the report of memory, the last of the dumps that are read, is there and whole."""
-    reports = list((directory / "dump").glob("*after_optimizations-memory-usage-report.txt"))
-    return any("Total bytes" in report.read_text() and time.time() - report.stat().st_mtime > 0.1 for report in reports)
+    """Whether the dumps that are read are whole. Both of these must be, because which is the last depends on the compiler."""
+
+    def whole(pattern: str, sign: str) -> bool:
+        paths = [p for p in (directory / "dump").glob(pattern) if time.time() - p.stat().st_mtime > 0.1]
+        return any(re.search(sign, path.read_text()) for path in paths)
+
+    # The last computation of a program is its entry, and a brace closes it.
+    return whole("*optimizations-memory-usage-report.txt", "Total bytes: .*\n") and whole(
+        "*after_optimizations.txt", r"(?s)\nENTRY .*\n\}\s*\Z"
+    )
 
 
 def _failed(directory: Path, topology: Topology) -> dict:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from test_bad_input import error_of
 from test_experiments import ARGUMENTS, FILES, ROOT, load
-from test_hlo import KNOWN, assert_scanned_products, known_program, scanned_products, totals
+from test_hlo import DUMPS, KNOWN, assert_scanned_products, known_program, scanned_products, totals
 from toy import run_config
 
 from flowlm import ahead_of_time, plan
@@ -75,6 +76,24 @@ def test_what_a_compiler_says_it_lacks():
     )
     assert needed_memory(f"{message} available HBM (15.75G).") == 292.5 * 2**30
     assert needed_memory("INTERNAL: Mosaic failed to compile") is None
+
+
+@pytest.mark.parametrize("last", ["optimized", "memory-usage-report"])
+def test_dumps_are_read_once_all_are_whole(tmp_path, last):
+    """Compilers write them in different orders, and one that is being written has only its beginning."""
+    names = {"optimized": "after_optimizations", "memory-usage-report": "after_optimizations-memory-usage-report"}
+    (tmp_path / "dump").mkdir()
+
+    def write(name, share=1.0):
+        text = (DUMPS / "jax_0_11" / f"{name}.txt").read_text()
+        path = tmp_path / "dump" / f"module_0000.jit_step.{names[name]}.txt"
+        path.write_text(text[: int(share * len(text))])
+        os.utime(path, (0, 0))
+        return ahead_of_time._dumped(tmp_path)
+
+    assert not write(next(name for name in names if name != last))
+    assert not write(last, 0.0) and not write(last, 0.7)
+    assert write(last)
 
 
 def test_the_search_for_the_largest_batch_ends():
