@@ -3,17 +3,25 @@
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process killed in the middle of a
 save leaves the earlier ones as they were; in a bucket, which cannot rename, a file commit_success.txt makes it complete. Its v1
 API lives under `experimental` in the releases supported here.
+
+A training state is saved with the sums of its arrays (integrity.py) and trusted only if they are the same when it is read. The
+first save of a run is read back at once, because a place that cannot give back what it was given is better known early.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
-from flowlm import processes, storage
+from flowlm import integrity, processes, storage
 from flowlm.sharding import path_of
+
+# A save is read back in so many parts, so that beside the state there need only be room for one of them: about one copy of the
+# parameters, as large as the gradients of a step.
+_PARTS = 4
 
 
 def _shapes(tree) -> dict[str, tuple]:
@@ -36,6 +44,7 @@ def has_params(directory) -> bool:
 def save_params(directory, params, step: int, dtype) -> None:
     """Writes the parameters alone, in `dtype`, and the step they are of, to `directory`/params."""
     # As arrays of jax: those of numpy would each have a file of their own.
+    storage.check_literal(storage.path(directory))
     tree = {"params": jax.tree.map(lambda a: jnp.asarray(a, dtype), params), "step": jnp.int32(step)}
     ocp.save(storage.path(directory) / "params", tree)
 
@@ -68,6 +77,9 @@ class Checkpoints:
       every: steps between saves. keep_latest: how many of the newest stay. keep_every: multiples of this many steps stay for
         ever (0: none).
       read_only: for sampling and evaluating: nothing on disk is touched.
+
+    Raises:
+      FileNotFoundError: there is nothing to read. ValueError: nothing can be saved under a path like this (storage.check_literal).
     """
 
     def __init__(
@@ -75,10 +87,13 @@ class Checkpoints:
     ):
         self.directory = storage.path(directory)
         self._read_only = read_only
+        self._unproven: tuple | None = None  # the first save of the run, until it has been read back
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(
                 f"no checkpoints under {self.directory}: is this the directory of a run that was trained?"
             )
+        if not read_only:
+            storage.check_literal(self.directory)
         policies = ocp.training.save_decision_policies
         keep = ocp.training.preservation_policies
         kept = [keep.LatestN(keep_latest)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
@@ -97,16 +112,54 @@ class Checkpoints:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def should_save(self, step: int) -> bool:
-        """Whether the policies ask for a checkpoint of this step, which is not there yet."""
+        """Whether the policies ask for a checkpoint of this step, which is not there yet. Raises RuntimeError as `save` does."""
+        self._prove()
         return step not in self.steps and self._checkpointer.should_save(step)
 
     def save(self, step: int, state) -> None:
-        """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone."""
-        if step not in self.steps:
-            self._checkpointer.save_async(step, state, force=True)
+        """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone.
 
-    def _check_architecture(self, step: int, abstract_state) -> None:
-        saved = _shapes(self._checkpointer.metadata(step).metadata)
+        Raises:
+          RuntimeError: the first save of the run cannot be read, or is not what was saved. It is read back at the call after it.
+        """
+        self._prove()
+        steps = self.steps
+        if step in steps:
+            return
+        sums = integrity.sums(state)
+        things = {"state": state, "sums": {"values": sums}}
+        saving = self._checkpointer.save_checkpointables_async(step, things, force=True)
+        if not steps:
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+            self._unproven = saving, step, abstract, sums
+
+    def _prove(self) -> None:
+        """Waits for the first save of a run, and reads it back in parts."""
+        if self._unproven is None:
+            return
+        saving, step, abstract, sums = self._unproven
+        self._unproven = None
+        saving.result()
+        leaves, tree = jax.tree.flatten(abstract)
+        for part in np.array_split(np.arange(len(leaves)), min(_PARTS, len(leaves))):
+            wrong = None
+            try:
+                asked = tree.unflatten([a if i in part else ocp.PLACEHOLDER for i, a in enumerate(leaves)])
+                held = self._checkpointer.load(step, asked)
+            except Exception as error:  # orbax, tensorstore and json each raise their own
+                wrong = str(error).split("\n")[0][:200]
+            if processes.all_agree(wrong is None):
+                held = jax.tree.map(lambda a: None if a is ocp.PLACEHOLDER else a, held)
+                if names := integrity.changed(held, sums[part]):
+                    wrong = f"{', '.join(names[:4])} came back changed"
+            if not processes.all_agree(wrong is None):
+                raise RuntimeError(
+                    f"the first checkpoint of this run, step {step} in {self.directory}, cannot be read back "
+                    f"({wrong or 'by another process'}): give a --workdir on another disk"
+                )
+
+    def _check_architecture(self, step: int, metadata, abstract_state) -> None:
+        saved = _shapes(metadata)
         asked = _shapes(abstract_state)
         if not saved:  # orbax only logs metadata that it cannot parse
             raise OSError("its metadata are damaged")
@@ -119,7 +172,7 @@ class Checkpoints:
     def restore(self, abstract_state):
         """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
 
-        A truncated or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
+        A truncated, changed or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
 
         Raises:
           ValueError: the checkpoint is of another architecture.
@@ -129,13 +182,20 @@ class Checkpoints:
         for step in reversed(self.steps):
             wrong = None
             try:
-                self._check_architecture(step, abstract_state)
-                state = self._checkpointer.load(step, abstract_state)
+                saved = self._checkpointer.checkpointables_metadata(step).metadata
+                self._check_architecture(step, saved["state"], abstract_state)
+                asked = {"state": abstract_state} | (
+                    {"sums": None} if "sums" in saved else {}
+                )  # earlier releases had none
+                held = self._checkpointer.load_checkpointables(step, asked)
             except Exception as error:  # orbax, tensorstore and json each raise their own
                 if isinstance(error, ValueError) and "another architecture" in str(error):
                     raise
                 wrong = str(error).split("\n")[0][:200]
-            # What one process cannot read, no process goes on from.
+            # What one process cannot read, no process goes on from; and the sums are taken by all, or by none.
+            if processes.all_agree(wrong is None):
+                if "sums" in held and (names := integrity.changed(held["state"], np.asarray(held["sums"]["values"]))):
+                    wrong = f"{', '.join(names[:4])} are not what was saved"
             if not processes.all_agree(wrong is None):
                 logging.warning(
                     "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
@@ -144,7 +204,7 @@ class Checkpoints:
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
-            return state
+            return held["state"]
         if unreadable:
             raise RuntimeError(
                 f"none of the checkpoints {unreadable[::-1]} in {self.directory} can be read: restore them from a copy"
@@ -169,5 +229,8 @@ class Checkpoints:
             storage.move(self.directory / str(step), broken / name)
 
     def close(self) -> None:
-        """Waits for the save in progress."""
-        self._checkpointer.close()
+        """Waits for the save in progress. Raises RuntimeError as `save` does."""
+        try:
+            self._prove()
+        finally:
+            self._checkpointer.close()

@@ -58,7 +58,8 @@ def _git_commit() -> str:
 
 
 def check_empty(directory) -> None:
-    """Raises ValueError where a new directory is wanted and there is something in this one."""
+    """Raises ValueError where a new directory is wanted and there is something in this one, or nothing can be saved in it."""
+    storage.check_literal(storage.path(directory))
     if storage.path(directory).exists() and any(storage.path(directory).iterdir()):
         raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
 
@@ -67,9 +68,10 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
     Raises:
-      ValueError: it holds a run with other settings or another tokenizer; names them.
+      ValueError: it holds a run with other settings or another tokenizer; names them. Or nothing can be saved in it.
     """
     workdir = storage.path(workdir)
+    storage.check_literal(workdir)
     wanted = json.loads(config.to_json())
     if (workdir / "config.json").exists():
         held, held_tokenizer = load(workdir)

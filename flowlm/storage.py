@@ -38,6 +38,14 @@ def in_bucket(place: epath.Path) -> bool:
     return os.fspath(place).startswith(SCHEME)
 
 
+def check_literal(place: epath.Path) -> None:
+    """Raises ValueError where Orbax would take the path of a save for a pattern, and not find again what it wrote there."""
+    if odd := sorted(set("*?[\\") & set(os.fspath(place))):
+        raise ValueError(
+            f"{place} has {' '.join(odd)} in it, and nothing that is saved there could be read: give a path without * ? [ and \\"
+        )
+
+
 def write(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):
