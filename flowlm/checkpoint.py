@@ -8,6 +8,8 @@ A training state is saved with the sums of its arrays (integrity.py) and trusted
 first save of a run is read back at once, because a place that cannot give back what it was given is better known early.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +69,28 @@ def load_params(directory, abstract_params, abstract_step) -> tuple[Any, int]:
     if differ:
         raise ValueError(f"the parameters in {path} are of another architecture {differ}")
     return tree["params"], int(tree["step"])
+
+
+class _OtherArchitecture(ValueError):
+    """A checkpoint that can be read, but not into this state."""
+
+
+def _read(load: Callable[[], tuple[Any, np.ndarray | None]]) -> tuple[Any, str | None]:
+    """(tree, None) where `load` gives a tree with the sums that it was saved with, else (None, what is wrong).
+
+    What one process cannot read, no process goes on from; all must call.
+    """
+    tree = sums = wrong = None
+    try:
+        tree, sums = load()
+    except _OtherArchitecture:
+        raise
+    except Exception as error:  # orbax, tensorstore and json each raise their own
+        wrong = str(error).split("\n")[0][:200]
+    # Summing takes all processes, so none begins before all have read.
+    if processes.all_agree(wrong is None) and sums is not None and (names := integrity.changed(tree, sums)):
+        wrong = f"{', '.join(names[:4])} changed since it was saved"
+    return (tree, None) if processes.all_agree(wrong is None) else (None, wrong or "by another process")
 
 
 class Checkpoints:
@@ -142,32 +166,32 @@ class Checkpoints:
         saving.result()
         leaves, tree = jax.tree.flatten(abstract)
         for part in np.array_split(np.arange(len(leaves)), min(_PARTS, len(leaves))):
-            wrong = None
-            try:
-                asked = tree.unflatten([a if i in part else ocp.PLACEHOLDER for i, a in enumerate(leaves)])
+            asked = tree.unflatten([a if i in part else ocp.PLACEHOLDER for i, a in enumerate(leaves)])
+
+            def load(asked=asked, part=part):
                 held = self._checkpointer.load(step, asked)
-            except Exception as error:  # orbax, tensorstore and json each raise their own
-                wrong = str(error).split("\n")[0][:200]
-            if processes.all_agree(wrong is None):
-                held = jax.tree.map(lambda a: None if a is ocp.PLACEHOLDER else a, held)
-                if names := integrity.changed(held, sums[part]):
-                    wrong = f"{', '.join(names[:4])} came back changed"
-            if not processes.all_agree(wrong is None):
+                return jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, held), sums[part]
+
+            _, wrong = _read(load)
+            if wrong:
                 raise RuntimeError(
-                    f"the first checkpoint of this run, step {step} in {self.directory}, cannot be read back "
-                    f"({wrong or 'by another process'}): give a --workdir on another disk"
+                    f"the first checkpoint of this run, step {step} in {self.directory}, cannot be read back ({wrong}): "
+                    "give a --workdir on another disk"
                 )
 
-    def _check_architecture(self, step: int, metadata, abstract_state) -> None:
-        saved = _shapes(metadata)
-        asked = _shapes(abstract_state)
-        if not saved:  # orbax only logs metadata that it cannot parse
+    def _load(self, step: int, abstract_state) -> tuple[Any, np.ndarray | None]:
+        """The state of a step and its sums; None of a checkpoint of a release that saved none."""
+        saved = self._checkpointer.checkpointables_metadata(step).metadata
+        if not _shapes(saved["state"]):  # orbax only logs metadata that it cannot parse
             raise OSError("its metadata are damaged")
-        if differ := _differences(saved, asked):
-            raise ValueError(
+        if differ := _differences(_shapes(saved["state"]), _shapes(abstract_state)):
+            raise _OtherArchitecture(
                 f"the checkpoint at step {step} in {self.directory} is of another architecture {differ}: "
                 "use the settings it was trained with, or another workdir"
             )
+        asked = {"state": abstract_state} | ({"sums": None} if "sums" in saved else {})
+        held = self._checkpointer.load_checkpointables(step, asked)
+        return held["state"], np.asarray(held["sums"]["values"]) if "sums" in held else None
 
     def restore(self, abstract_state):
         """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
@@ -180,31 +204,16 @@ class Checkpoints:
         """
         unreadable = []
         for step in reversed(self.steps):
-            wrong = None
-            try:
-                saved = self._checkpointer.checkpointables_metadata(step).metadata
-                self._check_architecture(step, saved["state"], abstract_state)
-                asked = {"state": abstract_state} | (
-                    {"sums": None} if "sums" in saved else {}
-                )  # earlier releases had none
-                held = self._checkpointer.load_checkpointables(step, asked)
-            except Exception as error:  # orbax, tensorstore and json each raise their own
-                if isinstance(error, ValueError) and "another architecture" in str(error):
-                    raise
-                wrong = str(error).split("\n")[0][:200]
-            # What one process cannot read, no process goes on from; and the sums are taken by all, or by none.
-            if processes.all_agree(wrong is None):
-                if "sums" in held and (names := integrity.changed(held["state"], np.asarray(held["sums"]["values"]))):
-                    wrong = f"{', '.join(names[:4])} are not what was saved"
-            if not processes.all_agree(wrong is None):
+            state, wrong = _read(lambda step=step: self._load(step, abstract_state))
+            if wrong:
                 logging.warning(
                     "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
-                    step, self.directory, wrong or "by another process",
+                    step, self.directory, wrong,
                 )  # fmt: skip
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
-            return held["state"]
+            return state
         if unreadable:
             raise RuntimeError(
                 f"none of the checkpoints {unreadable[::-1]} in {self.directory} can be read: restore them from a copy"
@@ -229,8 +238,9 @@ class Checkpoints:
             storage.move(self.directory / str(step), broken / name)
 
     def close(self) -> None:
-        """Waits for the save in progress. Raises RuntimeError as `save` does."""
+        """Waits for the save in progress. Raises RuntimeError as `save` does, but not in place of an error on its way out."""
         try:
-            self._prove()
+            if sys.exc_info()[0] is None:
+                self._prove()
         finally:
             self._checkpointer.close()
