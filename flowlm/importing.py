@@ -17,10 +17,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowlm import config as settings
-from flowlm import run_directory, storage, tokenizers
+from flowlm import integrity, run_directory, storage, tokenizers
 from flowlm.checkpoint import save_params
-from flowlm.experiment import build
+from flowlm.experiment import build, load_trained
 from flowlm.reference import BARE, MODULES, OUTPUT, from_reference
+from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
 
 ROTARY = "rotary_emb.inv_freq"  # a buffer of the reference; here it is computed
@@ -201,6 +202,7 @@ def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported
     elif weights == "live":
         raise ValueError(f"{path} holds one set of parameters: leave out --weights=live")
     else:
+        integrity.check(path.parent)
         source = read_safetensors(path)
     if isinstance(source.settings, ConfigDict):
         if base is not None:
@@ -289,7 +291,7 @@ def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
     """Writes what `load` reads to the new directory `to`, where sample, evaluate and a student's `teacher` find it.
 
     Raises:
-      ValueError: `to` is not empty; and as `load` does.
+      ValueError: `to` is not empty; and as `load` does. RuntimeError: it cannot be read back.
     """
     run_directory.check_empty(to)
     run = load(path, weights, base)
@@ -297,4 +299,6 @@ def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
         run.config.data.tokenizer = str(storage.path(to) / OWN)
     run_directory.prepare(to, run.config, run.tokenizer)
     save_params(to, run.params, run.step, jnp.float32)
+    facts = {"format": "params", "from": str(path), "step": run.step, "checksum": integrity.checksum(run.params)}
+    integrity.seal(to, facts, lambda: load_trained(to, Layout(make_mesh(data=1))).params)
     return run

@@ -14,7 +14,7 @@ A directory that is written once, such as an export, has a manifest.json with th
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -84,15 +84,25 @@ def _own(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def seal(directory, facts: Mapping[str, Any]) -> None:
-    """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this."""
+def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
+    """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
+
+    Args:
+      facts: what the directory is, and the `checksum` of its parameters. read: gives the parameters as they are read from it.
+
+    Raises:
+      RuntimeError: those are others; there is no manifest then.
+    """
     directory = storage.path(directory)
     facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
     storage.write(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
+    if checksum(read()) != facts["checksum"]:
+        (directory / MANIFEST).unlink()
+        raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
 
 
 def check(directory) -> dict[str, Any] | None:
-    """The facts of a directory's manifest, each of whose files is what it says; None where there is no manifest.
+    """The facts of a directory's manifest, each of whose files is what it says; None where there is no such manifest.
 
     Of several processes all must call; the first reads the files, since one answer is enough for all.
 
@@ -105,9 +115,12 @@ def check(directory) -> dict[str, Any] | None:
     wrong = None
     try:
         facts = json.loads((directory / MANIFEST).read_text())
+        if not {"sha256", "manifest"} & facts.keys():
+            return None  # of something else
         own = facts.pop("manifest", None)
         digests = facts["sha256"].items()
-        wrong = None if own in (None, _own(facts)) else MANIFEST
+        # Manifests of releases that sealed programs alone said neither their format nor their own digest.
+        wrong = MANIFEST if own != _own(facts) and (own or "format" in facts) else None
     except (ValueError, KeyError, AttributeError, TypeError):
         wrong = MANIFEST
     if wrong is None and processes.is_first():
