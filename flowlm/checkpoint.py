@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
-from flowlm import integrity, processes, storage
+from flowlm import integrity, lock, processes, storage
 from flowlm.sharding import path_of
 
 # A save is read back in so many parts, so that beside the state there need only be room for one of them: about one copy of the
@@ -103,7 +103,8 @@ class Checkpoints:
       read_only: for sampling and evaluating: nothing on disk is touched.
 
     Raises:
-      FileNotFoundError: there is nothing to read. ValueError: nothing can be saved under a path like this (storage.check_literal).
+      FileNotFoundError: there is nothing to read. ValueError: another process writes there (lock.take), or nothing can be saved
+        under a path like this (storage.check_literal).
     """
 
     def __init__(
@@ -118,6 +119,10 @@ class Checkpoints:
             )
         if not read_only:
             storage.check_literal(self.directory)
+        # Before anything is cleaned up, since what looks left over may be what another process is writing.
+        self._release = (
+            (lambda: None) if read_only else lock.take(self.directory.parent / f"{self.directory.name}.lock")
+        )
         policies = ocp.training.save_decision_policies
         keep = ocp.training.preservation_policies
         kept = [keep.LatestN(keep_latest)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
@@ -201,7 +206,15 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is of another architecture.
           RuntimeError: checkpoints are there, but none can be read. None is set aside then: the next attempt must not start anew.
+        Where it raises, the directory is left to other processes.
         """
+        try:
+            return self._restore(abstract_state)
+        except Exception:
+            self.close()
+            raise
+
+    def _restore(self, abstract_state):
         unreadable = []
         for step in reversed(self.steps):
             state, wrong = _read(lambda step=step: self._load(step, abstract_state))
@@ -244,3 +257,4 @@ class Checkpoints:
                 self._prove()
         finally:
             self._checkpointer.close()
+            self._release()
