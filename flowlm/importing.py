@@ -180,7 +180,7 @@ def read_safetensors(path) -> Source:
         precision = max(float(jnp.finfo(held[name].dtype).eps) for name in held if names[name] == ROTARY)
         _check_rotary(arrays.pop(ROTARY), precision, str(path))
     if "objective" in chosen:
-        return Source(settings.complete(ConfigDict(chosen)), arrays, step)
+        return Source(run_directory.settings_of(chosen, beside), arrays, step)
     return Source(chosen, arrays, step)
 
 

@@ -46,6 +46,17 @@ def check_literal(place: epath.Path) -> None:
         )
 
 
+def check_writable(place: epath.Path) -> None:
+    """Raises ValueError where nothing can be written to a directory that may not be there yet; makes nothing. Not of buckets."""
+    if in_bucket(place):
+        return
+    above = next(above for above in (place, *place.parents) if above.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file, where a directory is wanted: give another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {above}: give another place")
+
+
 def write(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):
