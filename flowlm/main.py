@@ -152,12 +152,12 @@ def _evaluate() -> None:
         raise ValueError(
             "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
-    storage.check_writable(storage.path(_RESULTS.value or _CHECKPOINT.value))
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(_CHECKPOINT.value, layout, _objective())
+    storage.check_writable(storage.path(_RESULTS.value or _CHECKPOINT.value))
     data, settings = run.config.data, run.config.evaluation
     counts = _step_counts([str(n) for n in settings.steps])
-    before = run_directory.known_inputs(_CHECKPOINT.value, run.config)["data.dir"]
+    before = run_directory.known_content(_CHECKPOINT.value, run.config, "data.dir")
     if FLAGS["data_dir"].present:
         data.dir = _DATA_DIR.value
     if before not in (None, run_directory.content_of_data(run.config)):

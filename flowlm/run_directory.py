@@ -86,18 +86,20 @@ def content_of_data(config: ConfigDict) -> str | None:
     return _digest(json.dumps(json.loads(manifest.read_text()) | {"path": ""}, sort_keys=True))
 
 
-def _inputs(config: ConfigDict) -> dict[str, str | None]:
-    """{setting that names a place: digest of what lies there}."""
-    runs = {name: config[name] for name in ("teacher", "init_from")}
-    return {name: content_of_run(place) if place else None for name, place in runs.items()} | {
-        "data.dir": content_of_data(config)
-    }
+INPUTS = ("teacher", "init_from", "data.dir")  # settings that name places
 
 
-def known_inputs(workdir, config: ConfigDict) -> dict[str, str | None]:
-    """`_inputs` as they were when the run began; of one that did not record them, as they are where it says that they lie."""
+def _content(config: ConfigDict, name: str) -> str | None:
+    """Digest of what lies where a setting of INPUTS says, or None."""
+    if name == "data.dir":
+        return content_of_data(config)
+    return content_of_run(config[name]) if config[name] else None
+
+
+def known_content(workdir, config: ConfigDict, name: str) -> str | None:
+    """`_content` as it was when the run began; of a run that did not record it, as it is where the run says that it lies."""
     record = storage.path(workdir) / "inputs.json"
-    return json.loads(record.read_text()) if record.exists() else _inputs(config)
+    return json.loads(record.read_text())[name] if record.exists() else _content(config, name)
 
 
 def _differences(workdir, held: ConfigDict, wanted: ConfigDict) -> dict[str, tuple]:
@@ -107,17 +109,18 @@ def _differences(workdir, held: ConfigDict, wanted: ConfigDict) -> dict[str, tup
     free = (*FREE, "data.tokenizer")
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     differ = {k: pair for k, pair in changed.items() if not k.startswith(free)}
-    before, now = known_inputs(workdir, held), _inputs(wanted)
-    for name in before.keys() & changed.keys():
+    for name in changed.keys() & set(INPUTS):
         there, here = changed[name]
-        if None not in (there, here) and storage.path(there) == storage.path(here):
+        if None in (there, here):
+            continue
+        before, now = known_content(workdir, held, name), _content(wanted, name)
+        if storage.path(there) == storage.path(here):
             differ.pop(name, None)
-        elif None not in (before[name], now[name]):
-            if before[name] == now[name]:
-                differ.pop(name, None)
-                logging.warning("%s was %s and is %s now: the content is the same", name, there, here)
-            else:
-                differ[name] = there, here
+        elif None not in (before, now) and before == now:
+            differ.pop(name, None)
+            logging.warning("%s was %s and is %s now: the content is the same", name, there, here)
+        elif None not in (before, now):
+            differ[name] = there, here
     return differ
 
 
@@ -143,8 +146,11 @@ def check_empty(directory) -> None:
         raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
 
 
-def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
+
+    Args:
+      copied: from another run directory, which may lie far from what it was made from.
 
     Raises:
       ValueError: it holds a run with other settings or another tokenizer; names them. Or nothing can be saved in it.
@@ -174,15 +180,12 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     if not (workdir / "tokenizer.json").exists():
         tokenizer.save(workdir / "tokenizer.json")
     storage.write(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
-    inputs = _inputs(config)
-    if (workdir / "inputs.json").exists():  # what is gone meanwhile was what it was
-        inputs |= {name: digest for name, digest in json.loads((workdir / "inputs.json").read_text()).items() if digest}
-    storage.write(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-    # From anywhere the same places, those that are there.
     wanted = json.loads(config.to_json())
-    for name in ("teacher", "init_from"):
-        if wanted[name] and storage.path(wanted[name]).exists():
-            wanted[name] = str(storage.path(wanted[name]))
+    if not copied:
+        inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
+        storage.write(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+        # A place is the same from wherever the next command is given.
+        wanted |= {name: str(storage.path(wanted[name])) for name in ("teacher", "init_from") if wanted[name]}
     # Last, so that a directory with a config.json is whole.
     storage.write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
