@@ -3,17 +3,27 @@
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process killed in the middle of a
 save leaves the earlier ones as they were; in a bucket, which cannot rename, a file commit_success.txt makes it complete. Its v1
 API lives under `experimental` in the releases supported here.
+
+A training state is saved with the sums of its arrays (integrity.py) and trusted only if they are the same when it is read. The
+first save of a run is read back at once, because a place that cannot give back what it was given is better known early.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
-from flowlm import processes, storage
+from flowlm import integrity, lock, processes, storage
 from flowlm.sharding import path_of
+
+# A save is read back in so many parts, so that beside the state there need only be room for one of them: about one copy of the
+# parameters, as large as the gradients of a step.
+_PARTS = 4
 
 
 def _shapes(tree) -> dict[str, tuple]:
@@ -36,6 +46,7 @@ def has_params(directory) -> bool:
 def save_params(directory, params, step: int, dtype) -> None:
     """Writes the parameters alone, in `dtype`, and the step they are of, to `directory`/params."""
     # As arrays of jax: those of numpy would each have a file of their own.
+    storage.check_literal(storage.path(directory))
     tree = {"params": jax.tree.map(lambda a: jnp.asarray(a, dtype), params), "step": jnp.int32(step)}
     ocp.save(storage.path(directory) / "params", tree)
 
@@ -60,6 +71,28 @@ def load_params(directory, abstract_params, abstract_step) -> tuple[Any, int]:
     return tree["params"], int(tree["step"])
 
 
+class _OtherArchitecture(ValueError):
+    """A checkpoint that can be read, but not into this state."""
+
+
+def _read(load: Callable[[], tuple[Any, np.ndarray | None]]) -> tuple[Any, str | None]:
+    """(tree, None) where `load` gives a tree with the sums that it was saved with, else (None, what is wrong).
+
+    What one process cannot read, no process goes on from; all must call.
+    """
+    tree = sums = wrong = None
+    try:
+        tree, sums = load()
+    except _OtherArchitecture:
+        raise
+    except Exception as error:  # orbax, tensorstore and json each raise their own
+        wrong = str(error).split("\n")[0][:200]
+    # Summing takes all processes, so none begins before all have read.
+    if processes.all_agree(wrong is None) and sums is not None and (names := integrity.changed(tree, sums)):
+        wrong = f"{', '.join(names[:4])} changed since it was saved"
+    return (tree, None) if processes.all_agree(wrong is None) else (None, wrong or "by another process")
+
+
 class Checkpoints:
     """The checkpoints of one run, under `directory`/<step>.
 
@@ -68,6 +101,10 @@ class Checkpoints:
       every: steps between saves. keep_latest: how many of the newest stay. keep_every: multiples of this many steps stay for
         ever (0: none).
       read_only: for sampling and evaluating: nothing on disk is touched.
+
+    Raises:
+      FileNotFoundError: there is nothing to read. ValueError: another process writes there (lock.take), or nothing can be saved
+        under a path like this (storage.check_literal).
     """
 
     def __init__(
@@ -75,10 +112,17 @@ class Checkpoints:
     ):
         self.directory = storage.path(directory)
         self._read_only = read_only
+        self._unproven: tuple | None = None  # the first save of the run, until it has been read back
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(
                 f"no checkpoints under {self.directory}: is this the directory of a run that was trained?"
             )
+        if not read_only:
+            storage.check_literal(self.directory)
+        # Before anything is cleaned up, since what looks left over may be what another process is writing.
+        self._release = (
+            (lambda: None) if read_only else lock.take(self.directory.parent / f"{self.directory.name}.lock")
+        )
         policies = ocp.training.save_decision_policies
         keep = ocp.training.preservation_policies
         kept = [keep.LatestN(keep_latest)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
@@ -97,49 +141,87 @@ class Checkpoints:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def should_save(self, step: int) -> bool:
-        """Whether the policies ask for a checkpoint of this step, which is not there yet."""
+        """Whether the policies ask for a checkpoint of this step, which is not there yet. Raises RuntimeError as `save` does."""
+        self._prove()
         return step not in self.steps and self._checkpointer.should_save(step)
 
     def save(self, step: int, state) -> None:
-        """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone."""
-        if step not in self.steps:
-            self._checkpointer.save_async(step, state, force=True)
+        """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone.
 
-    def _check_architecture(self, step: int, abstract_state) -> None:
-        saved = _shapes(self._checkpointer.metadata(step).metadata)
-        asked = _shapes(abstract_state)
-        if not saved:  # orbax only logs metadata that it cannot parse
+        Raises:
+          RuntimeError: the first save of the run cannot be read, or is not what was saved. It is read back at the call after it.
+        """
+        self._prove()
+        steps = self.steps
+        if step in steps:
+            return
+        sums = integrity.sums(state)
+        things = {"state": state, "sums": {"values": sums}}
+        saving = self._checkpointer.save_checkpointables_async(step, things, force=True)
+        if not steps:
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+            self._unproven = saving, step, abstract, sums
+
+    def _prove(self) -> None:
+        """Waits for the first save of a run, and reads it back in parts."""
+        if self._unproven is None:
+            return
+        saving, step, abstract, sums = self._unproven
+        self._unproven = None
+        saving.result()
+        leaves, tree = jax.tree.flatten(abstract)
+        for part in np.array_split(np.arange(len(leaves)), min(_PARTS, len(leaves))):
+            asked = tree.unflatten([a if i in part else ocp.PLACEHOLDER for i, a in enumerate(leaves)])
+
+            def load(asked=asked, part=part):
+                held = self._checkpointer.load(step, asked)
+                return jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, held), sums[part]
+
+            _, wrong = _read(load)
+            if wrong:
+                raise RuntimeError(
+                    f"the first checkpoint of this run, step {step} in {self.directory}, cannot be read back ({wrong}): "
+                    "give a --workdir on another disk"
+                )
+
+    def _load(self, step: int, abstract_state) -> tuple[Any, np.ndarray | None]:
+        """The state of a step and its sums; None of a checkpoint of a release that saved none."""
+        saved = self._checkpointer.checkpointables_metadata(step).metadata
+        if not _shapes(saved["state"]):  # orbax only logs metadata that it cannot parse
             raise OSError("its metadata are damaged")
-        if differ := _differences(saved, asked):
-            raise ValueError(
+        if differ := _differences(_shapes(saved["state"]), _shapes(abstract_state)):
+            raise _OtherArchitecture(
                 f"the checkpoint at step {step} in {self.directory} is of another architecture {differ}: "
                 "use the settings it was trained with, or another workdir"
             )
+        asked = {"state": abstract_state} | ({"sums": None} if "sums" in saved else {})
+        held = self._checkpointer.load_checkpointables(step, asked)
+        return held["state"], np.asarray(held["sums"]["values"]) if "sums" in held else None
 
     def restore(self, abstract_state):
         """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
 
-        A truncated or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
+        A truncated, changed or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
 
         Raises:
           ValueError: the checkpoint is of another architecture.
           RuntimeError: checkpoints are there, but none can be read. None is set aside then: the next attempt must not start anew.
+        Where it raises, the directory is left to other processes.
         """
+        try:
+            return self._restore(abstract_state)
+        except Exception:
+            self.close()
+            raise
+
+    def _restore(self, abstract_state):
         unreadable = []
         for step in reversed(self.steps):
-            wrong = None
-            try:
-                self._check_architecture(step, abstract_state)
-                state = self._checkpointer.load(step, abstract_state)
-            except Exception as error:  # orbax, tensorstore and json each raise their own
-                if isinstance(error, ValueError) and "another architecture" in str(error):
-                    raise
-                wrong = str(error).split("\n")[0][:200]
-            # What one process cannot read, no process goes on from.
-            if not processes.all_agree(wrong is None):
+            state, wrong = _read(lambda step=step: self._load(step, abstract_state))
+            if wrong:
                 logging.warning(
                     "the checkpoint at step %d in %s cannot be read (%s): falling back to the one before it",
-                    step, self.directory, wrong or "by another process",
+                    step, self.directory, wrong,
                 )  # fmt: skip
                 unreadable.append(step)
                 continue
@@ -169,5 +251,10 @@ class Checkpoints:
             storage.move(self.directory / str(step), broken / name)
 
     def close(self) -> None:
-        """Waits for the save in progress."""
-        self._checkpointer.close()
+        """Waits for the save in progress. Raises RuntimeError as `save` does, but not in place of an error on its way out."""
+        try:
+            if sys.exc_info()[0] is None:
+                self._prove()
+        finally:
+            self._checkpointer.close()
+            self._release()

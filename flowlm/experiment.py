@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from flowlm import run_directory, storage, train_state
+from flowlm import integrity, run_directory, storage, train_state
 from flowlm.checkpoint import Checkpoints, has_params, load_params
 from flowlm.models import Network, make_network
 from flowlm.models.attention import runs_on
@@ -195,8 +195,9 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
 
     Raises:
       FileNotFoundError: not a run directory, or nothing was saved yet.
-      ValueError: a setting that its objective has not, or not so.
+      ValueError: a setting that its objective has not, or not so; or a file that is not what a manifest says (integrity.check).
     """
+    integrity.check(directory)
     config, tokenizer = run_directory.load(directory)
     for key, value in (objective or {}).items():
         if key not in config.objective:

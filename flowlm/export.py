@@ -7,13 +7,13 @@ jax          programs that run where flowlm is not installed (examples/run_expor
                  denoiser.jax   (weights, state, tau_s [b], tau_t [b]) -> logits float32 [b, L, V]; state is z float32
                                 [b, L, D], or ids int32 [b, L] of a discrete diffusion or an autoregressive model
                  weights.npz    {path: array}; bfloat16 as the uint16 of its bits, which the programs undo
-                 manifest.json  what they are, and the sha256 of every file
              b is any number of rows; the values of `rows` are not read.
+
+Each has a manifest.json that says what it is, with the sha256 of every file (integrity.py). It is written last, and only once the
+parameters were read back as they were.
 """
 
-import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,13 +21,15 @@ import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
-from flowlm import reference, run_directory, storage
+from flowlm import integrity, reference, run_directory, storage
 from flowlm.checkpoint import save_params
 from flowlm.evaluation import samplers
 from flowlm.experiment import Trained, load_trained
+from flowlm.inspection import PROGRAM, inspect, restore
+from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 
 FORMATS = ("params", "safetensors", "jax")
@@ -50,16 +52,6 @@ sha256 of the parameters, as `flowlm inspect` prints it: `{{ checksum }}`
 """
 
 
-def checksum(params) -> str:
-    """sha256 of a parameter tree's names, shapes and float32 values: the same for the same values, whatever holds them."""
-    digest = hashlib.sha256()
-    for path, value in sorted(flatten_dict(params, sep="/").items()):
-        value = np.asarray(value, np.float32)
-        digest.update(f"{path} {value.shape} ".encode())
-        digest.update(value.astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
 def export(
     directory,
     out,
@@ -79,7 +71,8 @@ def export(
       objective: settings of the run's `objective` section to replace.
 
     Raises:
-      ValueError, FileNotFoundError: bad arguments, or as load_trained. ImportError: names the extra.
+      ValueError, FileNotFoundError: bad arguments, or as load_trained. ImportError: names the extra. RuntimeError: the parameters
+        cannot be read back.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown --format {format!r}: choose one of {', '.join(FORMATS)}")
@@ -97,21 +90,20 @@ def export(
         raise ImportError(f"--format={format} needs {needed}: pip install -e .[export]") from error
     run = load_trained(directory, layout, objective)
     params, out = jax.tree.map(np.asarray, run.params), storage.path(out)
+    files = {}
     if format == "jax":
         files = _programs(run, params, dtype, steps, sampler)
     elif format == "safetensors":
         files = _safetensors(run, params, dtype)
-    run_directory.prepare(out, run.config, run.tokenizer)
+    run_directory.prepare(out, run.config, run.tokenizer, copied=True)
     if format == "params":
         save_params(out, params, run.step, jnp.dtype(dtype))
-        return
     for name, content in files.items():
         (out / name).write_bytes(content)
-    if format == "jax":  # last: its manifest vouches for all that is there
-        held = sorted(path.name for path in out.iterdir())
-        digests = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in held}
-        facts = _facts(run, params, dtype) | {"steps": steps, "platforms": PLATFORMS, "jax": jax.__version__}
-        (out / "manifest.json").write_text(json.dumps(facts | {"sha256": digests}, indent=2) + "\n")
+    facts = _facts(run, params, dtype) | {"format": format}
+    if format == "jax":
+        facts |= {"steps": steps, "platforms": PLATFORMS, "jax": jax.__version__}
+    integrity.seal(out, facts, lambda: inspect(out, layout).params)
 
 
 def _facts(run: Trained, params, dtype: str) -> dict[str, Any]:
@@ -143,14 +135,6 @@ def _safetensors(run: Trained, params, dtype: str) -> dict[str, bytes]:
     return {"model.safetensors": save(arrays, {"step": str(run.step)}), "README.md": card.encode()}
 
 
-def restore(weights: Mapping[str, jax.Array]):
-    """The parameter tree, float32, of the arrays in weights.npz."""
-    values = {
-        k: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a for k, a in weights.items()
-    }
-    return unflatten_dict({k: a.astype(jnp.float32) for k, a in values.items()}, sep="/")
-
-
 def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None) -> dict[str, bytes]:
     net, choices = run.experiment.net, samplers(run.experiment.family)
     name = sampler or next(reversed(choices), None)
@@ -179,7 +163,7 @@ def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None)
     file = io.BytesIO()
     np.savez(file, **weights)
     return {
-        "sampler.jax": _serialized(sample, shapes, array((), jnp.uint32), array((rows,), jnp.int32)),
+        PROGRAM: _serialized(sample, shapes, array((), jnp.uint32), array((rows,), jnp.int32)),
         "denoiser.jax": _serialized(denoise, shapes, state, times, times),
         "weights.npz": file.getvalue(),
     }

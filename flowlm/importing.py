@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,15 +17,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowlm import config as settings
-from flowlm import run_directory, storage, tokenizers
+from flowlm import integrity, run_directory, storage, tokenizers
 from flowlm.checkpoint import save_params
-from flowlm.experiment import build
+from flowlm.experiment import build, load_trained
 from flowlm.reference import BARE, MODULES, OUTPUT, from_reference
+from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
 
 ROTARY = "rotary_emb.inv_freq"  # a buffer of the reference; here it is computed
 FAMILIES = {"flm": "flow", "fmlm": "flow_map", "mdlm": "masked", "ar": "autoregressive"}
 OWN = "tokenizer.json"  # data.tokenizer of a run whose tokenizer has no other name than its file in the run directory
+# Parts of names that say how a network was wrapped: by the trainer, by torch.compile, for several devices (DDP, DeepSpeed, FSDP).
+WRAPPERS = ("backbone", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module")
 NEVER = -1e9  # the bias of a token that is not predicted
 # Classes of a checkpoint's hyperparameters that are read as plain records: none of their code is imported or run.
 RECORDS = ("omegaconf.", "transformers.", "tokenizers.")
@@ -79,9 +82,18 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-def _check_rotary(frequencies: np.ndarray, source: str) -> None:
+def _bare_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """{name: the same without what the trainer, torch.compile and wrappers for several devices put before it or inside}."""
+    bare = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    if twice := [name for name, count in collections.Counter(bare.values()).items() if count > 1]:
+        raise ValueError(f"{source} has {twice[0]} twice, under different prefixes: it cannot be imported")
+    return bare
+
+
+def _check_rotary(frequencies: np.ndarray, precision: float, source: str) -> None:
+    """precision: the relative one of the type that they were saved in, whose rounding is no difference."""
     expected = 1e4 ** (-np.arange(len(frequencies)) / len(frequencies))
-    if not np.allclose(frequencies, expected, rtol=1e-4, atol=0):
+    if not np.allclose(frequencies, expected, rtol=max(1e-4, precision), atol=0):
         raise ValueError(
             f"{source} has other rotary frequencies ({ROTARY}) than those of base 10,000: it cannot be imported"
         )
@@ -123,8 +135,7 @@ def read_ckpt(path, weights: str) -> Source:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be imported ({what}); nothing in it was run") from error
     to_array = lambda tensor: tensor.detach().to(torch.float32).numpy()
-    # torch.compile and the trainer put their prefixes before the names.
-    names = {name: name.replace("_orig_mod.", "").removeprefix("backbone.") for name in live}
+    names = _bare_names(live, str(path))
     if average is None and weights == "ema":
         raise ValueError(f"{path} holds no averaged parameters: take the others with --weights=live")
     if average is not None:
@@ -135,9 +146,11 @@ def read_ckpt(path, weights: str) -> Source:
                 "take the others with --weights=live"
             )
         live = live | dict(zip(trained, average, strict=True))
-    arrays = {names[name]: to_array(tensor) for name, tensor in live.items()}
-    if ROTARY in arrays:
-        _check_rotary(arrays.pop(ROTARY), str(path))
+    tensors = {names[name]: tensor for name, tensor in live.items()}
+    if ROTARY in tensors:
+        table = tensors.pop(ROTARY)
+        _check_rotary(to_array(table), torch.finfo(table.dtype).eps, str(path))
+    arrays = {name: to_array(tensor) for name, tensor in tensors.items()}
     return Source(_plain(chosen), arrays, int(held.get("global_step", 0)))
 
 
@@ -157,15 +170,17 @@ def read_safetensors(path) -> Source:
     try:
         chosen = json.loads(beside.read_text())
         with safe_open(path, "flax") as file:
-            arrays = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             step = int((file.metadata() or {}).get("step", 0))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} or its config.json is damaged: {error}") from error
-    arrays = {name.replace("_orig_mod.", "").removeprefix("backbone."): a for name, a in arrays.items()}
+    names = _bare_names(held, str(path))
+    arrays = {names[name]: np.asarray(array, np.float32) for name, array in held.items()}
     if ROTARY in arrays:
-        _check_rotary(arrays.pop(ROTARY), str(path))
+        precision = max(float(jnp.finfo(held[name].dtype).eps) for name in held if names[name] == ROTARY)
+        _check_rotary(arrays.pop(ROTARY), precision, str(path))
     if "objective" in chosen:
-        return Source(settings.complete(ConfigDict(chosen)), arrays, step)
+        return Source(run_directory.settings_of(chosen, beside), arrays, step)
     return Source(chosen, arrays, step)
 
 
@@ -201,7 +216,13 @@ def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported
     elif weights == "live":
         raise ValueError(f"{path} holds one set of parameters: leave out --weights=live")
     else:
+        integrity.check(path.parent)
         source = read_safetensors(path)
+    if wrong := sorted(name for name, array in source.arrays.items() if not np.isfinite(array).all()):
+        raise ValueError(
+            f"{path} has numbers that are not finite in {len(wrong)} of its {len(source.arrays)} arrays "
+            f"({', '.join(wrong[:4])}): its training diverged, take an earlier one"
+        )
     if isinstance(source.settings, ConfigDict):
         if base is not None:
             raise ValueError(f"{path} brings all settings with it: leave out --config")
@@ -235,6 +256,13 @@ def _architecture(told: Mapping[str, Any], path) -> tuple[str, int, dict[str, An
     if name not in FAMILIES or backbone != "dit":
         known = ", ".join(FAMILIES)
         raise ValueError(f"{path} is of {name!r} on {backbone!r}: only {known} on 'dit' can be imported")
+    shown = algo.get("time_conditioning", told.get("time_conditioning"))  # MDLM's own code has it at the top
+    if not causal and shown is not None and bool(shown) != (name != "mdlm"):
+        here = "shown no time" if name == "mdlm" else "always shown the time"
+        raise ValueError(
+            f"{path} says time_conditioning: {bool(shown)}, but the family {FAMILIES[name]!r} is {here}: it cannot be imported, "
+            "since it would compute something else here"
+        )
     return FAMILIES[name], length, fields | BARE
 
 
@@ -289,7 +317,7 @@ def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
     """Writes what `load` reads to the new directory `to`, where sample, evaluate and a student's `teacher` find it.
 
     Raises:
-      ValueError: `to` is not empty; and as `load` does.
+      ValueError: `to` is not empty; and as `load` does. RuntimeError: it cannot be read back.
     """
     run_directory.check_empty(to)
     run = load(path, weights, base)
@@ -297,4 +325,6 @@ def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
         run.config.data.tokenizer = str(storage.path(to) / OWN)
     run_directory.prepare(to, run.config, run.tokenizer)
     save_params(to, run.params, run.step, jnp.float32)
+    facts = {"format": "params", "from": str(path), "step": run.step, "checksum": integrity.checksum(run.params)}
+    integrity.seal(to, facts, lambda: load_trained(to, Layout(make_mesh(data=1))).params)
     return run

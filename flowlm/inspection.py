@@ -1,20 +1,23 @@
 """What a path is: a run, what was exported of one, or a checkpoint that can be imported."""
 
-import hashlib
-import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from flowlm import importing, run_directory, storage
+from flowlm import importing, integrity, run_directory, storage
 from flowlm.checkpoint import has_params
 from flowlm.experiment import load_trained
-from flowlm.export import checksum, restore
+from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 from flowlm.terminal import console
+
+PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 
 
 class Inspected(NamedTuple):
@@ -24,6 +27,14 @@ class Inspected(NamedTuple):
     config: ConfigDict
     params: Any
     step: int
+
+
+def restore(weights: Mapping[str, jax.Array]):
+    """The parameter tree, float32, of the arrays in weights.npz."""
+    values = {
+        k: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a for k, a in weights.items()
+    }
+    return unflatten_dict({k: a.astype(jnp.float32) for k, a in values.items()}, sep="/")
 
 
 def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
@@ -41,7 +52,7 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
     if importing.is_importable(path):
         run = importing.load(path, weights)
         return Inspected("parameters that can be imported", run.config, run.params, run.step)
-    if (path / "manifest.json").exists():
+    if (path / PROGRAM).exists():
         return _programs(path)
     run = load_trained(path, layout)
     kind = "parameters of a run" if has_params(path) else "run"
@@ -49,10 +60,9 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
 
 
 def _programs(path) -> Inspected:
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name, digest in manifest["sha256"].items():
-        if not (path / name).exists() or hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{path / name} is not the file that was exported: its sha256 is not the manifest's")
+    manifest = integrity.check(path)
+    if manifest is None:
+        raise FileNotFoundError(f"{path} has programs and no {integrity.MANIFEST}: export them again")
     with (path / "weights.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         params = restore(dict(arrays))
     kind = f"programs: {manifest['steps']} sampling steps, for {', '.join(manifest['platforms'])}"

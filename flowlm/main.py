@@ -4,6 +4,7 @@ flowlm train --config=experiments/NAME.py[:arg] [--config.path.to.key=value ...]
              [--distributed] [--profile_steps=a:b] [--compile_cache=DIR]
 flowlm sample --checkpoint=DIR --steps=N [--num=N] [--sampler=NAME] [--seed=N] [--objective=KEY=VALUE,...]
 flowlm evaluate --checkpoint=DIR [--steps=N,N,...] [--num=N] [--objective=KEY=VALUE,... --results=DIR] [--samples_only]
+                [--data_dir=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --topology=v5e:4x4,... [--per_chip=N] [--nolargest] [--dense] [--results=DIR]
 flowlm plan --config=experiments/NAME.py[:arg] --device
 flowlm bench [--device] [--help]
@@ -21,6 +22,7 @@ flowlm study --study=experiments/study.py|ablations.py[:arg] --workdir=DIR --res
 import ast
 import difflib
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -55,7 +57,9 @@ _RESULTS = flags.DEFINE_string(
 _EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "study: runs at a time, each on its own share of the cores", 1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
-_DATA_DIR = flags.DEFINE_string("data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "~/.cache/flowlm", "prepare: the experiments' data.dir; evaluate: where the data lies now"
+)
 _SOURCE = flags.DEFINE_string("source", None, "prepare: textfiles (a document a file) or jsonl (a document a line)")
 _PATH = flags.DEFINE_string("path", None, "prepare: the file or the folder with the text")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "prepare: the key of a document's text in a line of jsonl")
@@ -140,7 +144,7 @@ def _sample() -> None:
 
 
 def _evaluate() -> None:
-    from flowlm import storage
+    from flowlm import run_directory, storage
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
     from flowlm.experiment import load_trained
@@ -154,16 +158,21 @@ def _evaluate() -> None:
         )
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(_CHECKPOINT.value, layout, _objective())
+    storage.check_writable(storage.path(_RESULTS.value or _CHECKPOINT.value))
     data, settings = run.config.data, run.config.evaluation
     counts = _step_counts([str(n) for n in settings.steps])
-    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
-    if dataset.tokenizer.sha256 != run.tokenizer.sha256:
-        raise ValueError(f"the tokenizer {data.tokenizer!r} is not the one {_CHECKPOINT.value} was trained with")
-    out, only = _RESULTS.value or _CHECKPOINT.value, _SAMPLES_ONLY.value
-    storage.check_writable(out)
+    before = run_directory.known_content(_CHECKPOINT.value, run.config, "data.dir")
+    if FLAGS["data_dir"].present:
+        data.dir = _DATA_DIR.value
+    if before not in (None, run_directory.content_of_data(run.config)):
+        print(f"the data in {data.dir} is not what {_CHECKPOINT.value} was trained on", file=sys.stderr)
+    # The run's own tokenizer, since the one that its settings name may have moved with the data.
+    own = str(storage.path(_CHECKPOINT.value) / "tokenizer.json")
+    dataset = open_dataset(data.name, own, data.length, data.dir)
+    only = _SAMPLES_ONLY.value
     evaluator = Evaluator(run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, only)
     result = evaluator(run.params, run.step, _NUM.value or settings.final_samples)
-    result.save(out)
+    result.save(_RESULTS.value or _CHECKPOINT.value)
     result.show()
 
 
@@ -327,10 +336,23 @@ def _main(argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
     try:
+        _check_outputs()
         (COMMANDS | PLACED)[name](*places)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())  # --verbosity=1 shows it
-        sys.exit(f"flowlm: {error}")
+        told = error
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            told = f"{os.fspath(error.filename)}: {error.strerror}"  # without its number
+        sys.exit(f"flowlm: {told}")
+
+
+def _check_outputs() -> None:
+    """Raises ValueError where results are to go to a place that cannot be written, before they are made."""
+    from flowlm import storage
+
+    for flag in (_OUT, _RESULTS, _TO):
+        if flag.value is not None:
+            storage.check_writable(storage.path(flag.value))
 
 
 def run() -> None:

@@ -76,6 +76,26 @@ def lines(place: os.PathLike) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def check_literal(place: epath.Path) -> None:
+    """Raises ValueError where Orbax would take the path of a save for a pattern, and not find again what it wrote there."""
+    if odd := sorted(set("*?[\\") & set(os.fspath(place))):
+        raise ValueError(
+            f"{place} has {' '.join(odd)} in it, and nothing that is saved there could be read: give a path without * ? [ and \\"
+        )
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Raises ValueError where nothing can be written to a directory that may not be there yet; makes nothing. Not of buckets."""
+    place = path(directory)
+    if in_bucket(place):
+        return
+    above = next(above for above in (place, *place.parents) if above.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file, where a directory is wanted: give another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {above}: give another place")
+
+
 def write(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):
@@ -92,18 +112,6 @@ def read_json(place: epath.Path) -> Any:
         return json.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{place} is cut or damaged ({error}): restore it from a copy, or make it again") from error
-
-
-def check_writable(directory: str | os.PathLike) -> None:
-    """Makes the directory and writes a small file there, which goes again. Raises ValueError where that cannot be done."""
-    place = path(directory)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".writable-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"nothing can be written to {directory} ({error}): give another directory") from error
 
 
 def mirror(place: epath.Path) -> epath.Path:

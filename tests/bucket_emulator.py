@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import io
+import json
 import logging
 import re
 from urllib.parse import parse_qs, unquote, urlparse
@@ -54,6 +56,8 @@ class _Handler(server.RequestHandler):
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         found = re.fullmatch(r"(?:/upload|/download)?/storage/v1/b/([^/]+)/o(?:/(.*))?", url.path)
         name = found and (unquote(found[2] or "") or query.get("name"))
+        if found and not name and query.get("uploadType") == "multipart":  # its name is in the first of its parts
+            name = json.loads(self._body.split(b"\n\n")[1].split(b"\n--")[0])["name"]
         if not name:
             return None, query
         try:
@@ -68,6 +72,15 @@ class _Handler(server.RequestHandler):
     def _answer(self):
         TRAFFIC.requests += 1
         TRAFFIC.contents += self.command == "GET" and "alt=media" in self.path
+        stream = self.rfile
+        self._body = stream.read(int(self.headers.get("Content-Length") or 0))
+        self.rfile = io.BytesIO(self._body)
+        try:
+            self._answer_body()
+        finally:
+            self.rfile = stream
+
+    def _answer_body(self):
         generation, query = self._asked()
         refused = None
         if generation is not None and query.get("ifGenerationMatch", generation) != generation:
@@ -77,7 +90,6 @@ class _Handler(server.RequestHandler):
         if refused is None:
             server.Router(self).handle(self.command)
             return
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(refused)
         self.send_header("Content-Length", "0")
         super().end_headers()

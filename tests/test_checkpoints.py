@@ -17,6 +17,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
 from flowlm import experiment as experiments
+from flowlm import integrity
 from flowlm.checkpoint import Checkpoints
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
@@ -228,6 +229,115 @@ def test_reading_a_run_changes_nothing_on_disk(workdir, config):
     assert contents(workdir) == before
     saved = ocp.load(workdir / "checkpoints/3")["ema"]
     np.testing.assert_array_equal(run.params["embedding"], saved["embedding"])
+
+
+@pytest.mark.parametrize("name", ["run[1]", "sweep[lr=1e-3]", "run*", "run?", "run\\1"])
+def test_a_path_that_is_a_pattern_is_refused_before_step_0(name, config, tmp_path):
+    """In the directory's own name and above it. A run that was copied there is read."""
+    for workdir in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(ValueError, match=r"could be read: give a path without \* \? \[ and"):
+            train_only(config, workdir)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_under_other_odd_names(config, tmp_path):
+    config.steps = 3
+    for name in ("lr=1e-3,b", "a b#{c}%20"):
+        train_only(config, tmp_path / name)
+        assert experiments.load_trained(tmp_path / name, Layout(make_mesh(data=1))).step == 3
+
+
+# --- changed -----------------------------------------------------------------------------------------------------
+
+
+def state_of(step):
+    """A state whose numbers zstd cannot make shorter, of several types."""
+    rng = np.random.default_rng(step)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {"w": draw(64, 48), "h": draw(40, 40).astype(jnp.bfloat16), "zero": jnp.zeros(100), "step": jnp.int32(step)}
+
+
+def bytes_of(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def flip(path, rng, begin=0.0, end=1.0):
+    """Turns over one bit of a file, between two shares of its length; returns what was there."""
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[int(len(content) * rng.uniform(begin, end))] ^= 1 << rng.integers(8)
+    path.write_bytes(bytes(content))
+    return before
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """30 of 30 among the numbers. Elsewhere it is found too, or the state is what was saved: no other number is ever read."""
+    writer = Checkpoints(tmp_path / "c", keep_latest=2)
+    for step in (1, 2):
+        writer.save(step, state_of(step))
+    writer.close()
+    one, two = bytes_of(state_of(1)), bytes_of(state_of(2))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state_of(2))
+    files = [p for p in (tmp_path / "c/2").rglob("*") if p.is_file() and p.stat().st_size]
+    numbers = max(files, key=lambda p: p.stat().st_size)
+    assert numbers.stat().st_size > 12_288  # w, at least, lies there as it is
+    rng = np.random.default_rng(0)
+
+    def read_with_a_flip(*place):
+        before = flip(*place)
+        checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+        held = bytes_of(checkpoints.restore(abstract))
+        checkpoints.close()
+        place[0].write_bytes(before)
+        return held
+
+    assert [read_with_a_flip(numbers, rng, 0.1, 0.9) == one for _ in range(30)] == [True] * 30
+    for path in rng.choice(files, 30):
+        assert read_with_a_flip(path, rng) in (one, two), path
+
+
+def test_sums_see_a_bit_and_a_place_on_any_mesh():
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8, bool):
+        array = jnp.asarray(rng.integers(0, 2, (16, 8)) if dtype is bool else rng.integers(-99, 99, (16, 8)), dtype)
+        bits = np.asarray(array).view(np.uint8).copy()
+        seen = {int(integrity.sums([array])[0])}
+        for _ in range(50):
+            other = bits.copy()
+            place = rng.integers(other.shape[0]), rng.integers(other.shape[1])
+            other[place] ^= 1 if dtype is bool else 1 << rng.integers(8)
+            assert integrity.changed([jnp.asarray(other.view(array.dtype))], integrity.sums([array])) == ["0"]
+        assert integrity.sums([array[::-1]])[0] not in seen
+        layout = jax.sharding.NamedSharding(make_mesh(data=8), jax.sharding.PartitionSpec(("replica", "data")))
+        spread = jax.device_put(array, layout)
+        assert len(spread.sharding.device_set) == 8 and integrity.sums([spread])[0] in seen
+
+
+def test_the_first_save_is_read_back(tmp_path, monkeypatch):
+    """A disk that gives back something else than it was given; the one after a good first is not waited for."""
+    genuine = ocp.training.Checkpointer.save_checkpointables_async
+
+    def damaging(self, step, *arguments, **settings):
+        saving = genuine(self, step, *arguments, **settings)
+        saving.result()
+        files = [p for p in (Path(self.directory) / str(step)).rglob("*") if p.is_file()]
+        flip(max(files, key=lambda p: p.stat().st_size), np.random.default_rng(0), 0.1, 0.9)
+        return saving
+
+    good, bad = Checkpoints(tmp_path / "good", keep_latest=2), Checkpoints(tmp_path / "bad")
+    good.save(1, state_of(1))
+    assert good.should_save(2)
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", damaging)
+    good.save(2, state_of(2))
+    good.close()
+    bad.save(1, state_of(1))
+    with pytest.raises(RuntimeError, match="the first checkpoint of this run, step 1 in .*bad, cannot be read back"):
+        bad.should_save(2)
+    bad.close()
+    bad = Checkpoints(tmp_path / "worse")
+    bad.save(1, state_of(1))
+    with pytest.raises(RuntimeError, match="cannot be read back"):
+        bad.close()
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):

@@ -17,13 +17,14 @@ from jax import export as jax_export
 from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config, train_only
 
-from flowlm import run_directory
+from flowlm import inspection, run_directory
 from flowlm.checkpoint import Checkpoints, save_params
 from flowlm.evaluation import Sampler, samplers
 from flowlm.experiment import abstract_state, build, load_trained
-from flowlm.export import checksum, export
+from flowlm.export import export
 from flowlm.importing import import_run
 from flowlm.inspection import inspect, show
+from flowlm.integrity import checksum
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
 
@@ -172,7 +173,7 @@ def test_programs_write_the_same_elsewhere(runs, mesh, tmp_path):
     # A file that was changed is not run, and not inspected.
     weights = folders["flow"] / "weights.npz"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="weights.npz is not the file that was exported"):
+    with pytest.raises(ValueError, match="weights.npz is not the file that was written"):
         inspect(folders["flow"], mesh)
     with pytest.raises(ValueError, match="weights.npz is not the file that was exported"):
         runpy.run_path(str(ROOT / "examples" / "run_exported.py"))["load"](folders["flow"])
@@ -203,6 +204,46 @@ def test_every_form_has_the_same_checksum(runs, mesh, tmp_path, capsys):
     assert checksum(changed) != digest
 
 
+@pytest.mark.parametrize("format", ["params", "safetensors", "jax"])
+def test_a_flipped_bit_is_found_wherever_it_falls(format, runs, mesh, tmp_path):
+    """30 of 30 in every file that was written, and in the manifest itself."""
+    out = tmp_path / "out"
+    export(runs["flow"], out, mesh, format=format, steps=1 if format == "jax" else None)
+    files = sorted(p for p in out.rglob("*") if p.is_file() and p.stat().st_size)
+    rng = np.random.default_rng(0)
+    inspect(out, mesh)
+    for path in [*files, *rng.choice(files, 30 - len(files))]:
+        before = path.read_bytes()
+        content = bytearray(before)
+        # In a line break of the manifest it would change nothing that is read.
+        place = rng.choice([i for i, byte in enumerate(before) if path.suffix != ".json" or chr(byte).isalnum()])
+        content[place] ^= 1 << rng.integers(8)
+        path.write_bytes(bytes(content))
+        with pytest.raises(ValueError, match="is not the file that was written, as manifest.json knows it"):
+            inspect(out, mesh)
+        path.write_bytes(before)
+    assert inspect(out, mesh).step == 5
+
+
+def test_an_export_is_read_back(runs, mesh, tmp_path, monkeypatch):
+    """Where the disk gives back other numbers, it is an error, and no manifest vouches for them."""
+    genuine = inspection.load_trained
+    monkeypatch.setattr(
+        inspection,
+        "load_trained",
+        lambda *arguments: (run := genuine(*arguments))._replace(params=jax.tree.map(lambda a: a + 1, run.params)),
+    )
+    with pytest.raises(RuntimeError, match="does not give back the parameters that were written there"):
+        export(runs["flow"], tmp_path / "out", mesh, format="params")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_exports_from_before_manifests_are_read(mesh):
+    for path in sorted((ROOT / "checkpoints").iterdir()):
+        if not (path / "manifest.json").exists():
+            assert inspect(path, mesh).step > 0
+
+
 def broken(arrays, how):
     if how == "missing":
         return {k: v for k, v in arrays.items() if k != "blocks.0.mlp.0.bias"}
@@ -223,6 +264,7 @@ def test_safetensors_that_do_not_fit_are_refused(how, message, runs, mesh, tmp_p
     export(runs["flow"], tmp_path / "st", mesh, format="safetensors")
     file = tmp_path / "st" / "model.safetensors"
     save_file(broken(load_file(file), how), file)
+    (tmp_path / "st" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=message):
         import_run(file, tmp_path / "run", "ema", None)
     assert not (tmp_path / "run").exists()
@@ -232,6 +274,9 @@ def test_bad_arguments_and_files(runs, mesh, tmp_path):
     export(runs["flow"], tmp_path / "st", mesh, format="safetensors")
     file = tmp_path / "st" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="model.safetensors is not the file that was written"):
+        import_run(file, tmp_path / "run", "ema", None)
+    (tmp_path / "st" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="is damaged"):
         import_run(file, tmp_path / "run", "ema", None)
     with pytest.raises(ValueError, match="leave out --weights=live"):

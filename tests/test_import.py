@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config
 
 from flowlm import evaluation, importing
 from flowlm.experiment import build, load_teacher, load_trained
+from flowlm.export import export
 from flowlm.reference import from_reference, to_reference
 from flowlm.sharding import Layout, make_mesh
 
@@ -28,9 +29,23 @@ def names_of(checkpoint):
     return [name for name in checkpoint["state_dict"] if "inv_freq" not in name]
 
 
+def changed(tmp_path, name, change):
+    """The path of a copy of a fixture, changed by `change`(its contents)."""
+    held = torch.load(FIXTURES / f"{name}.ckpt", weights_only=True)
+    change(held)
+    torch.save(held, tmp_path / f"{name}.ckpt")
+    return tmp_path / f"{name}.ckpt"
+
+
+def timed(said):
+    """As a change: what the settings say of time_conditioning."""
+    return lambda held: held["hyper_parameters"]["config"]["algo"].update(time_conditioning=said)
+
+
 @pytest.mark.parametrize("name", ["flm", "fmlm", "mdlm", "ar"])
 def test_fixtures_compute_what_the_reference_did(name, tmp_path):
-    run = importing.import_run(FIXTURES / f"{name}.ckpt", tmp_path / "run", "ema", None)
+    path = changed(tmp_path, name, timed(False)) if name == "mdlm" else FIXTURES / f"{name}.ckpt"
+    run = importing.import_run(path, tmp_path / "run", "ema", None)
     assert run.step == 1234
     run = load_trained(tmp_path / "run", Layout(make_mesh(data=1)))
     net, params, io = run.experiment.net, run.params, load_file(FIXTURES / f"{name}.io.safetensors")
@@ -72,6 +87,98 @@ def test_settings_of_omegaconf_are_read_without_it(tmp_path):
     """hyper_parameters as Lightning keeps them, names as torch.compile leaves them; see the fixtures' README."""
     run = importing.load(FIXTURES / "omegaconf.ckpt")
     assert (run.config.data.length, run.config.model.width, run.config.model.blocks, run.step) == (6, 16, 1, 70)
+
+
+def at_the_top(held):
+    """As MDLM's own code has it."""
+    del held["hyper_parameters"]["config"]["algo"]["time_conditioning"]
+    held["hyper_parameters"]["config"]["time_conditioning"] = True
+
+
+@pytest.mark.parametrize(("name", "change"), [("mdlm", timed(True)), ("mdlm", at_the_top), ("flm", timed(False))])
+def test_a_network_that_is_shown_another_time_is_refused(name, change, tmp_path):
+    """Its logits depend on the time and would not here, or the other way round."""
+    with pytest.raises(ValueError, match=r"says time_conditioning: (True|False), but the family '(masked|flow)' is"):
+        importing.import_run(changed(tmp_path, name, change), tmp_path / "run", "ema", None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_do_not_say_are_read(tmp_path):
+    path = changed(tmp_path, "mdlm", lambda held: held["hyper_parameters"]["config"]["algo"].pop("time_conditioning"))
+    assert importing.load(path).config.objective.family == "masked"
+
+
+def same_params(ours, theirs):
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_forward_module.", "_forward_module.module.", "module._orig_mod.", "_fsdp_wrapped_module."],
+)
+def test_names_of_wrapped_networks(prefix, tmp_path):
+    """As DDP, DeepSpeed, FSDP and torch.compile leave them, over the trainer's own."""
+
+    def wrap(held):
+        held["state_dict"] = {prefix + name: a for name, a in held["state_dict"].items()}
+
+    for weights in ("ema", "live"):
+        whole = importing.load(FIXTURES / "flm.ckpt", weights).params
+        assert same_params(importing.load(changed(tmp_path, "flm", wrap), weights).params, whole)
+
+
+def test_one_array_under_two_names_is_refused(tmp_path):
+    name = "vocab_embed.embedding"
+    twice = lambda held: held["state_dict"].update({f"module.{name}": held["state_dict"][f"backbone.{name}"]})
+    with pytest.raises(ValueError, match=f"has {name} twice, under different prefixes"):
+        importing.load(changed(tmp_path, "flm", twice), "live")
+
+
+ROTARY = "backbone.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_rounded_rotary_table_is_the_same_table(dtype, tmp_path):
+    def rounded(held, factor=1.0):
+        held["state_dict"][ROTARY] = (held["state_dict"][ROTARY] * factor).to(getattr(torch, dtype))
+
+    whole = importing.load(FIXTURES / "flm.ckpt").params
+    assert same_params(importing.load(changed(tmp_path, "flm", rounded)).params, whole)
+    with pytest.raises(ValueError, match="other rotary frequencies"):
+        importing.load(changed(tmp_path, "flm", lambda held: rounded(held, 1.02)))
+
+
+def test_a_rounded_rotary_table_in_safetensors(tmp_path):
+    export(FIXTURES.parent / "run", tmp_path / "st", Layout(make_mesh(data=1)), format="safetensors")
+    (tmp_path / "st/manifest.json").unlink()
+    file = tmp_path / "st/model.safetensors"
+    whole = importing.load(file).params
+    for factor in (1.0, 1.02):
+        table = jnp.asarray(factor * 1e4 ** (-np.arange(4) / 4), jnp.bfloat16)
+        save_file(load_file(file) | {"module.rotary_emb.inv_freq": np.asarray(table)}, file)
+        if factor == 1.0:
+            assert same_params(importing.load(file).params, whole)
+    with pytest.raises(ValueError, match="other rotary frequencies"):
+        importing.load(file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_checkpoint_is_refused(value, tmp_path):
+    """All of it, or one number of the averaged parameters."""
+
+    def everywhere(held):
+        for array in held["ema"]["shadow_params"]:
+            array.fill_(value)
+
+    def once(held):
+        held["ema"]["shadow_params"][3].view(-1)[7] = value
+
+    for change, count in ((everywhere, r"\d\d"), (once, "1")):
+        with pytest.raises(ValueError, match=rf"numbers that are not finite in {count} of its \d\d arrays"):
+            importing.import_run(changed(tmp_path, "flm", change), tmp_path / "run", "ema", None)
+    assert not (tmp_path / "run").exists()
+    assert importing.load(tmp_path / "flm.ckpt", "live").step == 1234
 
 
 def write(path, config, params, prefix="backbone.", live=0.0):
@@ -124,7 +231,7 @@ def test_an_imported_run_teaches(reference_run, tmp_path, data_dir):
 
 def test_a_mask_among_the_tokens_moves_behind_them(tmp_path):
     """BERT's [MASK] is token 103: here it is one more, with the same embedding, and 103 is never written."""
-    config = importing.load(FIXTURES / "mdlm.ckpt").config
+    config = importing.load(changed(tmp_path, "mdlm", timed(False))).config
     arrays = importing.read_ckpt(FIXTURES / "mdlm.ckpt", "ema").arrays
     moved = importing._mask_behind(arrays, 5)
     config.model.vocab_size = 61

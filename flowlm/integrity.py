@@ -1,0 +1,134 @@
+"""Whether what is read is what was written: sums of arrays, and manifests of files.
+
+A training state may be large and spread over many hosts, so its arrays are summed where they lie, on the devices, when they are
+saved and again when they are read:
+
+    sum over i of bits_i w_i  (mod 2^32),   bits_i: element i as unsigned integers, w_i: an odd number that depends on i
+
+An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of its own for each i shows elements that changed
+places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays
+and no traffic.
+
+A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from flowlm import processes, storage
+from flowlm.sharding import path_of
+
+MANIFEST = "manifest.json"
+
+
+@jax.jit
+def _sum(array: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    bits = array.astype(width) if array.dtype == bool else jax.lax.bitcast_convert_type(array, width)
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    mixed = index * np.uint32(0x9E3779B1)  # 2^32 over the golden ratio: neighbours get weights far apart
+    return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
+
+
+def sums(tree) -> np.ndarray:
+    """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
+    values = [
+        _sum(jnp.asarray(array)) for array in jax.tree.leaves(tree)
+    ]  # all are started before the first is waited for
+    return np.array([processes.gathered(value) for value in values], np.uint32)
+
+
+def changed(tree, kept: np.ndarray) -> list[str]:
+    """Paths of the arrays whose sums are not those that `sums` gave of the same tree; all processes must call."""
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [path for path, now, then in zip(paths, sums(tree), kept, strict=True) if now != then]
+
+
+def checksum(params) -> str:
+    """sha256 of a parameter tree's names, shapes and float32 values: the same for the same values, whatever holds them."""
+    digest = hashlib.sha256()
+    for path, value in sorted(flatten_dict(params, sep="/").items()):
+        value = np.asarray(value, np.float32)
+        digest.update(f"{path} {value.shape} ".encode())
+        digest.update(value.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _files(directory: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """(name, file) of all that is in the directory and below it, in order, but for its manifest."""
+    for inside in sorted(directory.iterdir(), key=lambda inside: inside.name):
+        if inside.is_dir():
+            yield from _files(inside, f"{prefix}{inside.name}/")
+        elif prefix + inside.name != MANIFEST:
+            yield prefix + inside.name, inside
+
+
+def _digest(file: epath.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _own(facts: Mapping[str, Any]) -> str:
+    """Digest of what a manifest says beside this digest."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
+    """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
+
+    Args:
+      facts: what the directory is, and the `checksum` of its parameters. read: gives the parameters as they are read from it.
+
+    Raises:
+      RuntimeError: those are others; there is no manifest then.
+    """
+    directory = storage.path(directory)
+    facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
+    storage.write(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
+    if checksum(read()) != facts["checksum"]:
+        (directory / MANIFEST).unlink()
+        raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
+
+
+def check(directory) -> dict[str, Any] | None:
+    """The facts of a directory's manifest, each of whose files is what it says; None where there is no such manifest.
+
+    Of several processes all must call; the first reads the files, since one answer is enough for all.
+
+    Raises:
+      ValueError: names the file that is missing or changed.
+    """
+    directory = storage.path(directory)
+    if not (directory / MANIFEST).exists():
+        return None
+    wrong = None
+    try:
+        facts = json.loads((directory / MANIFEST).read_text())
+        if not {"sha256", "manifest"} & facts.keys():
+            return None  # of something else
+        own = facts.pop("manifest", None)
+        digests = facts["sha256"].items()
+        # Manifests of releases that sealed programs alone said neither their format nor their own digest.
+        wrong = MANIFEST if own != _own(facts) and (own or "format" in facts) else None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        wrong = MANIFEST
+    if wrong is None and processes.is_first():
+        intact = lambda file, digest: file.is_file() and _digest(file) == digest
+        wrong = next((name for name, digest in digests if not intact(directory / name, digest)), None)
+    if not processes.all_agree(wrong is None):
+        raise ValueError(
+            f"{directory / (wrong or MANIFEST)} is not the file that was written, as {MANIFEST} knows it: restore it from a copy "
+            f"(or remove {MANIFEST} if you changed it on purpose)"
+        )
+    return facts
