@@ -90,16 +90,16 @@ class Flow(Denoiser):
 
         def step(z, inputs):
             tau, tau_next, key = inputs
-            token_key, fresh_key = jax.random.split(key)
-            prediction = predict(z, jnp.full((num,), tau), key=key)
+            token_key, fresh_key, weak_key = jax.random.split(key, 3)
+            prediction = predict(z, jnp.full((num,), tau), key=weak_key)
             if self.temperature is None:
                 mean = prediction.mean(embedding)
             else:
                 mean = net.embed(params, prediction.draw(token_key, self.temperature))
-            # Euler's method needs no noise: the draw is dead code that XLA removes at eta = 0.
-            fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
+            fresh = self.fresh(net, params, fresh_key, num, self.noise_scale) if self.eta > 0 else None
             return ancestral_step(z, mean, fresh, self.warp.t(tau), self.warp.t(tau_next), self.eta), look(prediction)
 
-        keys = jax.random.split(rest, steps - 1)
-        z, seen = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys))
-        return seen, predict(z, jnp.full((num,), tau[-2]), key=rest).argmax()
+        # A key for every call, and none of them twice: that of the last is for its dropout alone.
+        keys = jax.random.split(rest, steps)
+        z, seen = jax.lax.scan(step, z, (tau[:-2], tau[1:-1], keys[:-1]))
+        return seen, predict(z, jnp.full((num,), tau[-2]), key=keys[-1]).argmax()

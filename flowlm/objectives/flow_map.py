@@ -375,8 +375,10 @@ class FlowMap(Denoiser):
             prediction = predict(z, jnp.full((num,), tau), to, weak_key)
             mean = prediction.mean(embedding)
             z = transport(z, mean, s, 1 - kept) + (kept - sigma) * mean
-            fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
-            return z + self.gamma * sigma * (fresh - center) + (sigma - kept) * center, look(prediction)
+            if self.gamma > 0:
+                fresh = self.fresh(net, params, fresh_key, num, self.noise_scale)
+                z = z + self.gamma * sigma * (fresh - center)
+            return z + (sigma - kept) * center, look(prediction)
 
         keys = jax.random.split(rest, steps)
         z, seen = jax.lax.scan(jump, z, (tau[:-2], tau[1:-1], keys[:-1]))

@@ -55,7 +55,10 @@ class Prediction(NamedTuple):
 
 
 class Predictor(NamedTuple):
-    """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1."""
+    """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1.
+
+    `key` is that of the weak network's dropout: nothing else may be drawn with it, or what is drawn depends on the dropout.
+    """
 
     net: Any
     params: Any
