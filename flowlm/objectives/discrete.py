@@ -16,10 +16,6 @@ class Discrete:
 
     jump: float
 
-    def __post_init__(self):
-        if not 0 < self.jump <= 1:
-            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
-
     def start(self, net, params, teacher):
         """The student begins as its teacher."""
         return net.adopt(params, teacher.flow)

@@ -82,7 +82,6 @@ class Uniform(Discrete):
     sampler: ClassVar[str] = "ancestral"
 
     def __post_init__(self):
-        super().__post_init__()
         if self.divergence not in ("forward", "reverse"):
             raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
         if self.warp.prior != "gaussian" or self.warp.kind != "ambient":
