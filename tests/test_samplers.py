@@ -18,9 +18,14 @@ NUM, STEPS = 3, 4
 def built(family, **objective):
     """(net, family, params) of one block and rows of six tokens with these settings of the sampler."""
     changes = {f"objective.{key}": value for key, value in objective.items()}
-    config = run_config("", family, **{"model.blocks": 1, "model.learned_positions": True, "data.length": 6}, **changes)
+    config = run_config(
+        "",
+        family,
+        **{"model.blocks": 1, "model.learned_positions": True, "model.logit_cap": 0.0, "data.length": 6},
+        **changes,
+    )
     made = experiment.build(config, config.model.vocab_size)
-    return made.net, made.family, drawn(made.net, scale=0.6)
+    return made.net, made.family, drawn(made.net, scale=0.3)
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
