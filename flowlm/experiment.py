@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from flowlm import integrity, run_directory, storage, train_state
 from flowlm.checkpoint import Checkpoints, has_params, load_params
+from flowlm.config import check, flat
 from flowlm.models import Network, make_network
 from flowlm.models.attention import runs_on
 from flowlm.objectives import MAY, NEEDS, make_family
@@ -28,26 +29,17 @@ class Experiment(NamedTuple):
     schedule: optax.Schedule
 
 
-def build(config: ConfigDict, vocab_size: int, start: int | None = None) -> Experiment:
+def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained: bool = False) -> Experiment:
     """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
 
     Args:
       vocab_size, start: the tokenizer's; an objective that is told its start token is checked against it.
+      trained: for a run that is over, whose settings of training no longer matter.
 
     Raises:
       ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's.
     """
-    counts = {
-        "steps": config.steps,
-        "log_every": config.log_every,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep_latest": config.checkpoint.keep_latest,
-        "evaluation.every": config.evaluation.every,
-        "evaluation.steps": min(config.evaluation.steps, default=1),
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check(config, trained)
     model = config.model.to_dict()
     if model["vocab_size"] != vocab_size:
         raise ValueError(
@@ -105,8 +97,8 @@ STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "rema
 def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] = ()) -> str:
     """Settings of the network, and the others named, that must agree and do not, as text."""
     names = [f"model.{key}" for key in ours.model if key not in STUDENTS_OWN]
-    flat = [dict(run_directory.flat(config.to_dict())) for config in (theirs, ours)]
-    pairs = {name: [settings.get(name) for settings in flat] for name in (*others, *names)}
+    settings = [flat(config.to_dict()) for config in (theirs, ours)]
+    pairs = {name: [each.get(name) for each in settings] for name in (*others, *names)}
     return ", ".join(f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b)
 
 
@@ -210,7 +202,7 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
             raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
-    experiment = build(config, tokenizer.vocab_size, tokenizer.start)
+    experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
     if has_params(directory):
         abstract = abstract_state(experiment, layout)
         params, step = load_params(directory, abstract.params, abstract.step)

@@ -229,7 +229,7 @@ def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported
         config, tokenizer, arrays = source.settings, Tokenizer.load(path.parent / "tokenizer.json"), source.arrays
     else:
         config, tokenizer, arrays = _translate(source, base, path)
-    net = build(config, tokenizer.vocab_size, tokenizer.start).net
+    net = build(config, tokenizer.vocab_size, tokenizer.start, trained=True).net
     return Imported(config, tokenizer, from_reference(arrays, net, str(path)), source.step)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flowlm import importing, integrity, run_directory, storage
 from flowlm.checkpoint import has_params
+from flowlm.config import flat
 from flowlm.experiment import load_trained
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
@@ -73,7 +74,7 @@ def show(found: Inspected) -> None:
     """Prints what it is, every setting, every array, and the checksum of their values."""
     arrays = flatten_dict(found.params, sep="/")
     settings = Table("setting", "value", title="Settings")
-    for key, value in run_directory.flat(found.config.to_dict()).items():
+    for key, value in flat(found.config.to_dict()).items():
         settings.add_row(key, str(value))
     table = Table("parameter", "shape", title="Parameters")
     for column in ("numbers", "root mean square"):

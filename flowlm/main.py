@@ -32,10 +32,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flowlm import open_files
+from flowlm import open_files, overrides
 from flowlm.terminal import replace_what_cannot_be_printed
 
 FLAGS = flags.FLAGS
+overrides.register()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "train, plan: the experiment, and --config.key=value to change it"
 )
@@ -54,7 +55,9 @@ _STUDY = flags.DEFINE_string("study", None, "study: the file that lists its runs
 _RESULTS = flags.DEFINE_string(
     "results", None, "study, plan, evaluate: where the results go (evaluate: in place of the run's directory)"
 )
-_EXTRA = flags.DEFINE_list("extra", None, "study: flags that are handed to every run, such as --config.steps=10")
+_EXTRA = flags.DEFINE(
+    overrides.FlagsParser(), "extra", None, "study: flags that are handed to every run, such as --config.steps=10"
+)
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "study: runs at a time, each on its own share of the cores", 1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "study: print the command lines of what is left and do nothing")
 _DATA_DIR = flags.DEFINE_string(
@@ -74,7 +77,7 @@ _SAMPLES_ONLY = flags.DEFINE_boolean(
 _STEPS = flags.DEFINE_list("steps", None, "sample: network calls (default 64); evaluate: a list of them")
 _NUM = flags.DEFINE_integer("num", None, "sample: how many (default 8); evaluate: samples for each number of steps", 1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "sample: one of the family's samplers (default: its last)")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: the seed")
+_SEED = flags.DEFINE_integer("seed", 0, "sample: the seed", 0, 2**32 - 1)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "plan: TPU slices as CHIP:SHAPE, or CHIP:SHAPE:SLICES for several")
 _PER_CHIP = flags.DEFINE_integer(
     "per_chip", None, "plan: sequences on each chip, in place of config.batch_size over all", 1

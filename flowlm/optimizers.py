@@ -28,13 +28,21 @@ def make_schedule(learning_rate: float, schedule: str, warmup_steps: int, steps:
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, decay_pattern: str, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; parameters whose path matches `decay_pattern` decay."""
+    """AdamW after clipping by the global norm (0: none); parameters whose path matches `decay_pattern` decay.
+
+    Raises ValueError for a pattern that is no regular expression.
+    """
+    try:
+        re.compile(decay_pattern)
+    except re.error as error:
+        raise ValueError(f"optimizer.decay_pattern {decay_pattern!r} is no regular expression: {error}") from error
 
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(decay_pattern, path_of(path))), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+        # Either has the same empty state, so clipping can be switched off without another checkpoint's form.
+        optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
     )
 

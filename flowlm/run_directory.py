@@ -19,7 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from flowlm import storage
-from flowlm.config import complete, defaults
+from flowlm.config import complete, defaults, flat
 from flowlm.processes import is_first
 from flowlm.tokenizers import Tokenizer
 
@@ -38,14 +38,6 @@ PACKAGES = (
 # Settings that may change when a run is taken up again: they do not change what has been learnt so far.
 FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir")
 FREE += ("model.attention", "model.remat")
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """{"section.key": value} of nested settings."""
-    out = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def settings_of(told: dict, source) -> ConfigDict:

@@ -290,8 +290,6 @@ def make_layout(config, devices=None) -> Layout:
 
 def check_batch(batch_size: int, accumulation: int, group: int, devices: int) -> None:
     """Raises ValueError unless the global batch divides over microbatches, devices and groups of rows that stay together."""
-    if accumulation < 1:
-        raise ValueError(f"accumulation is a number of microbatches, at least 1, got {accumulation}")
     parts = accumulation * devices * group
     if batch_size < 1 or batch_size % parts:
         raise ValueError(

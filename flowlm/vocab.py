@@ -112,6 +112,14 @@ def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
     return _by_chunk(lambda h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
 
 
+def tempered(logits: jax.Array, temperature: float) -> jax.Array:
+    """logits [..., V] / temperature; at 0 its limit, which leaves the likeliest token alone."""
+    if temperature > 0:
+        return logits / temperature
+    likeliest = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
+    return jnp.where(likeliest, 0.0, -jnp.inf)
+
+
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     """logits [..., V] with all but the likeliest tokens that together hold `top_p` of the probability at -inf."""
     if top_p >= 1:  # a rounded sum may reach 1 before the tail is in it
@@ -147,11 +155,13 @@ def categorical(
     key: jax.Array,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    kernel: Callable = lambda logits: logits,
+    kernel: Callable | None = None,
     arrays: tuple = (),
     span: int | None = None,
 ) -> jax.Array:
     """A draw from softmax(kernel(logits / temperature, *arrays)), ids [B, L]; `top_p` < 1 leaves out the least likely tokens.
+
+    At temperature 0 the likeliest token of the logits takes all their probability; without a kernel it is what is drawn.
 
     The Gumbel noise has an exact tail (`mode="high"`): plain float32 draws cut it off, which quietly lowers the
     temperature of whatever is sampled with them.
@@ -160,10 +170,13 @@ def categorical(
       key: one, or one for each row, [B]; a row's draw depends on its own key alone, not on chunks.
       arrays: [B, L], handed to the kernel chunk by chunk.
     """
+    if temperature == 0 and kernel is None:
+        return argmax(head, hidden, span)
     gumbel = lambda key, logits: jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
     def draw(h, position, *parts):
-        logits = nucleus(kernel(head(h) / temperature, *parts), top_p)
+        logits = tempered(head(h), temperature)
+        logits = nucleus(logits if kernel is None else kernel(logits, *parts), top_p)
         each = jax.vmap(lambda key, row, at: jax.vmap(gumbel)(jax.vmap(jax.random.fold_in, (None, 0))(key, at), row))
         return each(keys, logits, position)
 

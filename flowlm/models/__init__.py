@@ -197,12 +197,6 @@ def make_network(
         raise ValueError(f"unknown model.dtype {dtype!r}: choose float32 or bfloat16")
     if remat not in ("none", "dots", "full"):
         raise ValueError(f"unknown model.remat {remat!r}: choose none, dots or full")
-    if time_embeddings not in (0, 1, 2):
-        raise ValueError(f"model.time_embeddings is 0 (no time), 1 (flow) or 2 (flow map), got {time_embeddings}")
-    if min(attention_cap, logit_cap) < 0:
-        raise ValueError(
-            f"model.attention_cap {attention_cap} and model.logit_cap {logit_cap} must be 0 (none) or more"
-        )
     check(attention, cap=attention_cap, causal=causal, length=length, dtype=dtype)
     if width % (2 * heads):
         raise ValueError(f"model.width {width} must be a multiple of twice model.heads {heads} (rotary attention)")

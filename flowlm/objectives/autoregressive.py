@@ -59,10 +59,7 @@ class Autoregressive:
         def step(carry, key):
             cache, ids = carry
             cache, hidden = net.decode(params, cache, ids)
-            if self.temperature == 0:
-                ids = vocab.argmax(head, hidden)[:, 0]
-            else:
-                ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
+            ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
             return (cache, ids), ids
 
         first = jnp.full((num,), self.start, jnp.int32)

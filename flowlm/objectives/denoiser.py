@@ -22,12 +22,6 @@ from flowlm.time_warp import TimeWarp
 TAU_MAX = 0.9999
 
 
-def check_noise_scale(scale: float) -> None:
-    """Raises ValueError for what is not a sampler's noise scale."""
-    if not 0 < scale <= 1:
-        raise ValueError(f"objective.noise_scale must be in (0, 1], got {scale}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Path:
     """Attributes: prior, warp: the noise and its time warp."""

@@ -24,8 +24,6 @@ class Discrete:
     divergence: str
 
     def __post_init__(self):
-        if not 0 < self.jump <= 1:
-            raise ValueError(f"objective.jump must be in (0, 1], got {self.jump}")
         if self.divergence not in ("forward", "reverse"):
             raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
 

@@ -47,7 +47,7 @@ class Prediction(NamedTuple):
         keys = jax.random.split(key, shape)
 
         def draw(p, keys):
-            logits = vocab.nucleus(jnp.log(jnp.maximum(p, 1e-30)) / temperature, top_p)
+            logits = vocab.nucleus(vocab.tempered(jnp.log(jnp.maximum(p, 1e-30)), temperature), top_p)
             pick = lambda k, x: jax.random.categorical(k, x, mode="high")
             return jax.vmap(jax.vmap(pick))(jax.random.wrap_key_data(keys), logits).astype(jnp.int32)
 
@@ -55,7 +55,10 @@ class Prediction(NamedTuple):
 
 
 class Predictor(NamedTuple):
-    """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1."""
+    """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1.
+
+    `key` is that of the weak network's dropout: nothing else may be drawn with it, or what is drawn depends on the dropout.
+    """
 
     net: Any
     params: Any

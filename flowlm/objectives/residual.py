@@ -32,8 +32,6 @@ class Residual(Path):
             raise ValueError("the family residual follows a teacher: give --config.teacher=RUNDIR")
         if self.pairs not in PAIRS:
             raise ValueError(f"unknown objective.pairs {self.pairs!r}: choose one of {list(PAIRS)}")
-        if not 0 <= self.boundary <= 1:
-            raise ValueError(f"objective.boundary must be in [0, 1], got {self.boundary}")
 
     def start(self, net, params, teacher):
         """The flow's network with an output of zero: the map is one Euler step."""

@@ -1,0 +1,138 @@
+"""What all samplers promise: independent draws, and no draw that nothing is made of."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from toy import drawn, run_config
+
+from flowlm import experiment
+from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.objectives.guidance import Prediction
+from flowlm.prior import Gaussian
+
+NUM, STEPS = 3, 4
+
+
+def built(family, **objective):
+    """(net, family, params) of one block and rows of six tokens with these settings of the sampler."""
+    changes = {f"objective.{key}": value for key, value in objective.items()}
+    config = run_config(
+        "",
+        family,
+        **{"model.blocks": 1, "model.learned_positions": True, "model.logit_cap": 0.0, "data.length": 6},
+        **changes,
+    )
+    made = experiment.build(config, config.model.vocab_size)
+    return made.net, made.family, drawn(made.net, scale=0.3)
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [
+        ("flow", {"eta": 1.0, "guidance": 2.0}),
+        ("flow", {"eta": 1.0, "temperature": 0.7}),
+        ("flow_map", {"gamma": 0.5, "guidance": 2.0, "temperature": 0.7}),
+        ("flow_map", {"gamma": 0.5, "guidance": 2.0}),
+    ],
+    ids=str,
+)
+def test_noise_dropout_and_tokens_are_drawn_with_keys_of_their_own(family, objective, monkeypatch):
+    """All keys that are drawn with in one call of a sampler, and those that they are made of, are different keys."""
+    net, family, params = built(family, **objective)
+    used = []
+    take = lambda words: used.extend(map(tuple, np.asarray(words).reshape(-1, 2).tolist()))
+    note = lambda keys: jax.debug.callback(take, jax.random.key_data(keys))
+    fresh, draw = type(family).fresh, Prediction.draw
+
+    def noted_fresh(self, net, params, key, *rest):
+        note(key)
+        note(jax.random.split(key, NUM))  # a row's noise
+        return fresh(self, net, params, key, *rest)
+
+    def noted_draw(self, key, *rest):
+        note(key)
+        note(jax.random.split(key, (NUM, net.length)))  # a token
+        return draw(self, key, *rest)
+
+    def noted_weak(params, z, tau_s, tau_t, keys):
+        note(keys)
+        for layer in range(2):  # dropout behind attention and behind the MLP
+            note(jax.vmap(jax.random.fold_in, (0, None))(keys, layer))
+        return net.weak(params, z, tau_s, tau_t, keys)
+
+    monkeypatch.setattr(type(family), "fresh", noted_fresh)
+    monkeypatch.setattr(Prediction, "draw", noted_draw)
+    noted = dataclasses.replace(net, weak=noted_weak)
+    jax.jit(lambda key: family.sample(noted, params, key, NUM, STEPS))(jax.random.key(0)).block_until_ready()
+    jax.effects_barrier()
+    tokens = {"flow": STEPS - 1, "flowmap": 1}[type(family).__name__.lower()] * (family.temperature is not None)
+    dropout = STEPS * (family.guidance != 1)
+    assert len(used) == STEPS * (1 + NUM) + tokens * (1 + NUM * net.length) + dropout * 3 * NUM
+    assert len(set(used)) == len(used)
+
+
+# --- noise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "draws"),
+    [
+        ("flow", {"eta": 0.0}, 1),
+        ("flow", {"eta": 0.3}, 2),
+        ("flow_map", {"gamma": 0.0}, 1),
+        ("flow_map", {"gamma": 0.3}, 2),
+    ],
+    ids=str,
+)
+def test_noise_is_drawn_only_where_a_step_takes_it(family, objective, draws, monkeypatch):
+    """At the start always; in the program of a step, which is traced once, only where the step takes noise."""
+    net, family, params = built(family, **objective)
+    drawn_noise, draw = [], Gaussian.draw
+
+    def counted(self, *arguments):
+        drawn_noise.append(arguments)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Gaussian, "draw", counted)
+    jax.eval_shape(lambda key: family.sample(net, params, key, NUM, STEPS), jax.random.key(0))
+    assert len(drawn_noise) == draws
+
+
+# --- temperature 0 -----------------------------------------------------------------------------------------------
+
+LIMIT = 1e-6  # of a temperature that goes to 0
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [
+        ("flow", {}),
+        ("flow_map", {}),
+        ("flow_map", {"guidance": 2.0}),
+        ("autoregressive", {}),
+        ("masked", {}),
+        ("uniform", {}),
+    ],
+    ids=str,
+)
+def test_temperature_0_is_the_limit_of_small_temperatures(family, objective):
+    net, family, params = built(family, temperature=LIMIT, **objective)
+    steps = net.length - 1 if isinstance(family, Autoregressive) else STEPS
+    draw = lambda family: jax.jit(lambda key: family.sample(net, params, key, 8, steps))(jax.random.key(1))
+    limit = np.asarray(draw(family))
+    assert len(np.unique(limit)) > 2
+    np.testing.assert_array_equal(draw(dataclasses.replace(family, temperature=0.0)), limit)
+
+
+def test_a_flow_map_at_temperature_0_decodes_the_likeliest_token():
+    net, family, params = built("flow_map", temperature=0.0, top_p=0.5)
+    likeliest = dataclasses.replace(family, temperature=None)
+    key = jax.random.key(2)
+    np.testing.assert_array_equal(
+        family.sample(net, params, key, 8, STEPS), likeliest.sample(net, params, key, 8, STEPS)
+    )
