@@ -193,7 +193,6 @@ def test_second_time_matters_and_dropout_needs_keys():
         (dict(output="skip"), "skip"),
         (dict(dtype="float16"), "float16"),
         (dict(heads=3), "heads"),
-        (dict(time_embeddings=3), "time_embeddings"),
         (dict(prior="dirichlet", input="both"), "gaussian prior"),
         (dict(prior="dirichlet", output="likelihood_skip"), "gaussian prior"),
     ],
