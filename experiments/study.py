@@ -53,7 +53,9 @@ def rounds(
         name = f"{student}_{round(1 / jump)}{suffix}"
         mine = last if last and i == count - 1 else settings
         more = {"steps": steps, "objective.jump": jump}
-        drawn = not suffix and i in (2, ROUNDS - 1)  # jumps of 1/8 and 1/2
+        drawn = i == ROUNDS - 1 or (
+            bool(suffix) and i == 2
+        )  # the ends of all five rounds, and of the three that share all steps
         runs.append(Run(name, f"{config}:{student}", mine | more, teacher, seeds, sweep, needs, drawn))
         teacher = name
     return runs
