@@ -6,14 +6,15 @@ saved and again when they are read:
     sum over i of bits_i w_i  (mod 2^32),   bits_i: element i as unsigned integers, w_i: an odd number that depends on i
 
 An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of its own for each i shows elements that changed
-places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays
-and no traffic.
+places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays,
+each device its own, and a number for each to be exchanged.
 
 A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,23 +31,31 @@ MANIFEST = "manifest.json"
 
 
 @jax.jit
-def _sum(array: jax.Array) -> jax.Array:
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    bits = array.astype(width) if array.dtype == bool else jax.lax.bitcast_convert_type(array, width)
-    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
+def _sum(block: jax.Array, starts: np.ndarray, strides: np.ndarray) -> jax.Array:
+    """The part of an array's sum that a block of it makes, which begins at `starts` of an array with such strides."""
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(block.dtype.itemsize, jnp.uint32)
+    bits = block.astype(width) if block.dtype == bool else jax.lax.bitcast_convert_type(block, width)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        index += (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + starts[axis]) * strides[axis]
     mixed = index * np.uint32(0x9E3779B1)  # 2^32 over the golden ratio: neighbours get weights far apart
     return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
 
 
+def _parts(array: jax.Array) -> list[jax.Array]:
+    """Sums of the blocks of an array on this process's devices, each block once over all processes."""
+    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # as two words
+    strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
+    blocks = [block for block in array.addressable_shards if block.replica_id == 0]
+    starts = [[place.start or 0 for place in block.index] + [0] * (len(shape) - array.ndim) for block in blocks]
+    return [_sum(block.data, np.array(start, np.uint32), strides) for block, start in zip(blocks, starts, strict=True)]
+
+
 def sums(tree) -> np.ndarray:
     """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
-    values = [
-        _sum(jnp.asarray(array)) for array in jax.tree.leaves(tree)
-    ]  # all are started before the first is waited for
-    return np.array([processes.gathered(value) for value in values], np.uint32)
+    # No program spans processes: only the finished sums are exchanged, once. All are started before the first is waited for.
+    parts = [_parts(jnp.asarray(array)) for array in jax.tree.leaves(tree)]
+    return processes.total(np.array([sum(map(int, part)) % 2**32 for part in parts], np.uint32))
 
 
 def changed(tree, kept: np.ndarray) -> list[str]:

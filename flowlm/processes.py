@@ -98,6 +98,13 @@ def all_agree(holds: bool) -> bool:
     return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of every process's values, in their own type, in every process; all must call."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).sum(0, dtype=values.dtype)
+
+
 def gathered(array: jax.Array) -> np.ndarray:
     """The whole of an array that may be spread over the devices of several processes, on every host; all must call."""
     if array.is_fully_addressable or array.is_fully_replicated:
