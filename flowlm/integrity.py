@@ -15,6 +15,7 @@ A directory that is written once, such as an export, has a manifest.json with th
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,8 +31,7 @@ from flowlm.sharding import path_of
 MANIFEST = "manifest.json"
 
 
-@jax.jit
-def _sum(block: jax.Array, starts: np.ndarray, strides: np.ndarray) -> jax.Array:
+def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
     """The part of an array's sum that a block of it makes, which begins at `starts` of an array with such strides."""
     width = {1: jnp.uint8, 2: jnp.uint16}.get(block.dtype.itemsize, jnp.uint32)
     bits = block.astype(width) if block.dtype == bool else jax.lax.bitcast_convert_type(block, width)
@@ -42,20 +42,32 @@ def _sum(block: jax.Array, starts: np.ndarray, strides: np.ndarray) -> jax.Array
     return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
 
 
-def _parts(array: jax.Array) -> list[jax.Array]:
-    """Sums of the blocks of an array on this process's devices, each block once over all processes."""
+# All blocks of a device in one program, because each program takes its time to compile.
+_sums = jax.jit(lambda *blocks: jnp.stack([_sum(*block) for block in blocks]))
+
+
+def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
+    """(device, arguments of `_sum`) of the blocks of an array in this process, each block once over all processes."""
     shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # as two words
     strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
-    blocks = [block for block in array.addressable_shards if block.replica_id == 0]
-    starts = [[place.start or 0 for place in block.index] + [0] * (len(shape) - array.ndim) for block in blocks]
-    return [_sum(block.data, np.array(start, np.uint32), strides) for block, start in zip(blocks, starts, strict=True)]
+    for block in array.addressable_shards:
+        if block.replica_id == 0:
+            start = [place.start or 0 for place in block.index] + [0] * (len(shape) - array.ndim)
+            yield block.device, (block.data, np.array(start, np.uint32), strides)
 
 
 def sums(tree) -> np.ndarray:
     """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
+    leaves, places = jax.tree.leaves(tree), defaultdict(list)
+    for number, array in enumerate(leaves):
+        for device, block in _blocks(jnp.asarray(array)):
+            places[device].append((number, block))
     # No program spans processes: only the finished sums are exchanged, once. All are started before the first is waited for.
-    parts = [_parts(jnp.asarray(array)) for array in jax.tree.leaves(tree)]
-    return processes.total(np.array([sum(map(int, part)) % 2**32 for part in parts], np.uint32))
+    started = [([number for number, _ in blocks], _sums(*(block for _, block in blocks))) for blocks in places.values()]
+    total = np.zeros(len(leaves), np.uint32)
+    for numbers, parts in started:
+        np.add.at(total, numbers, np.asarray(parts))
+    return processes.total(total)
 
 
 def changed(tree, kept: np.ndarray) -> list[str]:
