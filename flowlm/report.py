@@ -204,6 +204,7 @@ def write(folders: Sequence[str], out: str) -> None:
     shown = columns(rows, keys)
     cells = [[show(row, column, keys) for column in shown] for row in rows]
     titles = [c if c in keys else c.replace("_", " ").replace("/", " ") for c in shown]
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "runs.csv").open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

@@ -7,6 +7,7 @@ What changes the machine is done only if asked for.
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -62,3 +63,13 @@ def pytest_runtest_setup(item):
 def data_dir(tmp_path_factory):
     """Where prepared data lies, made once for all tests."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A command that a test runs in this process listens to signals; the next test must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
