@@ -14,8 +14,8 @@ from toy import network, perturbed, run_config, train_only
 
 from flowlm import experiment as experiments
 from flowlm import run_directory, train_state
-from flowlm.evaluation import Evaluation, compare
 from flowlm.metrics import read_metrics
+from flowlm.results import Evaluation, compare
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
 
