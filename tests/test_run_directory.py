@@ -67,7 +67,7 @@ def test_a_run_that_recorded_no_digests_is_compared_where_it_says(data_dir, tmp_
     run = made(tmp_path / "run", data_dir, teacher=str(first))
     (run / "inputs.json").unlink()
     shutil.copytree(first, tmp_path / "copy")
-    taken_up(run, data_dir, teacher=str(tmp_path / "copy"))
+    assert taken_up(run, data_dir, teacher=str(tmp_path / "copy")).teacher == str(tmp_path / "copy")
 
 
 def test_a_relative_teacher_is_found_from_anywhere(data_dir, tmp_path, monkeypatch):
