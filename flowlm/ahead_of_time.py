@@ -72,7 +72,7 @@ def trace_step(
     layout = sharding.make_layout(config, devices)
     # A chip's share: with a model axis several chips work on one row.
     rows = config.batch_size if per_device is None else per_device * layout.mesh.size
-    sharding.check_batch(rows, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
+    sharding.check_batch(rows, config.accumulation, experiment.family.group, layout.devices)
     state = abstract_state(experiment, layout)
     teacher = None
     if config.teacher:
@@ -93,9 +93,9 @@ def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | 
     net, family = experiment.net, experiment.family
     layout = sharding.make_layout(config, devices)
     steps = config.data.length - 1 if isinstance(family, Autoregressive) else 1
-    sampler = evaluation.Sampler(net, [*evaluation.samplers(family).values()][-1], steps, layout)
+    sampler = evaluation.Sampler(net, evaluation.named_sampler(family)[1], steps, layout)
     params = abstract_state(experiment, layout).params
-    if hasattr(family, "prior"):
+    if family.continuous:
         shapes = jax.eval_shape(net.prepared, params)
         params = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes)
@@ -108,8 +108,9 @@ def trace_held_out(config: ConfigDict, devices: Sequence[Any], per_device: int |
     del per_device  # evaluation.held_out_batch says how many rows
     experiment, layout = build(config, config.model.vocab_size), sharding.make_layout(config, devices)
     family, rows = experiment.family, min(config.evaluation.held_out, config.evaluation.held_out_batch)
-    bound = evaluation.has_bound(family)
-    fn = evaluation.on_rows(layout, experiment.net, family.bound if bound else family.denoising)
+    likelihoods = family.likelihoods()
+    bound = "bound" in likelihoods
+    fn = evaluation.on_rows(layout, experiment.net, likelihoods["bound" if bound else "denoising"])
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
     tau = () if bound else (jax.ShapeDtypeStruct((), jnp.float32),)
     params = abstract_state(experiment, layout).params

@@ -51,7 +51,7 @@ from flowlm import vocab as vocabulary
 from flowlm.config import model, objective
 from flowlm.costs import PEAKS, forward_flops
 from flowlm.data import open_dataset
-from flowlm.models import make_network
+from flowlm.models import Transformer
 from flowlm.models.attention import PLATFORM, native
 from flowlm.objectives import make_family
 from flowlm.objectives.dense_flow import DenseFlow, dense_sample
@@ -151,7 +151,7 @@ def _training(net, family, batch: int, distils: bool):
 
 def _sampling(formulation: str, net, family, batch: int):
     """(compiled draw, the parameters, its other argument)."""
-    prepared = net.prepared if hasattr(family, "prior") else lambda params: params
+    prepared = net.prepared if family.continuous else lambda params: params
     params = jax.jit(lambda key: prepared(net.init(key)))(jax.random.key(0))
     argument = jax.random.key(1)
     if formulation in ("sample", "masked_sample"):
@@ -197,7 +197,7 @@ def measure(
     fields = _fields(formulation, width, blocks) | {"vocab_size": vocab, "heads": max(1, width // HEAD)}
     fields |= {"remat": remat, "dtype": dtype, "attention_cap": attention_cap, "attention": attention}
     fields["mask_token"] = formulation == "masked_sample"
-    net = make_network(length=length, warp=warp, **SMALL.to_dict() | fields)
+    net = Transformer(length=length, warp=warp, **SMALL.to_dict() | fields)
     compiled, state, more = (
         _sampling(formulation, net, family, batch)
         if formulation in SAMPLING

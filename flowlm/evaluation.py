@@ -11,7 +11,6 @@ Metrics are one flat dict:
 import difflib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -24,6 +23,7 @@ from ml_collections import ConfigDict
 
 from flowlm.data import Dataset, naive
 from flowlm.experiment import Experiment
+from flowlm.objectives import Family
 from flowlm.panel import MAX_ROWS, Panel
 from flowlm.processes import check_stopped, gathered
 from flowlm.results import Evaluation
@@ -34,28 +34,9 @@ ROWS = 256  # samples of one call
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
-def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs.
-
-    A name has no blanks, so that it can be given to `--sampler` as it stands: `map-noise0.4`, `ancestral-temp0.55-noise0.8`.
-    """
-    if not hasattr(family, "sample"):
-        return {}
-    if hasattr(family, "sampler"):
-        return {family.sampler: family}
-    scale = f"-noise{family.noise_scale:g}" if family.noise_scale != 1 else ""
-    if not hasattr(family, "eta"):
-        return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
-    out = {"euler": replace(family, eta=0.0, temperature=None, noise_scale=1.0)}
-    name = "ancestral" if family.eta == 1 else f"eta{family.eta:g}" if family.eta else "euler"
-    if family.temperature is not None:
-        name += f"-temp{family.temperature:g}"
-    return out | {name + scale: family}
-
-
-def named_sampler(family, name: str | None = None) -> tuple[str, object]:
+def named_sampler(family: Family, name: str | None = None) -> tuple[str, Family]:
     """(name, sampler) of the family; without a name the one that is set. Raises ValueError: it has none of that name, or none."""
-    choices = samplers(family)
+    choices = family.samplers()
     if not choices:
         raise ValueError(f"a run of the family {type(family).__name__} writes no samples: name another run")
     name = name or next(reversed(choices))
@@ -78,7 +59,7 @@ class Sampler:
         sample = lambda params, key: family.sample(net, params, key, rows, steps)
         self._sample = layout.jit(sample, out_shardings=layout.rows)
         self.trace = self._sample.trace
-        self._prepare = jax.jit(net.prepared) if hasattr(family, "prior") else lambda params: params
+        self._prepare = jax.jit(net.prepared) if family.continuous else lambda params: params
         self._compiled = None
 
     def check(self, params, key: jax.Array) -> None:
@@ -98,12 +79,6 @@ class Sampler:
             parts.append(gathered(self._compiled(params, jax.random.fold_in(key, i))))
         self.seconds = 100 * (time.perf_counter() - start) / (calls * self.rows)
         return np.concatenate(parts)[:num]
-
-
-def has_bound(family) -> bool:
-    """Whether the family has a likelihood bound under its prior."""
-    prior = getattr(family, "prior", None)
-    return hasattr(family, "bound") and (prior is None or prior.name == "gaussian")
 
 
 def on_rows(layout: Layout, net, fn: Callable) -> Callable:
@@ -147,7 +122,7 @@ class Evaluator:
         self._net, self._dataset, self._seed, self._samples_only = net, dataset, seed, samples_only
         self._settings = settings
         steps = settings.steps if only_steps is None else only_steps
-        chosen = samplers(family)
+        chosen = family.samplers()
         if samples_only:
             chosen = dict([*chosen.items()][-1:])
         self._samplers = {
@@ -165,15 +140,10 @@ class Evaluator:
             f"{name}@{n}": layout.jit(partial(variant.trajectory, net), static_argnums=(2, 3))
             for n in followed
             for name, variant in chosen.items()
-            if hasattr(variant, "trajectory")
+            if variant.continuous
         }
         self._held_out = dataset.validation.rows(0, min(settings.held_out, len(dataset.validation)))
-        has = lambda name: hasattr(family, name) and (name == "denoising" or has_bound(family))
-        self._of_rows = {
-            name: on_rows(layout, net, getattr(family, name))
-            for name in ("denoising", "context_free", "bound")
-            if has(name)
-        }
+        self._of_rows = {name: on_rows(layout, net, fn) for name, fn in family.likelihoods().items()}
         if "context_free" in self._of_rows:
             # Kept on the host: between evaluations the devices have no room for [L, V].
             self._log_marginals = dataset.train.log_marginals(dataset.tokenizer.vocab_size)

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from flowlm import integrity, run_directory, storage, train_state
 from flowlm.checkpoint import Checkpoints, has_params, load_params
 from flowlm.config import check, flat
-from flowlm.models import Network, make_network
+from flowlm.models import Network, Transformer
 from flowlm.models.attention import runs_on
-from flowlm.objectives import MAY, NEEDS, make_family
+from flowlm.objectives import FAMILIES, Family, make_family
 from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.sharding import Layout
 from flowlm.time_warp import TimeWarp
@@ -24,7 +24,7 @@ class Experiment(NamedTuple):
     """net, family (objectives/), optimizer and its learning-rate schedule."""
 
     net: Network
-    family: Any
+    family: Family
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
 
@@ -53,26 +53,9 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
             f"set --config.objective.start={start}"
         )
     warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
-    net = make_network(length=config.data.length, warp=warp, **model)
+    net = Transformer(length=config.data.length, warp=warp, **model)
     family = make_family(warp=warp, teacher=bool(config.teacher), **config.objective.to_dict())
-    if config.objective.family in ("flow_map", "residual"):
-        if config.model.time_embeddings != 2:
-            raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
-        if config.model.input == "posterior":
-            raise ValueError(
-                "a flow map is a function of the noise, and model.input posterior does not show it at s = 0: use both or white"
-            )
-    if model["attention"] != "xla" and getattr(family, "differentiates", False):
-        raise ValueError(
-            f"objective.target {family.target} takes forward derivatives through attention, which {model['attention']} has not: "
-            "set --config.model.attention=xla"
-        )
-    for key, value in NEEDS.get(config.objective.family, {"mask_token": False}).items():
-        if model[key] not in (value, MAY.get(config.objective.family, {}).get(key, value)):
-            raise ValueError(
-                f"the family {config.objective.family} needs model.{key}={value!r}, but it is {model[key]!r}: "
-                f"set --config.model.{key}={value}"
-            )
+    family.check(config.objective.family, model)
     settings = config.optimizer.to_dict()
     schedule = make_schedule(
         settings.pop("learning_rate"), settings.pop("schedule"), settings.pop("warmup_steps"), config.steps
@@ -91,7 +74,18 @@ class Trained(NamedTuple):
 
 
 # Settings of a teacher that its student may change; all others of the same network, path and data must agree.
-STUDENTS_OWN = ("dropout", "preview", "time_embeddings", "end_time_scale", "remat", "attention", "dtype", "loss_weight")
+STUDENTS_OWN = (
+    "dropout",
+    "weak_dropout",
+    "preview",
+    "preview_time",
+    "time_embeddings",
+    "end_time_scale",
+    "remat",
+    "attention",
+    "dtype",
+    "loss_weight",
+)
 
 
 def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] = ()) -> str:
@@ -135,7 +129,7 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     run = load_trained(config.teacher, layout)
     theirs = run.config
     ours, taught = config.objective.family, theirs.objective.family
-    if ours != taught and {ours, taught} & set(NEEDS):
+    if ours != taught and not (FAMILIES[ours].continuous and FAMILIES[taught].continuous):
         raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(

@@ -137,7 +137,7 @@ def _safetensors(run: Trained, params, dtype: str) -> dict[str, bytes]:
 
 def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None) -> dict[str, bytes]:
     net, (_, family) = run.experiment.net, named_sampler(run.experiment.family, sampler)
-    has_noise = hasattr(family, "prior")
+    has_noise = family.continuous
 
     def sample(weights, seed, rows):
         tree = restore(weights)

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
-from flowlm import evaluation, sharding
+from flowlm import sharding
 from flowlm.ahead_of_time import (
     Topology,
     check_compiler,
@@ -95,8 +95,8 @@ def plan(
         raise ValueError(f"--dense is of the family flow, not {config.objective.family}")
     check_compiler()
     family = experiment.family
-    names = ["train", *["dense"] * dense, *["sample"] * bool(evaluation.samplers(family))]
-    names += ["held_out"] * (evaluation.has_bound(family) or hasattr(family, "denoising"))
+    names = ["train", *["dense"] * dense, *["sample"] * bool(family.samplers())]
+    names += ["held_out"] * bool(family.likelihoods())
     points = []
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -107,7 +107,7 @@ def plan(
                 point = {"topology": place.name, **{name: jobs[place.name, name].result() for name in names}}
                 points.append({**point, "estimate": _estimate(config, place, point["train"])})
             if largest:
-                unit = config.accumulation * getattr(experiment.family, "group", 1)
+                unit = config.accumulation * experiment.family.group
                 most = partial(_most, config, unit)
                 found = [pool.submit(most, *pair) for pair in zip(places, points, strict=True)]
                 for point, job in zip(points, found, strict=True):
@@ -180,7 +180,7 @@ def plan_device(config: ConfigDict, limit: float | None = None) -> int:
       ValueError: bad settings.
     """
     experiment = build(config, config.model.vocab_size)
-    unit, device = config.accumulation * getattr(experiment.family, "group", 1), jax.devices()[0]
+    unit, device = config.accumulation * experiment.family.group, jax.devices()[0]
     source = "given"
     if limit is None:
         limit, source = _limit(device)

@@ -146,7 +146,7 @@ def _prepare(config: ConfigDict, workdir: str):
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     layout = sharding.make_layout(config)
     processes.check_mesh(layout.mesh)
-    sharding.check_batch(config.batch_size, config.accumulation, getattr(experiment.family, "group", 1), layout.devices)
+    sharding.check_batch(config.batch_size, config.accumulation, experiment.family.group, layout.devices)
     teacher = load_teacher(config, tokenizer, experiment, layout) if config.teacher else None
     origin = load_origin(config, tokenizer, experiment, layout) if config.init_from else None
     if has_params(workdir):

@@ -72,7 +72,7 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
     Args:
       layout: how state and batch lie on a mesh (sharding.Layout); None for one device.
     """
-    group, names = getattr(family, "group", 1), getattr(family, "parts", ("loss",))
+    group, names = family.group, family.parts
 
     def gradients(net, params, aux, batch):
         """(metrics, {part of the loss: its gradient}) of one microbatch."""

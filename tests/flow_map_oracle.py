@@ -16,8 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 from oracle import correlated_law
 from scipy.integrate import solve_ivp
-
-from flowlm.models import Network
+from toy import FunctionNetwork
 
 
 def column(time):
@@ -143,7 +142,7 @@ def parameters(embedding, tilt=0.0) -> dict:
     return {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
 
 
-def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[Network, dict]:
+def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[FunctionNetwork, dict]:
     """(net, params): net's logits are log delta_{s,t}(z) + tilt."""
     one_hot, log_weights = jnp.asarray(flow.one_hot, jnp.float32), jnp.log(jnp.asarray(flow.weights, jnp.float32))
     vocab, width = flow.embedding.shape
@@ -179,4 +178,4 @@ def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[Network, dict]:
         return jnp.log(delta + 1e-30)
 
     head = lambda params: Partial(_shift, params["tilt"])
-    return Network(None, apply, None, head, vocab, flow.sequences.shape[1], width), parameters(flow.embedding)
+    return FunctionNetwork(apply, head, vocab, flow.sequences.shape[1], width), parameters(flow.embedding)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from toy import FunctionNetwork
 
-from flowlm.models import Network
 from flowlm.time_warp import TimeWarp
 
 
@@ -31,7 +31,7 @@ def log_prob_head(hidden):
 
 def oracle(
     sequences: np.ndarray, weights: np.ndarray, embedding: np.ndarray, warp: TimeWarp, tilt=None
-) -> tuple[Network, dict]:
+) -> tuple[FunctionNetwork, dict]:
     """(net, params): net's logits are log D_t(z_t) + tilt [V], the optimum at tilt = 0."""
     vocab, width = embedding.shape
     length = sequences.shape[1]
@@ -52,7 +52,7 @@ def oracle(
         return jnp.log(jnp.einsum("bk,klv->blv", posterior, one_hot) + 1e-30) + tilt
 
     params = {"embedding": jnp.asarray(embedding, jnp.float32)}
-    return Network(None, apply, None, lambda params: Partial(log_prob_head), vocab, length, width), params
+    return FunctionNetwork(apply, lambda params: Partial(log_prob_head), vocab, length, width), params
 
 
 def entropy(weights) -> float:

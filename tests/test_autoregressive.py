@@ -25,7 +25,7 @@ def slow(net, params, ids):
 @pytest.mark.parametrize("learned", [False, True])
 def test_greedy_with_the_cache_is_greedy_without(learned):
     net, params = case(learned_positions=learned)
-    family = Autoregressive(start=3, temperature=0)
+    family = Autoregressive(start_token=3, temperature=0)
     fast = jax.jit(lambda params: family.sample(net, params, jax.random.key(0), 2, 5))
     seen = set()
     for seed in range(8):
@@ -41,7 +41,7 @@ def test_greedy_with_the_cache_is_greedy_without(learned):
 def test_bound_is_the_chain_rule_and_samples_follow_it():
     net, params = case()
     net = replace(net, length=3)
-    family = Autoregressive(start=3)
+    family = Autoregressive(start_token=3)
     every = np.array([[3, a, b] for a in range(7) for b in range(7)])
     nats = np.asarray(family.bound(net, params, {"ids": jnp.asarray(every)}, None))
     first = jax.nn.log_softmax(slow(net, params, jnp.full((1, 1), 3)))[0]
@@ -56,4 +56,4 @@ def test_bound_is_the_chain_rule_and_samples_follow_it():
 def test_another_number_of_steps_is_an_error():
     net, params = case()
     with pytest.raises(ValueError, match="6 tokens takes 5 steps, got 8"):
-        Autoregressive(start=3).sample(net, params, jax.random.key(0), 2, 8)
+        Autoregressive(start_token=3).sample(net, params, jax.random.key(0), 2, 8)

@@ -10,9 +10,9 @@ import oracle
 import pytest
 import toy
 from jax.tree_util import Partial
+from toy import FunctionNetwork, overriding
 
 from flowlm import vocab
-from flowlm.models import Network
 from flowlm.objectives import discrete, uniform
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
@@ -93,11 +93,11 @@ def exact(sequences, weights, kind):
         return jnp.log(jnp.einsum("bkl,klv->blv", posterior, jax.nn.one_hot(data, V)) + 1e-30)
 
     head = lambda params: Partial(oracle.log_prob_head)
-    return Network(None, apply, None, head, V, L, size), {"embedding": jnp.eye(size)}
+    return FunctionNetwork(apply, head, V, L, size), {"embedding": jnp.eye(size)}
 
 
 SEQUENCES, WEIGHTS = oracle.correlated_law(V, L, 8, 0)
-FAMILIES = {"masked": Masked(), "uniform": Uniform(WARP)}
+FAMILIES = {"masked": Masked(), "uniform": Uniform(warp=WARP)}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -114,7 +114,7 @@ def test_bound_is_tight_at_the_exact_posterior_and_loose_elsewhere(kind):
     stderr = nats.std() / np.sqrt(num)
     assert stderr < 0.02 * entropy
     assert abs(nats.mean() - entropy) < 5 * stderr + 5e-3
-    flat = replace(net, apply=lambda params, z, *args, **kw: 0.1 * net.apply(params, z, *args, **kw))
+    flat = overriding(net, apply=lambda params, z, *args, **kw: 0.1 * net.apply(params, z, *args, **kw))
     assert bound(flat).mean() > entropy + 10 * stderr
 
 
@@ -152,7 +152,7 @@ def test_a_masked_prediction_is_kept_while_nothing_changes():
         jax.debug.callback(lambda: calls.append(1))
         return net.apply(*args, **kwargs)
 
-    ids = Masked().sample(replace(net, apply=counted), params, jax.random.key(0), 1, 100)
+    ids = Masked().sample(overriding(net, apply=counted), params, jax.random.key(0), 1, 100)
     jax.effects_barrier()
     assert 2 <= len(calls) <= L + 1
     assert (np.asarray(ids) < V).all()
@@ -208,7 +208,7 @@ def test_sdtt_target_and_loss_by_hand(divergence):
 
 def test_uniform_loss_is_the_formula_of_the_paper():
     net, params, _ = networks()
-    family = Uniform(WARP)
+    family = Uniform(warp=WARP)
     batch = a_batch(family)
     alpha = np.asarray(alpha_of(batch["r"]), np.float64)
     y = np.asarray(family.noised(net, batch["ids"], batch["noise"], alpha_of(batch["r"])))
@@ -242,7 +242,7 @@ def test_reverse_kernel_is_bayes_rule():
 
 def test_noised_tokens_follow_alpha():
     net, _, _ = networks()
-    family = Uniform(WARP)
+    family = Uniform(warp=WARP)
     batch = a_batch(family, 30_000)
     alpha = np.asarray(alpha_of(batch["r"]))
     y = np.asarray(family.noised(net, batch["ids"], batch["noise"], alpha_of(batch["r"])))
@@ -268,7 +268,7 @@ def test_latent_argmax_is_a_uniform_token_at_its_alpha():
     assert (near == np.asarray(ids))[far == np.asarray(ids)].all()
     sharp, _ = vocab.gaussian_latents(keys, ids, e, times, 1e-4)
     assert np.isclose(sharp, np.asarray(e)[far], atol=1e-2).all(-1).mean() > 0.999
-    family = Uniform(WARP)
+    family = Uniform(warp=WARP)
     r = jnp.linspace(0.05, 0.95, 7)
     _, alpha, slope = family.latent_times(r)
     low, high = (np.asarray(family.latent_times(r + h)[1], np.float64) for h in (-1e-2, 1e-2))
@@ -290,7 +290,7 @@ def test_a_row_s_latents_depend_on_its_own_key_alone(monkeypatch):
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_dcd_loss_by_hand(divergence):
     net, params, taught = networks()
-    family = Uniform(WARP, teacher=True, jump=0.25, divergence=divergence)
+    family = Uniform(warp=WARP, teacher=True, jump=0.25, divergence=divergence)
     batch = a_batch(family)
     alpha, later = (np.asarray(alpha_of(r)) for r in (batch["r"], jnp.maximum(batch["r"] - 0.25, 0)))
     times = tuple(WARP.t(jnp.asarray(a)) for a in (alpha, later))
@@ -306,7 +306,7 @@ def test_dcd_loss_by_hand(divergence):
 
 def test_the_curriculum_ends_at_its_step():
     net, params, _ = networks()
-    plain, batch = Uniform(WARP), a_batch(Uniform(WARP))
+    plain, batch = Uniform(warp=WARP), a_batch(Uniform(warp=WARP))
     staged = replace(plain, curriculum_steps=10, curriculum_temperature=0.3)
     at = lambda family, step: np.asarray(
         family.loss(net, params, Auxiliary(step=jnp.int32(step)), batch, None)[0]["diffusion"]
@@ -317,7 +317,7 @@ def test_the_curriculum_ends_at_its_step():
 
 def test_the_loss_of_soft_latents_by_hand():
     net, params, _ = networks()
-    family = Uniform(WARP, curriculum_steps=10, curriculum_temperature=0.3)
+    family = Uniform(warp=WARP, curriculum_steps=10, curriculum_temperature=0.3)
     batch = a_batch(family)
     t, alpha, slope = family.latent_times(batch["r"])
     e = params["embedding"]

@@ -14,8 +14,8 @@ import optax
 import oracle
 import pytest
 from jax.tree_util import Partial
+from toy import FunctionNetwork
 
-from flowlm.models import Network
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.uniform import Uniform, alpha_of
@@ -53,7 +53,7 @@ def tabular(kind, steps):
 
     head = lambda params: Partial(oracle.log_prob_head)
     teacher = {"embedding": jnp.eye(size), "table": jnp.asarray(exact_table(kind, times), jnp.float32)}
-    return Network(None, apply, None, head, V, L, size), teacher
+    return FunctionNetwork(apply, head, V, L, size), teacher
 
 
 def distilled(family, net, teacher, steps):
@@ -92,7 +92,7 @@ def inside(family, net, params, steps):
 
 FAMILIES = {
     "masked": Masked(teacher=True),
-    "uniform": Uniform(TimeWarp("gaussian", "ambient", V, V), teacher=True),
+    "uniform": Uniform(warp=TimeWarp("gaussian", "ambient", V, V), teacher=True),
 }
 
 

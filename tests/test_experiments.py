@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from flowlm import checkpoint, models, objectives, optimizers, tokenizers
+from flowlm import checkpoint, objectives, optimizers, tokenizers
 from flowlm.config import defaults
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.experiment import abstract_state, build, jit_step
+from flowlm.settings import field_names
 from flowlm.sharding import Layout, check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
@@ -99,13 +100,17 @@ def test_arguments_change_the_experiment(path):
 
 # Sections handed over whole, as keyword arguments, and who takes them.
 TAKERS = {
-    "model": [models.make_network],
-    "objective": [objectives.make_family],
     "optimizer": [optimizers.make_schedule, optimizers.make_optimizer],
     "checkpoint": [checkpoint.Checkpoints.__init__],
 }
-# Sections read key by key: how the objects that hold them are called.
-HOLDERS = {"data": {"data"}, "evaluation": {"evaluation", "settings", "_settings"}, "mesh": {"mesh", "wanted"}}
+# Sections read key by key: how the objects that hold them are called. The network and the families hold their own.
+HOLDERS = {
+    "data": {"data"},
+    "evaluation": {"evaluation", "settings", "_settings"},
+    "mesh": {"mesh", "wanted"},
+    "model": {"self"},
+    "objective": {"self"},
+}
 
 
 def attributes_read():
@@ -124,17 +129,22 @@ def attributes_read():
 
 def unused(config):
     read = attributes_read()
+    # Where a field is named otherwise than its setting.
+    fields = field_names(objectives.FAMILIES[config.objective.family])
+
+    def is_read(name, key):
+        if name in TAKERS:
+            return any(key in inspect.signature(taker).parameters for taker in TAKERS[name])
+        field = fields.get(key, key) if name == "objective" else key
+        return any((holder, field) in read for holder in HOLDERS.get(name, ()))
+
     keys = set()
     for name, section in config.items():
         if not isinstance(section, ConfigDict):
             keys |= set() if ("config", name) in read else {name}
-        elif name in TAKERS:
-            takers = [*TAKERS[name], objectives.FAMILIES[section.family]] if name == "objective" else TAKERS[name]
-            taken = {parameter for taker in takers for parameter in inspect.signature(taker).parameters}
-            keys |= {f"{name}.{key}" for key in section if key not in taken}
         else:
-            keys |= {f"{name}.{key}" for key in section if not any((h, key) in read for h in HOLDERS.get(name, ()))}
-    return keys
+            keys |= {f"{name}.{key}" for key in section if not is_read(name, key)}
+    return keys - {"objective.family"}  # which says whose settings they are
 
 
 def test_every_setting_is_used():

@@ -19,7 +19,7 @@ from toy import drawn, run_config, train_only
 
 from flowlm import inspection, run_directory
 from flowlm.checkpoint import Checkpoints, save_params
-from flowlm.evaluation import Sampler, samplers
+from flowlm.evaluation import Sampler
 from flowlm.experiment import abstract_state, build, load_trained
 from flowlm.export import export
 from flowlm.importing import import_run
@@ -139,7 +139,7 @@ def test_programs_write_the_same_elsewhere(runs, mesh, tmp_path):
         export(path, out, mesh, format="jax", steps=steps, dtype=dtype)
         run = load_trained(path, mesh)
         params = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype).astype("float32"), run.params)
-        draw = Sampler(run.experiment.net, list(samplers(run.experiment.family).values())[-1], steps, mesh)
+        draw = Sampler(run.experiment.net, list(run.experiment.family.samplers().values())[-1], steps, mesh)
         wanted[str(out)] = draw(params, jax.random.key(7), 5)
         folders[family] = out
     command = [sys.executable, "-c", FRESH, str(ROOT / "examples" / "run_exported.py"), *wanted]

@@ -11,10 +11,10 @@ import pytest
 from flow_map_oracle import DirichletFlow, GaussianFlow, column, network, parameters
 from jax.tree_util import Partial
 from oracle import total_variation
+from toy import FunctionNetwork, overriding
 
 from flowlm import config, flow_map, vocab
 from flowlm.flow_map import eulerian_weight, lagrangian_weight, semigroup_weight, transport
-from flowlm.models import Network
 from flowlm.models.attention import soft_cap
 from flowlm.objectives import make_family
 from flowlm.objectives.guidance import Prediction
@@ -384,7 +384,7 @@ def anything():
         )
 
     net, params = network(flow, None)
-    return replace(net, apply=apply), params
+    return overriding(net, apply=apply), params
 
 
 TILT = 0.5 * np.random.default_rng(10).standard_normal(8)
@@ -442,7 +442,7 @@ def test_both_stages_of_the_two_network_map_are_stationary_at_the_oracle():
         bend = jax.nn.softmax(logits) - jax.nn.softmax(net.apply(p, z, tau_s, tau_s))
         return jnp.where(p["bends"], p["gain"] * 2 * bend / jnp.maximum(k, 1e-3), logits)
 
-    two = replace(net, apply=apply)
+    two = overriding(net, apply=apply)
     flow_params = params | {"bends": False, "gain": 1.0}
     bends = flow_params | {"bends": True}
     teacher = Teacher(flow_params, bends)
@@ -549,7 +549,7 @@ def test_one_text_for_all_noise_is_no_solution(target):
 
     fam = family("wide", target=target, boundary=1.0, diagonal=0.0)
     batch = rows(fam, flow, 64)
-    assert judge(fam, replace(net, apply=apply), params, batch)(0)[2][target].mean() > 0.1
+    assert judge(fam, overriding(net, apply=apply), params, batch)(0)[2][target].mean() > 0.1
 
 
 @pytest.mark.parametrize("target", [name for name in ALL if name != "esd_logit"])
@@ -570,7 +570,7 @@ def test_the_boundary_pair_alone_is_learnt(target):
     assert np.isfinite(losses[target]).all() and np.isfinite(grads[target]).all()
     assert grads[target].max() < 5e-4
     assert np.sqrt(metrics["distance"]).max() < 5e-4
-    assert judge(fam, replace(net, apply=flat), params, batch)(0)[2][target].min() > 5e-3
+    assert judge(fam, overriding(net, apply=flat), params, batch)(0)[2][target].min() > 5e-3
 
 
 def test_the_adaptive_weight_divides_by_a_power_of_the_distance():
@@ -596,9 +596,9 @@ def test_which_gradients_pass_through_the_derivative(target, through):
 
     fam = family("wide", target=target)
     batch = rows(fam, setting("wide")[0], 64)
-    loss = lambda p: fam.loss(replace(net, apply=apply), p, Auxiliary(Teacher(params | {"gain": 0.0})), batch, None)[0][
-        target
-    ].sum()
+    loss = lambda p: fam.loss(overriding(net, apply=apply), p, Auxiliary(Teacher(params | {"gain": 0.0})), batch, None)[
+        0
+    ][target].sum()
     gradient = jax.jit(jax.grad(loss))(params | {"gain": jnp.float32(1)})["gain"]
     assert abs(gradient) > 1e-2 if through else gradient == 0
 
@@ -618,7 +618,7 @@ def seen_states(size, width, same, num=4096):
         seen.append((params["embedding"], z, warp.t(tau_s)))
         return z @ jnp.zeros((width, size))
 
-    net = Network(None, apply, None, lambda params: Partial(lambda hidden: hidden), size, 1, width)
+    net = FunctionNetwork(apply, lambda params: Partial(lambda hidden: hidden), size, 1, width)
     student, teacher = ({"embedding": jnp.asarray(e, jnp.float32)} for e in (one, two))
     fam = make_family(warp=warp, teacher=True, **{**config.objective("flow_map").to_dict(), "train_embedding": True})
     batch = {"ids": jnp.ones((num, 1), jnp.int32), **fam.draw(jax.random.key(0), num)}
@@ -707,7 +707,7 @@ def test_a_jump_is_one_network_call(steps, guidance):
 
         return apply
 
-    counting = replace(net, apply=counted("apply"), weak=counted("weak"))
+    counting = overriding(net, apply=counted("apply"), weak=counted("weak"))
     draw_ids(family("wide", guidance=guidance, gamma=0.5), counting, params, steps, 4)
     jax.effects_barrier()
     assert calls == {"apply": steps, "weak": steps if guidance != 1 else 0}
@@ -743,7 +743,7 @@ def test_states_between_jumps_are_the_interpolant_s(name, gamma, scale):
         jax.debug.callback(lambda *a: seen.append(a), z, tau_s[0], ordered=True)
         return jnp.broadcast_to(50 * jax.nn.one_hot(1, size), (*z.shape[:2], size))
 
-    draw_ids(family(name, gamma=gamma, noise_scale=scale), replace(net, apply=apply), params, 4, 10_000)
+    draw_ids(family(name, gamma=gamma, noise_scale=scale), overriding(net, apply=apply), params, 4, 10_000)
     jax.effects_barrier()
     cov = np.eye(size) if name == "wide" else (np.eye(size) / size - 1 / size**2) / (size + 1)
     center = np.zeros(size) if name == "wide" else np.full(size, 1 / size)
@@ -769,7 +769,7 @@ def test_guidance():
     net, params = anything()
     p = lambda *args: jax.nn.softmax(net.apply(*args[:4]))
     q = lambda *args: jax.nn.softmax(net.apply(*args[:4]) * 0.3 + TILT[:6])
-    strong = replace(net, apply=lambda *a: jnp.log((p(*a) + q(*a)) / 2), weak=lambda *a: jnp.log(q(*a)))
+    strong = overriding(net, apply=lambda *a: jnp.log((p(*a) + q(*a)) / 2), weak=lambda *a: jnp.log(q(*a)))
     plain = family("wide", gamma=0.5)
     ids = draw_ids(plain, net, params, 3, 4096)
     assert (draw_ids(replace(plain, guidance=2.0), strong, params, 3, 4096) == ids).mean() > 0.998

@@ -3,14 +3,13 @@
 The law is of pairs such as "new york" and "san diego": tokens drawn independently of each other give pairs that do not exist.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from oracle import total_variation
+from toy import overriding
 
 from flowlm import config as settings
 from flowlm.objectives import make_family
@@ -76,7 +75,7 @@ def test_one_step_of_the_denoiser_fails(teacher):
     assert distance(law(flow, net, params, 1), exact) > 0.3
     diagonal = family("flow_map", temperature=1.0)
     single = lambda params, z, tau_s, tau_t, keys=None: net.apply(params, z, tau_s)
-    draws = law(diagonal, dataclasses.replace(net, apply=single), params, 1)
+    draws = law(diagonal, overriding(net, apply=single), params, 1)
     assert draws[2] > 0.4
 
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from flowlm.config import defaults
 from flowlm.experiment import build
-from flowlm.models import PREVIEW, PRIOR_SCALE, dit
+from flowlm.models import dit
 from flowlm.models.attention import attention
 from flowlm.sharding import make_layout, make_mesh
 
@@ -80,7 +80,7 @@ def test_white_input(monkeypatch, vocab, width):
     t = np.asarray(toy.TimeWarp("gaussian", "ambient", vocab, width).t(tau), np.float64)
     prior = np.linspace(-0.2, 0.2, vocab)
     params["log_prior"] = jnp.asarray(prior, jnp.float32)
-    posterior = softmax(own_position(e, z, t) + PRIOR_SCALE * prior) @ e
+    posterior = softmax(own_position(e, z, t) + net.prior_scale * prior) @ e
     mixed = body_input(monkeypatch, net, params, z, tau) - posterior
     white = mixed @ np.linalg.pinv(np.asarray(params["mix_raw"]["kernel"], np.float64))
     x = z64 @ np.linalg.pinv(e) / np.sqrt(t**2 / vocab + (1 - t) ** 2)[:, None, None]
@@ -93,7 +93,7 @@ def test_preview_is_the_posterior_of_a_later_time(monkeypatch):
     e = np.asarray(params["embedding"], np.float64)
     warp = toy.TimeWarp("gaussian", "ambient", 12, 16)
     tau = jnp.array([0.0, 0.1, 0.9])
-    later = np.asarray(warp.t(jnp.maximum(tau, PREVIEW)), np.float64)
+    later = np.asarray(warp.t(jnp.maximum(tau, net.preview_time)), np.float64)
     ahead = softmax(own_position(e, z, later)) @ e
     expected = np.asarray(z) + ahead @ np.asarray(params["mix_preview"]["kernel"], np.float64)
     np.testing.assert_allclose(body_input(monkeypatch, net, params, z, tau), expected, rtol=1e-3, atol=1e-3)
@@ -119,7 +119,7 @@ def test_early_skip_is_a_context_free_posterior_that_fades():
     logits = net.unembed(params, net.apply(params, z, tau))
     t = toy.TimeWarp("gaussian", "ambient", 12, 16).t(tau)
     weight = np.array([1 - 1 / 16, 0, 0])[:, None, None]
-    expected = PRIOR_SCALE * np.linspace(-0.2, 0.2, 12) + weight * own_position(params["embedding"], z, t)
+    expected = net.prior_scale * np.linspace(-0.2, 0.2, 12) + weight * own_position(params["embedding"], z, t)
     np.testing.assert_allclose(logits, expected, rtol=2e-3, atol=2e-3)
 
 

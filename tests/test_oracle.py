@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from toy import overriding
 
 from flowlm.objectives.denoiser import TAU_MAX
 from flowlm.objectives.flow import Flow
@@ -54,7 +55,7 @@ def test_the_noise_scale_shrinks_every_draw_of_noise():
         jax.debug.callback(lambda *a: seen.append(a), z, tau_s[0], ordered=True)
         return jnp.full((*z.shape[:2], 5), -1e3).at[..., 2].set(0.0)
 
-    net = replace(net, apply=one, head=lambda params: jax.tree_util.Partial(lambda logits: logits))
+    net = overriding(net, apply=one, head=lambda params: jax.tree_util.Partial(lambda logits: logits))
     family = replace(family, eta=1.0, noise_scale=0.5)
     family.sample(net, params, jax.random.key(0), 5_000, 4)
     jax.effects_barrier()
@@ -78,7 +79,7 @@ def test_a_step_is_one_network_call(steps):
         jax.debug.callback(lambda: calls.append(1))
         return net.apply(*args, **kwargs)
 
-    jax.block_until_ready(family.sample(replace(net, apply=counted), params, jax.random.key(0), 4, steps))
+    jax.block_until_ready(family.sample(overriding(net, apply=counted), params, jax.random.key(0), 4, steps))
     jax.effects_barrier()
     assert len(calls) == steps
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowlm.data.grammar import Grammar
-from flowlm.evaluation import Sampler, samplers
+from flowlm.evaluation import Sampler
 from flowlm.experiment import load_trained
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import entropies
@@ -23,7 +23,7 @@ PUBLISHED = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_
 def draw(name, sampler, steps, num):
     layout = Layout(make_mesh())
     run = load_trained(ROOT / "checkpoints" / name, layout)
-    family = samplers(run.experiment.family)[sampler]
+    family = run.experiment.family.samplers()[sampler]
     return run, Sampler(run.experiment.net, family, steps, layout)(run.params, jax.random.key(0), num)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowlm.models import make_network
+from flowlm.models import Transformer
 from flowlm.reference import from_reference
 from flowlm.time_warp import TimeWarp
 
@@ -26,7 +26,7 @@ def params_from(arrays, net):
 
 def network(times, **fields):
     fields = {"attention_cap": 50.0, "attention": "xla", "logit_cap": 30.0, "causal": False} | fields
-    return make_network(
+    return Transformer(
         vocab_size=VOCAB,
         length=LENGTH,
         warp=TimeWarp("gaussian", "ambient", VOCAB, WIDTH),

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from toy import drawn, run_config
+from toy import drawn, overriding, run_config
 
 from flowlm import experiment
-from flowlm.evaluation import named_sampler, samplers
+from flowlm.evaluation import named_sampler
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.guidance import Prediction
 from flowlm.prior import Gaussian
@@ -47,7 +47,7 @@ def built(family, **objective):
 )
 def test_names_can_be_typed_and_each_names_its_sampler(family, objective, names):
     family = built(family, **objective)[1]
-    choices = samplers(family)
+    choices = family.samplers()
     assert list(choices) == names
     assert all(named_sampler(family, name) == (name, choices[name]) for name in names)
     assert named_sampler(family) == (names[-1], choices[names[-1]])
@@ -101,7 +101,7 @@ def test_noise_dropout_and_tokens_are_drawn_with_keys_of_their_own(family, objec
 
     monkeypatch.setattr(type(family), "fresh", noted_fresh)
     monkeypatch.setattr(Prediction, "draw", noted_draw)
-    noted = dataclasses.replace(net, weak=noted_weak)
+    noted = overriding(net, weak=noted_weak)
     jax.jit(lambda key: family.sample(noted, params, key, NUM, STEPS))(jax.random.key(0)).block_until_ready()
     jax.effects_barrier()
     tokens = {"flow": STEPS - 1, "flowmap": 1}[type(family).__name__.lower()] * (family.temperature is not None)

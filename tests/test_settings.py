@@ -59,6 +59,10 @@ LIMITS = {
     **dict.fromkeys((f"objective.{key}" for key in ("noise_scale", "top_p", "jump", "tau_max")), UP_TO_ONE),
     **dict.fromkeys(("mesh.replica", "mesh.data", "mesh.model"), DEVICES),
     "objective.temperature": TEMPERATURE,
+    "model.weak_dropout": ((1e-6, 0.999), (0.0, 1.0, NAN)),
+    "model.prior_scale": POSITIVE,
+    "model.preview_time": UP_TO_ONE,
+    "model.early_until": UP_TO_ONE,
 }
 
 

@@ -1,5 +1,9 @@
 """Small settings that several tests share."""
 
+import copy
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +11,8 @@ import pytest
 
 from flowlm import config as settings
 from flowlm import evaluation
-from flowlm.models import make_network
-from flowlm.objectives import NEEDS
+from flowlm.models import Network, Transformer
+from flowlm.objectives import FAMILIES
 from flowlm.time_warp import TimeWarp
 from flowlm.train import train
 
@@ -40,7 +44,29 @@ FIELDS = dict(
 def network(vocab=12, length=6, prior="gaussian", warp="ambient", **fields):
     """A network of the tests' size; fields override FIELDS."""
     fields = FIELDS | fields
-    return make_network(vocab_size=vocab, length=length, warp=TimeWarp(prior, warp, vocab, fields["width"]), **fields)
+    return Transformer(vocab_size=vocab, length=length, warp=TimeWarp(prior, warp, vocab, fields["width"]), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionNetwork(Network):
+    """A network of given functions: apply(params, z, tau_s, tau_t, keys), head(params), and weak like apply."""
+
+    apply: Callable = dataclasses.field()  # without what the base class has for a default
+    head: Callable = dataclasses.field()
+    vocab: int
+    length: int
+    width: int
+    weak: Callable | None = None
+
+
+def overriding(net, **functions):
+    """The network with other functions in place of its methods."""
+    if isinstance(net, FunctionNetwork):
+        return dataclasses.replace(net, **functions)
+    new = copy.copy(net)
+    methods = {name: staticmethod(function) for name, function in functions.items()}
+    object.__setattr__(new, "__class__", type("Overriding", (type(net),), methods))
+    return new
 
 
 def perturbed(params, scale=0.3, seed=0):
@@ -66,7 +92,7 @@ def run_config(data_dir, family="flow", **changes):
     config.update(steps=6, batch_size=16, log_every=1)
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
-    config.model.update(NEEDS.get(family, {}))
+    config.model.update(FAMILIES[family].needs)
     if family in ("flow_map", "residual"):
         config.model.update(input="both", time_embeddings=2)
     if family == "autoregressive":

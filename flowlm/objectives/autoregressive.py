@@ -7,27 +7,40 @@ The network is causal, reads no time, and predicts at every position the token a
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
+from flowlm.objectives.base import Family
+from flowlm.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Family):
     """Attributes:
     start: the token that begins every row; it is given, not predicted.
     temperature, top_p: of the draws; temperature 0 takes the likeliest token.
     """
 
-    start: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
+    distils: ClassVar[bool] = False
     needs: ClassVar[dict] = dict(input="raw", causal=True, time_embeddings=0)
-    sampler: ClassVar[str] = "draws"
+
+    start_token: int = setting(
+        0, "the tokenizer's start token: a check, as model.vocab_size is", "[0, inf)", key="start"
+    )
+    temperature: float = setting(1.0, "sampler: of the draws", "[0, inf)", note="0: the likeliest token")
+    top_p: float = setting(1.0, "sampler: share of the probability that is kept", "(0, 1]")
+
+    def samplers(self) -> dict[str, "Autoregressive"]:
+        """One, as it is set."""
+        return {"draws": self}
+
+    def likelihoods(self) -> dict[str, Callable]:
+        """The bound, which is exact."""
+        return {"bound": self.bound}
 
     def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
         """Nothing is random."""
@@ -62,6 +75,6 @@ class Autoregressive:
             ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
             return (cache, ids), ids
 
-        first = jnp.full((num,), self.start, jnp.int32)
+        first = jnp.full((num,), self.start_token, jnp.int32)
         _, ids = jax.lax.scan(step, (net.empty_cache(num), first), jax.random.split(key, steps))
         return jnp.concatenate([first[:, None], ids.T], 1)

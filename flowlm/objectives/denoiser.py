@@ -7,13 +7,18 @@ right side is an upper bound on the negative log-likelihood (the Gaussian to one
 uniformly, hence the explicit weight r_max * r.
 """
 
+import abc
 import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
 from flowlm.interpolant import interpolate, own_position_features, own_position_matrix
+from flowlm.objectives.base import Family
+from flowlm.objectives.guidance import Prediction, Predictor
 from flowlm.prior import HIGHEST, Dirichlet, Gaussian, geometry
 from flowlm.time_sampling import stratified
 from flowlm.time_warp import TimeWarp
@@ -23,8 +28,12 @@ TAU_MAX = 0.9999
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
-    """Attributes: prior, warp: the noise and its time warp."""
+class Path(Family):
+    """Attributes:
+    prior, warp: the noise and its time warp.
+    """
+
+    continuous: ClassVar[bool] = True
 
     prior: Gaussian | Dirichlet
     warp: TimeWarp
@@ -45,6 +54,11 @@ class Path:
 @dataclasses.dataclass(frozen=True)
 class Denoiser(Path):
     """A path and a network that denoises it: `net` at tau_t = tau_s is D_t."""
+
+    def likelihoods(self) -> dict[str, Callable]:
+        """The bound needs the gaussian prior."""
+        bound = {"bound": self.bound} if self.prior.name == "gaussian" else {}
+        return {"denoising": self.denoising, "context_free": self.context_free} | bound
 
     def bound(self, net, params, batch, key) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B] for batch = {ids [B, L]}."""
@@ -95,6 +109,56 @@ class Denoiser(Path):
         matrix = jnp.concatenate([own_position_matrix(geo), log_marginals], 0)
         head = jax.tree_util.Partial(_linear, matrix)
         return vocab.cross_entropy(head, jnp.concatenate([features, positions], -1), batch["ids"]).mean(-1)
+
+
+class PathSampler(Denoiser):
+    """A denoiser that writes text: `steps` network calls carry noise along the path, on a uniform grid of tau.
+
+    Attributes:
+      noise_scale: of every draw of noise; below 1 samples are less diverse and more coherent, as the truncated latents of
+        1809.11096.
+      guidance: 1 samples the network itself; more moves away from the same network with dropout (autoguidance, 2406.02507).
+    """
+
+    noise_scale: float
+    guidance: float
+
+    @abc.abstractmethod
+    def step(self, net, params, predict: Predictor, num: int) -> Callable:
+        """step(z [num, L, D], (tau, tau_next, key)) -> (z at tau_next, the prediction that took it there)."""
+
+    @abc.abstractmethod
+    def end(self, predict: Predictor, z: jax.Array, tau: jax.Array, key: jax.Array) -> jax.Array:
+        """ids [num, L] of states z at the last tau [num] of the grid before 1, by one more call."""
+
+    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1."""
+        return self._carried(net, params, key, num, steps, lambda prediction: None)[1]
+
+    def trajectory(self, net, params, key, num: int, steps: int) -> jax.Array:
+        """The likeliest tokens at every call of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
+        seen, ids = self._carried(net, params, key, num, steps, Prediction.argmax)
+        return jnp.concatenate([seen, ids[None]])
+
+    def _carried(self, net, params, key, num: int, steps: int, look: Callable):
+        """(look(prediction) of all calls but the last, stacked; ids)."""
+        if steps < 1:
+            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        params = net.prepared(params)
+        predict = Predictor(net, params, self.guidance)
+        start, rest = jax.random.split(key)
+        z = self.fresh(net, params, start, num, self.noise_scale)
+        tau = jnp.linspace(0.0, 1.0, steps + 1)
+        # A key for every call, and none of them twice.
+        keys = jax.random.split(rest, steps)
+        step = self.step(net, params, predict, num)
+
+        def looked(z, inputs):
+            z, prediction = step(z, inputs)
+            return z, look(prediction)
+
+        z, seen = jax.lax.scan(looked, z, (tau[:-2], tau[1:-1], keys[:-1]))
+        return seen, self.end(predict, z, jnp.full((num,), tau[-2]), keys[-1])
 
 
 def _linear(matrix, features):

@@ -8,32 +8,48 @@ says over the teacher's own draws, which is what the teacher says without them, 
 out what the teacher only says in a few of its draws.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from flowlm import vocab
+from flowlm.objectives.base import Family
+from flowlm.settings import setting
 from flowlm.time_sampling import stratified
 
 EPS = 1e-3
 
 
-class Discrete:
-    """A family with a `jump`, the step in r that a student learns to take at once, and the `divergence` that it learns by."""
+@dataclasses.dataclass(frozen=True)
+class Discrete(Family):
+    """Attributes:
+    teacher: whether there is one, from which the family is distilled.
+    jump, divergence: of such a student.
+    temperature, top_p, greedy: of the sampler.
+    """
 
-    jump: float
-    divergence: str
+    teacher: bool = False
+    jump: float = setting(1 / 32, "step in time that a student learns to take at once", "(0, 1]")
+    divergence: str = setting(
+        "reverse", "of a student: KL(student || teacher), or forward", choices=("forward", "reverse")
+    )
+    temperature: float = setting(1.0, "sampler: of the draws", "[0, inf)", note="0: the likeliest token")
+    top_p: float = setting(1.0, "sampler: share of the probability that is kept", "(0, 1]")
+    greedy: bool = setting(False, "sampler: take the likeliest tokens in the last step")
 
-    def __post_init__(self):
-        if self.divergence not in ("forward", "reverse"):
-            raise ValueError(f"unknown objective.divergence {self.divergence!r}: choose forward or reverse")
+    def samplers(self) -> dict[str, "Discrete"]:
+        """One, as it is set."""
+        return {"ancestral": self}
+
+    def likelihoods(self) -> dict[str, Callable]:
+        """The bound."""
+        return {"bound": self.bound}
 
     def apart(self, target, student) -> jax.Array:
         """The divergence of a student from its target, each a (head, hidden [B, L, F]): nats [B, L]."""
         return vocab.over_logits(kl, (student, target) if self.divergence == "reverse" else (target, student))
-
-    def start(self, net, params, teacher):
-        """The student begins as its teacher."""
-        return net.adopt(params, teacher.flow)
 
     def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
         """r [num], and a noise key for every row."""

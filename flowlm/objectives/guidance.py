@@ -1,6 +1,6 @@
 """What a sampler asks of a network, with or without autoguidance (2406.02507).
 
-    p = p_weak + guidance (p_strong - p_weak),   p_weak from the same network with dropout WEAK_DROPOUT
+    p = p_weak + guidance (p_strong - p_weak),   p_weak from the same network with dropout of model.weak_dropout
 
 A velocity is linear in p, so this guides flow and flow map alike. guidance = 1 is the network itself, in one call;
 anything else costs a second call. p sums to 1 and may be negative: a draw takes its positive part.

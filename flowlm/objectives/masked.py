@@ -36,22 +36,10 @@ def unmask(
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Discrete):
-    """Attributes:
-    teacher: distil one (SDTT).
-    jump: the step that the student learns to take at once, in r. divergence: `reverse` or `forward`, of a student (discrete.py).
-    temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
-    """
-
-    teacher: bool = False
-    jump: float = 1 / 32
-    divergence: str = "reverse"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    greedy: bool = False
+    """Attributes: those of `Discrete`."""
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     may: ClassVar[dict] = dict(time_embeddings=1)  # as the reference's networks have, which are always shown time 0
-    sampler: ClassVar[str] = "ancestral"
 
     def _see(self, net, params, ids, keys=None):
         """(head, hidden) of tokens and masks [B, L]."""

@@ -15,23 +15,31 @@ from jax.lax import stop_gradient
 from flowlm import flow_map, vocab
 from flowlm.flow_map import transport
 from flowlm.objectives.denoiser import Path
-from flowlm.objectives.flow_map import at
+from flowlm.objectives.flow_map import at, check_two_times
+from flowlm.settings import setting
 from flowlm.time_sampling import PAIRS, pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual(Path):
-    """Attributes: boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS)."""
+    """Attributes:
+    teacher: whether there is one, without which there is nothing to follow.
+    boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS).
+    """
 
-    teacher: bool
-    boundary: float
-    pairs: str
+    teacher: bool = False
+    boundary: float = setting(1 / 32, "share of the rows with (s, t) = (0, 1)", "[0, 1]")
+    pairs: str = setting("uniform_diff", "how the times of the others are drawn", choices=PAIRS)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.teacher:
             raise ValueError("the family residual follows a teacher: give --config.teacher=RUNDIR")
-        if self.pairs not in PAIRS:
-            raise ValueError(f"unknown objective.pairs {self.pairs!r}: choose one of {list(PAIRS)}")
+
+    def check(self, family: str, model) -> None:
+        """It is a map of two times."""
+        check_two_times(model)
+        super().check(family, model)
 
     def start(self, net, params, teacher):
         """The flow's network with an output of zero: the map is one Euler step."""

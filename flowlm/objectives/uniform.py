@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from flowlm import vocab
 from flowlm.objectives.discrete import EPS, Discrete, rows
+from flowlm.settings import setting
 from flowlm.time_sampling import stratified
 from flowlm.time_warp import TimeWarp
 
@@ -61,25 +62,15 @@ def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.A
 class Uniform(Discrete):
     """Attributes:
     warp: what relates a latent's time to alpha.
-    teacher: distil one (DCD).
-    jump: the step in r that the student learns to take at once.
-    divergence: `reverse` or `forward`, of a student (discrete.py).
     curriculum_steps: steps of training that show soft latents. curriculum_temperature: how soft.
-    temperature, top_p: of the draws. greedy: take the likeliest tokens in the last step.
+    The others are those of `Discrete`.
     """
 
-    warp: TimeWarp
-    teacher: bool = False
-    jump: float = 1 / 32
-    divergence: str = "reverse"
-    curriculum_steps: int = 0
-    curriculum_temperature: float = 0.05
-    temperature: float = 1.0
-    top_p: float = 1.0
-    greedy: bool = False
-
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=1, mask_token=False)
-    sampler: ClassVar[str] = "ancestral"
+
+    warp: TimeWarp = dataclasses.field(kw_only=True)
+    curriculum_steps: int = setting(0, "steps that show soft latents in place of tokens", "[0, inf)", note="0: none")
+    curriculum_temperature: float = setting(0.05, "how soft those latents are", "(0, inf)")
 
     def __post_init__(self):
         super().__post_init__()
