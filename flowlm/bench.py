@@ -29,7 +29,7 @@ from flowlm.config import model, objective
 from flowlm.costs import PEAKS, forward_flops
 from flowlm.data import open_dataset
 from flowlm.models import Transformer
-from flowlm.models.attention import PLATFORM, native
+from flowlm.models.attention import native
 from flowlm.objectives import make_family
 from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow

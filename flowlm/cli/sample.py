@@ -11,18 +11,15 @@ def _sample(values: FlagValues) -> None:
 
     import jax
 
-    from flowlm.evaluation import Sampler, samplers
+    from flowlm.evaluation import Sampler, named_sampler
     from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(values.checkpoint, layout, objective)
-    choices = samplers(run.experiment.family)
-    name = values.sampler or list(choices)[-1]
-    if name not in choices:
-        raise ValueError(f"unknown --sampler {name!r}: choose one of {list(choices)}")
+    name, family = named_sampler(run.experiment.family, values.sampler)
     for steps in counts:
-        draw = Sampler(run.experiment.net, choices[name], steps, layout)
+        draw = Sampler(run.experiment.net, family, steps, layout)
         print(f"== {name}@{steps}")
         for row in draw(run.params, jax.random.key(values.seed), values.num):
             print(run.tokenizer.decode(row))

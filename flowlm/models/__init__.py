@@ -182,9 +182,7 @@ class Transformer(Network):
     )
     gate_init: float = setting(0.0, "residual branches start at this weight", "[0, inf)")
     attention_cap: float = setting(50.0, "soft-cap of attention scores", "[0, inf)", note="0: none")
-    attention: str = setting(
-        "xla", "how attention is computed: splash is for TPUs, cudnn for GPUs", choices=PLATFORM
-    )
+    attention: str = setting("xla", "how attention is computed: splash is for TPUs, cudnn for GPUs", choices=PLATFORM)
     logit_cap: float = setting(30.0, "soft-cap of the logits", "[0, inf)", note="0: none")
     learned_positions: bool = setting(False, "add a learnt embedding of positions")
     mask_token: bool = setting(False, "for masked diffusion: one more embedding")
