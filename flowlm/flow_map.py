@@ -47,12 +47,14 @@ def step_weight(s: jax.Array, u: jax.Array, u_next: jax.Array, t: jax.Array) -> 
 
 
 def lagrangian_weight(s: jax.Array, t: jax.Array) -> jax.Array:
-    """c."""
+    """c = (t - s)(1 - t) / (1 - s), the weight of the derivative in the Lagrangian identity."""
     return (t - s) * (1 - t) / (1 - s)
 
 
 def eulerian_weight(s: jax.Array, t: jax.Array) -> jax.Array:
-    """k; the identity divided by (1 - t) has the weight k / (1 - t), singular at t = 1."""
+    """k = (1 - s)(t - s), the weight of the derivative in the Eulerian identity, which is multiplied by (1 - t): without that the
+    weight would be k / (1 - t), singular at t = 1.
+    """
     return (1 - s) * (t - s)
 
 

@@ -350,9 +350,8 @@ def traffic(module: Module) -> float:
         if fused or each.opcode in FREE or each.opcode.endswith(("-done", "-update")):
             continue
         operands = [scope[name].shapes for name in each.operands if name in scope]
-        if each.opcode.endswith(
-            "-start"
-        ):  # its result repeats the operand; the first array that differs is what is made
+        # The result of an asynchronous start lists its operand too, so the first array that is no operand is the one it makes.
+        if each.opcode.endswith("-start"):
             made = [shape for shape in each.shapes if shape.dims and shape not in sum(operands, ())] or each.shapes[:1]
             size = min(made[0].bytes, sum(s.bytes for shapes in operands for s in shapes))
             total += times * size * ((made[0].space == 0) + any(s.space == 0 for shapes in operands for s in shapes))

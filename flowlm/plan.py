@@ -62,7 +62,7 @@ def largest_batch(need: Callable[[int], float], unit: int, limit: float, needs: 
             guess = n + (limit - bytes) * (n - m) / (bytes - others)
         elif known:
             guess = known[0][1] * limit / known[0][2]
-        # While nothing has failed, up to the line or a little beyond; then always further in by an eighth.
+        # Before any failure the guess is at least slightly above `low`; afterwards it stays an eighth of the gap inside both ends.
         bounds = (low * (1 + 2 * RESOLUTION), end) if high == end else (low + gap / 8, high - gap / 8)
         guess = min(max(guess, bounds[0]), bounds[1])
         guess = min(max(int(guess), low + 1), high - 1)

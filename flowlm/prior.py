@@ -99,7 +99,7 @@ class Gaussian:
         fixed = stop_gradient(embedding)
         if embedding.shape[0] < embedding.shape[1]:
             return _colored(keys, length, fixed, embedding)
-        # geometry's codes^T E, of the Gram matrix alone: the codes are as large as E.
+        # The carrier equals codes^T @ E of `geometry`. It is computed from the D x D Gram matrix, because the codes are V x D.
         gram = jnp.matmul(fixed.T, embedding, precision=HIGHEST)
         factor = _cholesky(stop_gradient(gram))
         return _colored(keys, length, factor.T, solve_triangular(factor, gram, lower=True))

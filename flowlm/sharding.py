@@ -43,7 +43,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"blocks/modulation/linear/kernel$", (None, "data")),
     (r"", ()),
 )
-# Products run in the network's own type: what else is gathered keeps its float32.
+# Only these weights of products are gathered in model.dtype; all others are gathered in float32.
 PRODUCTS = re.compile(r"(blocks/(qkv|out|mlp_in|mlp_out)/kernel|(^|/)unembed_kernel)$")
 
 
@@ -179,10 +179,10 @@ class Layout:
         return _map_named(lambda name, a: jax.lax.with_sharding_constraint(a, used(name, a)), params)
 
     def jit(self, fn: Callable, **options) -> Callable:
-        """jax.jit of fn(params, ...) with params made whole; for all that is no training step."""
+        """jax.jit of fn(params, ...) with params made whole: for samplers and likelihoods, not for the training step."""
 
         def run(params, *args):
-            # For kernels, which have to know of the mesh.
+            # Kernels look up the mesh in the context, because they are called by shard_map.
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return fn(self.whole(params), *args)
 
@@ -191,10 +191,10 @@ class Layout:
     def on_rows(self, fn: Callable, net, names: tuple[str, ...]) -> Callable:
         """fn(net, whole, params, aux, batch) -> (metrics, {name of names: gradient like params}) on each device's own rows.
 
-        `whole` makes what it is given of params and aux usable; of the blocks' parameters the net that fn is handed sees to
-        itself. Metrics are averaged over devices, and so are gradients, each of which lies like its parameter.
+        `whole` gathers all parameters outside of the blocks; the net that fn is given gathers those of a block inside the loop
+        over blocks. Metrics and gradients are averaged over devices, and each gradient lies like its parameter.
         """
-        # Without a model axis there is nothing to leave to the partitioner, and kernels can be called as they are.
+        # Without a model axis every axis is manual, because then kernels can be called as they are.
         manual = ROWS if self.mesh.shape["model"] > 1 else self.mesh.axis_names
 
         def spread(params, aux, batch):

@@ -37,7 +37,7 @@ def path(name: str | os.PathLike) -> epath.Path:
     import fsspec.config
 
     os.environ["EPATH_USE_TF"] = "false"  # one way of reading, whether or not TensorFlow is there too
-    # What tensorstore and other hosts write must be seen at once.
+    # gcsfs caches listings, in which files that tensorstore or other hosts have just written would stay invisible.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return found
 

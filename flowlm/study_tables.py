@@ -53,7 +53,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
     references: dict[str, dict] = {}
     for record in records:
         if record["steps"] == 0:
-            # Not every run asks all judges: what the first one lacks is of a later one.
+            # Runs use different judges, so reference metrics that the first run lacks are filled in from later ones.
             name = record["sampler"]
             references[name] = record | {"method": name, "sampler": ""} | references.get(name, {})
     return [record for record in records if record["steps"]] + list(references.values())

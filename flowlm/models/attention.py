@@ -93,7 +93,7 @@ def _splash(q, k, v, cap, causal):
         out = jax.lax.map(lambda qkv: kernel(*qkv), (q, k, v), batch_size=AT_ONCE)
         return jnp.moveaxis(out, 1, 2)[:, :length]
 
-    # A kernel is not cut by the partitioner: whatever of the mesh is still in its hands is taken over here.
+    # XLA cannot partition a Pallas kernel, so the axes of the mesh that are still Auto are made manual by shard_map.
     mesh = jax.sharding.get_abstract_mesh()
     left = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
     if not left:

@@ -146,7 +146,7 @@ class DiT(nn.Module):
     causal: bool
     remat: str  # none | dots: keep products, recompute the rest | full: recompute blocks
     dtype: jnp.dtype
-    whole: Callable | None = None  # makes a block's stored parameters whole, inside the loop over blocks (sharding.py)
+    whole: Callable | None = None  # all-gathers the stored parameters of a block just before it runs (sharding.py)
 
     @nn.compact
     def __call__(self, z, extra, tau_s, tau_t, keys=None, cache=None, position=0):

@@ -67,7 +67,7 @@ class Denoiser(Path):
         num = batch["ids"].shape[0]
         ratio_key, noise_key, last_key = jax.random.split(key, 3)
         embedding, head = net.embedding(params), net.head(params)
-        # Where V > D ambient time runs out before the state can be decoded; embedded time does not.
+        # For V > D the ambient warp saturates while the embedded state is still noisy, so t_max is taken of the embedded warp.
         t_max = TimeWarp("gaussian", "embedded", net.vocab, net.width).t(TAU_MAX)
         ratio_max = t_max / (1 - t_max)
         ratio = ratio_max * stratified(ratio_key, num)
