@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from flowlm.assembly import Experiment
 from flowlm.data import Dataset, naive
-from flowlm.experiment import Experiment
 from flowlm.panel import MAX_ROWS, Panel
 from flowlm.processes import check_stopped, gathered
 from flowlm.results import Evaluation

@@ -25,9 +25,9 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from flowlm import integrity, reference, run_directory, storage
+from flowlm.assembly import Trained, load_trained
 from flowlm.checkpoint import save_params
 from flowlm.evaluation import named_sampler
-from flowlm.experiment import Trained, load_trained
 from flowlm.inspection import PROGRAM, inspect, restore
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout

@@ -94,7 +94,7 @@ _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "live"], "import, inspect
 def _train() -> None:
     from flowlm import processes
     from flowlm.profiling import parse_steps
-    from flowlm.train import train
+    from flowlm.training import train
 
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise ValueError("flowlm train needs --config=experiments/NAME.py and --workdir=DIR")
@@ -126,8 +126,8 @@ def _objective() -> dict[str, object]:
 
 
 def _sample() -> None:
+    from flowlm.assembly import load_trained
     from flowlm.evaluation import Sampler, named_sampler
-    from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
     if _CHECKPOINT.value is None:
@@ -145,9 +145,9 @@ def _sample() -> None:
 
 def _evaluate() -> None:
     from flowlm import run_directory, storage
+    from flowlm.assembly import load_trained
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
-    from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
     if _CHECKPOINT.value is None:

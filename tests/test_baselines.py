@@ -13,10 +13,10 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
 from flowlm import main
-from flowlm.experiment import load_trained
+from flowlm.assembly import load_trained
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 
 def losses(workdir):
