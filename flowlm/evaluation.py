@@ -137,9 +137,7 @@ def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, 
     """
     check_stopped()
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return np.concatenate(
-        [gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)]
-    )
+    return np.concatenate([gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)])
 
 
 class Evaluator:

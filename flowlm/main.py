@@ -13,7 +13,7 @@ from flowlm import open_files
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
-from flowlm.terminal import replace_what_cannot_be_printed
+from flowlm.terminal import end_without_reader, replace_what_cannot_be_printed
 
 
 class Call(NamedTuple):
@@ -66,6 +66,9 @@ def carry_out(call: Call) -> None:
     try:
         _check_outputs(call)
         call.command.run(call.values)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_without_reader()
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
         sys.exit(f"flowlm: {_told(error)}")

@@ -15,14 +15,13 @@ def _evaluate(values: FlagValues) -> None:
             "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
 
+    import flowlm
     from flowlm import run_directory, storage
-    from flowlm.assembly import load_trained
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
-    from flowlm.sharding import Layout, make_mesh
 
-    layout = Layout(make_mesh(), fsdp=True)
-    run = load_trained(values.checkpoint, layout, objective)
+    model = flowlm.load(values.checkpoint, **objective)
+    run = model.run
     place = values.results or values.checkpoint
     storage.check_writable(storage.path(place))
     data, settings = run.config.data, run.config.evaluation
@@ -36,7 +35,7 @@ def _evaluate(values: FlagValues) -> None:
     dataset = open_dataset(data.name, own, data.length, data.dir)
     counts = asked or list(settings.steps)
     evaluator = Evaluator(
-        run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
+        run.experiment, dataset, model.layout, run.config.seed, settings, data.dir, counts, values.samples_only
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
     result.save(place)
