@@ -1,6 +1,5 @@
 """The one command: `flowlm COMMAND ...` is one of cli/commands.py. This finds it, and says in one line what goes wrong."""
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -56,7 +55,7 @@ def read(argv: Sequence[str]) -> Call:
     try:
         return _read(argv)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"flowlm: {_told(error)}")
+        sys.exit(f"flowlm: {mistakes.told(error)}")
 
 
 def carry_out(call: Call) -> None:
@@ -71,14 +70,7 @@ def carry_out(call: Call) -> None:
         end_without_reader()
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
-        sys.exit(f"flowlm: {_told(error)}")
-
-
-def _told(error: Exception) -> str:
-    """An error as it is said: of one of the system the path and the reason, without its number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return str(error)
+        sys.exit(f"flowlm: {mistakes.told(error)}")
 
 
 def _check_outputs(call: Call) -> None:

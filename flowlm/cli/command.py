@@ -134,8 +134,9 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
         cannot be loaded, a setting that it has not, or something that the command needs and that is missing.
     """
     values = flags.FlagValues()
-    # The experiment comes first, because its settings are flags only when it is known which there are.
-    line = sorted(line, key=lambda word: re.match("--?config=", word) is None)
+    # The experiment comes first, because its settings are flags only when it is known which there are; the last that is named.
+    experiments = [word for word in line if re.match("--?config=", word)]
+    line = experiments[-1:] + [word for word in line if word not in experiments]
     for flag in command.flags:
         flag.define(values, line)
     for name in sorted(flags.FLAGS, key=len, reverse=True):
