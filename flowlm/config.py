@@ -29,7 +29,7 @@ class Optimizer:
 
     learning_rate: float = setting(1e-3, "the largest", "(0, inf)")
     schedule: str = setting("cosine", "after the warm-up: constant or cosine")
-    warmup_steps: int = setting(100, "of a linear warm-up", "[0, inf)")
+    warmup_steps: int = setting(100, "of a linear warm-up; before a cosine at most half of all steps", "[0, inf)")
     b1: float = setting(0.9, "decay of the first moment", "[0, 1)")
     b2: float = setting(0.999, "decay of the second moment", "[0, 1)")
     weight_decay: float = setting(0.0, "of the parameters that decay", "[0, inf)")
@@ -98,7 +98,9 @@ class Run:
     ema_decay: float = setting(0.999, "of the moving average, which is what is judged and exported", "[0, 1]")
     prior: str = setting("gaussian", "the noise: gaussian or dirichlet")
     time_warp: str = setting("ambient", "warped time: ambient, embedded or identity")
-    teacher: str | None = setting(None, "run directory that a student is distilled from", optional=str)
+    teacher: str | None = setting(
+        None, "run directory that a student is distilled from; empty: one must be given", optional=str
+    )
     init_from: str | None = setting(None, "run directory whose averaged weights a fresh run starts from", optional=str)
     log_every: int = setting(20, "steps between lines of metrics", "[1, inf)")
     tensorboard: bool = setting(False, "write for TensorBoard too")

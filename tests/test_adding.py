@@ -9,8 +9,8 @@ import pytest
 from toy import FIELDS, drawn, network
 
 from flowlm import vocab
+from flowlm.assembly import build
 from flowlm.config import check, declared, defaults
-from flowlm.experiment import build
 from flowlm.flow_map import Match
 from flowlm.objectives import FAMILIES
 from flowlm.objectives.base import Family

@@ -14,7 +14,7 @@ from flowlm import evaluation
 from flowlm.models import Network, Transformer
 from flowlm.objectives import FAMILIES
 from flowlm.time_warp import TimeWarp
-from flowlm.train import train
+from flowlm.training import train
 
 FIELDS = dict(
     width=16,
