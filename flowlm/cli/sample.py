@@ -87,5 +87,5 @@ SAMPLE = Command(
     _sample,
     needs=("checkpoint",),
     place="checkpoint",
-    notes="How the texts were made, and how long it took, goes to standard error, so that they can be piped.",
+    notes="How the texts were made goes to standard error, so that they can be piped.",
 )
