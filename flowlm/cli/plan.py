@@ -19,7 +19,7 @@ def _plan(values: FlagValues) -> None:
 
 PLAN = Command(
     "plan",
-    "what an experiment needs of a TPU slice, or of the device at hand",
+    "what an experiment needs of a TPU slice or a device",
     [
         experiment("the experiment"),
         words("topology", "CHIP:SHAPE,...", "TPU slices such as v5e:4x4; CHIP:SHAPE:N is N of them"),
