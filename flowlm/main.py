@@ -46,7 +46,7 @@ def _read(argv: Sequence[str]) -> Call:
         if "--version" in others:
             print(f"flowlm {flowlm.__version__}")
             sys.exit(0)
-        raise ValueError("flowlm takes a command: `flowlm --help` lists them")
+        raise ValueError("which command? `flowlm --help` lists them")
     return Call(command, parse(command, others, COMMANDS))
 
 

@@ -40,7 +40,7 @@ def nothing_expensive(tmp_path, monkeypatch):
 # places below and `{train}`, which is the test experiment with a new run directory.
 
 COMMANDS = {
-    "": "takes a command: `flowlm --help` lists them",
+    "": "which command? `flowlm --help` lists them",
     "trian": "no command trian: did you mean train?",
     "sampel checkpoints/fmlm": "no command sampel: did you mean sample?",
     "frobnicate": "no command frobnicate: `flowlm --help` lists them",
@@ -48,14 +48,14 @@ COMMANDS = {
     "train": "train needs --config=experiments/NAME.py[:ARG] and --workdir=DIR: see `flowlm train --help`",
     "train --config=experiments/test.py": "train needs --workdir=DIR",
     "train --workdir={new}": "train needs --config=experiments/NAME.py",
-    "sample": "sample needs --checkpoint=DIR",
+    "sample": "sample needs --checkpoint=DIR (or DIR alone): see `flowlm sample --help`",
     "evaluate": "evaluate needs --checkpoint=DIR",
-    "compare": "compare needs --runs=DIR,DIR,...",
+    "compare": "compare needs --runs=DIR,DIR,... (or DIR,DIR,... alone): see `flowlm compare --help`",
     "prepare": "prepare needs --source=textfiles|jsonl, --path=PATH, --tokenizer=NAME, --length=N and --out=DIR",
     "study": "study needs --study=experiments/NAME.py[:ARG], --workdir=DIR and --results=DIR",
-    "report": "report needs --runs=DIR,DIR,... and --out=DIR",
-    "export": "export needs --checkpoint=DIR and --out=DIR",
-    "import": "import needs --checkpoint=PATH and --to=DIR",
+    "report": "report needs --runs=DIR,DIR,... (or DIR,DIR,... alone) and --out=DIR",
+    "export": "export needs --checkpoint=DIR ... and --out=DIR",
+    "import": "import needs --checkpoint=PATH ... and --to=DIR",
     "inspect": "inspect needs --checkpoint=PATH",
     "plan": "plan needs --config=experiments/NAME.py",
     "plan --config=experiments/test.py": "either --topology=v5e:4x4,... or --device",
@@ -192,6 +192,12 @@ EXPERIMENTS = {
     "study --study={missing} --workdir={new} --results={new}": "no study {missing}",
     "study --study={empty} --workdir={new} --results={new}": "no study {empty}",
     "study --study=experiments/ablations.py:x --workdir={new} --results={new}": "there are the ablations ... not 'x'",
+    "study --study=experiments/ablations.py:input_cpu --workdir={new} --results={new} --extra=--config.stepz=1": (
+        "has no setting stepz: --config.steps=1"
+    ),
+    "study --study=experiments/ablations.py:input_cpu --workdir={new} --results={new} --extra=--steps=1": (
+        "--steps is no flag of train: --config.steps=1"
+    ),
     "study --study=experiments/test.py --workdir={new} --results={new}": "experiments/test.py has no get_study",
     "plan --config=experiments/test.py --topology=v5e:3x3": "'v5e:3x3'",
 }

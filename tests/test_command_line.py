@@ -12,6 +12,7 @@ from command_line import error_of, flowlm
 
 import flowlm as package
 from flowlm import main, run_directory, terminal
+from flowlm.cli.command import given
 from flowlm.cli.commands import COMMANDS
 from flowlm.experiment import Trained
 from launch import run as launch
@@ -118,6 +119,48 @@ def test_a_command_is_named_as_it_can_be_called(tmp_path, monkeypatch):
     assert terminal.command() == "bin/flowlm"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert terminal.command() == "flowlm"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample a --num=1 --steps=1 --seed=0",
+        "sample a --seed=4294967295 --steps=1,1024",
+        "evaluate a --num=1",
+        "prepare --source=jsonl --path=a --tokenizer=b --length=2 --out=c",
+        "study --study=a.py --workdir=b --results=c --parallel=1",
+        "bench --vocab=1 --batch=1 --repeats=1 --rounds=1 --attention_cap=0",
+        "export a --out=b --format=jax --steps=1 --dtype=bfloat16",
+    ],
+)
+def test_what_lies_at_the_end_of_a_range_is_taken(line):
+    assert read(*line.split())
+
+
+def documented():
+    """(where, line) of the commands in the documentation: indented lines, and those between backticks."""
+    files = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "launch/README.md",
+        *(ROOT / "experiments").glob("*.py"),
+    ]
+    for path in files:
+        text = path.read_text()
+        for line in re.findall(r"^ {4}(flowlm .*)$", text, re.MULTILINE) + re.findall(r"`(flowlm [^`]*)`", text):
+            # Behind the command stands what it does: after a hash, or after two blanks in the experiments.
+            yield path.name, re.split(r" # |  +|&&", " ".join(line.split("\n")))[0].strip()
+
+
+@pytest.mark.parametrize("where, line", sorted(set(documented())))
+def test_every_command_in_the_documentation_is_one(where, line):
+    words = re.sub(r"[\[\]]", "", line).split()[1:]
+    if words[0] == "COMMAND" or words[0].startswith("-"):
+        return
+    command, others = main._find(words)
+    known = {flag.name for flag in command.flags} | {f"no{flag.name}" for flag in command.flags if not flag.form}
+    for name, _ in given(others):
+        assert name in known or (name.startswith("config.") and "config" in known), name
 
 
 # --- the repository's checkpoints --------------------------------------------------------------------------------

@@ -152,22 +152,20 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
         _fill(command, values, places)
     missing = [command.flag(name) for name in command.needs if not values[name].value]
     if missing:
-        raise ValueError(
-            f"flowlm {command.name} needs {mistakes.listed([flag.written for flag in missing])}: "
-            f"see `flowlm {command.name} --help`"
-        )
+        told = [flag.written + f" (or {flag.form} alone)" * (flag.name == command.place) for flag in missing]
+        raise ValueError(f"{command.name} needs {mistakes.listed(told)}: see `flowlm {command.name} --help`")
     return values
 
 
 def _fill(command: Command, values: flags.FlagValues, places: list[str]) -> None:
     """Gives words without a dash to the flag that they stand for. Raises ValueError: there is none, or they are too many."""
     if not command.place:
-        raise ValueError(f"flowlm {command.name} takes flags only, got {' '.join(places)}")
+        raise ValueError(f"{command.name} takes flags only, got {' '.join(places)}")
     if values[command.place].present:
         raise ValueError(f"give {' '.join(places)} or --{command.place}, not both")
     several = isinstance(values[command.place].parser, flags.ListParser)
     if len(places) > 1 and not several:
         raise ValueError(
-            f"flowlm {command.name} takes one {command.flag(command.place).form}, got {len(places)}: {' '.join(places)}"
+            f"{command.name} takes one {command.flag(command.place).form}, got {len(places)}: {' '.join(places)}"
         )
     setattr(values, command.place, places if several else places[0])

@@ -7,7 +7,7 @@ from flowlm.cli.command import Command, experiment, output, switch, whole, words
 
 def _plan(values: FlagValues) -> None:
     if bool(values.topology) == values.device:
-        raise ValueError("flowlm plan needs either --topology=v5e:4x4,... or --device")
+        raise ValueError("plan needs either --topology=v5e:4x4,... or --device")
 
     from flowlm.plan import plan, plan_device
 
