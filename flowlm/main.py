@@ -3,16 +3,15 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files
+from flowlm import open_files, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
-from flowlm.terminal import replace_what_cannot_be_printed
 
 
 class Call(NamedTuple):
@@ -55,7 +54,12 @@ def read(argv: Sequence[str]) -> Call:
     try:
         return _read(argv)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"flowlm: {mistakes.told(error)}")
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Ends the process with one line. Commands in it are written as they can be given here, with or without .venv being active."""
+    sys.exit("flowlm: " + mistakes.told(error).replace("`flowlm ", f"`{terminal.command()} "))
 
 
 def carry_out(call: Call) -> None:
@@ -67,7 +71,7 @@ def carry_out(call: Call) -> None:
         call.command.run(call.values)
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
-        sys.exit(f"flowlm: {mistakes.told(error)}")
+        _fail(error)
 
 
 def _check_outputs(call: Call) -> None:
@@ -81,7 +85,7 @@ def _check_outputs(call: Call) -> None:
 
 def run() -> None:
     """Entry point of the `flowlm` console script."""
-    replace_what_cannot_be_printed()
+    terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
     app.run(carry_out, flags_parser=read)
 

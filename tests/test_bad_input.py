@@ -97,13 +97,13 @@ FLAGS = {
     "evaluate {empty} --samples_only": "give --results=DIR",
     "sample {empty} --objective=eta": "--objective takes KEY=VALUE,..., got 'eta'",
     "sample {grammar} --objective=heat=1": "has no 'heat': it has ... gamma",
-    "sample {grammar} --objective=gamma=hot": "objective.gamma cannot be 'hot'",
+    "sample {grammar} --objective=gamma=hot": "objective.gamma cannot be 'hot': it is a float, 0.0 there",
     "sample {grammar} --sampler=maps": "unknown --sampler 'maps': choose one of ['map",
 }
 
 NUMBERS = {
     "sample {empty} --num=0": "--num=0 ... positive",
-    "sample {empty} --num=many": "--num=many",
+    "sample {empty} --num=many": "--num=many: not a whole number",
     "sample {empty} --seed=-1": "--seed=-1",
     "sample {empty} --seed=4294967296": "--seed=4294967296",
     "sample {empty} --steps=0": "--steps takes positive whole numbers, got '0'",
@@ -120,8 +120,8 @@ NUMBERS = {
     "{train} --config.seed=-1": "seed must be in [0, 4294967295], got -1",
     "{train} --config.optimizer.learning_rate=0": "learning_rate must be above 0, got 0",
     "{train} --config.ema_decay=1.5": "ema_decay must be in [0, 1], got 1.5",
-    "{train} --config.steps=many": "config.steps=many: ... int",
-    "{train} --config.optimizer.learning_rate=fast": "config.optimizer.learning_rate=fast: ... float",
+    "{train} --config.steps=many": "--config.steps=many: not a whole number",
+    "{train} --config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: not a number",
     "{train} --config.accumulation=3 --config.mesh.data=1": (
         "batch_size 32 is not a multiple of accumulation 3 x 1 devices: use 30 or 33"
     ),

@@ -71,7 +71,9 @@ def test_points_become_runs():
         for run in ("flow", "target=psd+teacher=none", "dims=_1_2_+path=a_b_c", "lr=0.0001")
     ]
     assert "--config.seed=3 --config.steps=7 --config.lr=0.0001 --config.teacher=w/flow/seed3 " in lines[-1]
-    assert lines[1].count("config.teacher") == 1 and " --config.teacher=None " in lines[1]  # or its experiment wants one
+    assert (
+        lines[1].count("config.teacher") == 1 and " --config.teacher=None " in lines[1]
+    )  # or its experiment wants one
 
 
 # --- the shipped ablations ---------------------------------------------------------------------------------------
