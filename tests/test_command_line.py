@@ -97,8 +97,9 @@ def test_no_line_sees_what_another_said():
 def test_the_experiment_may_stand_anywhere_and_the_last_one_counts(monkeypatch):
     monkeypatch.chdir(ROOT)
     line = ["--config.steps=3", "--config=experiments/grammar.py", "--workdir=w", "--config=experiments/test.py"]
-    config = read("train", *line).config
-    assert (config.steps, config.data.name, config.model.width) == (3, "grammar98", 32)
+    for words in (line, [*line[:3], *line[3].split("=")], ["--config.steps", "3", *line[1:]]):
+        config = read("train", *words).config
+        assert (config.steps, config.data.name, config.model.width) == (3, "grammar98", 32)
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(tmp_path, caplog):
