@@ -22,7 +22,7 @@ NAMES = [command.name for command in COMMANDS]
 # What each takes, written down a second time, by hand.
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
-    "sample": {"checkpoint", "steps", "num", "sampler", "seed", "objective"},
+    "sample": {"checkpoint", "steps", "num", "sampler", "seed", "objective", "json", "out", "delimiter"},
     "compare": {"runs"},
     "prepare judge": {"data_dir"},
     "inspect": {"checkpoint", "weights"},

@@ -80,7 +80,7 @@ def test_an_experiment_is_what_the_command_makes_of_its_flags(monkeypatch):
             "no setting optimizer.learnin_rate: --config.optimizer.learning_rate=1",
         ),
         (EXPERIMENT, {"learning_rate": 1.0}, "no setting learning_rate: --config.optimizer.learning_rate=1.0"),
-        (EXPERIMENT, {"steps": "many"}, "config.steps=many: .*int"),
+        (EXPERIMENT, {"steps": "many"}, "config.steps=many: not a whole number"),
         (EXPERIMENT, {"steps": 0}, "steps must be at least 1, got 0: set --config.steps="),
         (EXPERIMENT, {"optimizer.b1": 1.5}, r"optimizer.b1 must be in \[0, 1\), got 1.5"),
         ("experiments/gramar.py", {}, "no experiment experiments/gramar.py: did you mean experiments/grammar.py"),
@@ -105,8 +105,7 @@ def test_training_is_the_loop_of_the_command(tmp_path, monkeypatch):
 # --- flowlm sample -----------------------------------------------------------------------------------------------
 
 
-def test_texts_go_to_standard_output_and_how_they_were_made_to_error(run):
-    model = _loaded(run)
+def test_texts_go_to_standard_output_and_how_they_were_made_to_error(run, model):
     ended = command("sample", run, "--steps=1,2", "--num=3", "--seed=5")
     assert ended.out.splitlines() == model.sample(3, 1, 5) + model.sample(3, 2, 5)
     told = [re.sub(r"\d+\.\d+", "T", line) for line in ended.err.splitlines()]

@@ -61,9 +61,7 @@ def _lines(texts: list[str], delimiter: str | None) -> Iterator[str]:
         delimiter, taken = "---", {line for written in texts for line in written.split("\n")}
         while delimiter in taken:
             delimiter += "-"
-        _tell(
-            f"texts have line breaks, so a line {delimiter} ends each of them: --delimiter=WORDS sets another, --json has none"
-        )
+        _tell(f"texts have line breaks, so a line {delimiter} ends each: --delimiter=WORDS is another")
     for written in texts:
         yield written
         if delimiter is not None:
