@@ -18,9 +18,18 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
 
 
+# What Python says of a value that it cannot read, and what is meant.
+MEANT = {
+    "invalid literal for int\\(\\) with base 10: .*": "not a whole number",
+    "could not convert string to float: .*": "not a number",
+}
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of absl or ml_collections says. A KeyError shows the repr of its message, at times a repr of a repr."""
     message = str(error.args[0] if error.args else error).replace("\\n", " ")
+    for said, meant in MEANT.items():
+        message = re.sub(said, meant, message)
     return " ".join(re.sub(r"[\\']", "", message).strip('"').split())
 
 
