@@ -72,12 +72,13 @@ def read(directory) -> dict:
 
 def short_names(directories: Sequence[str]) -> dict[str, str]:
     """{directory: as little of its end as tells it from the others}; a directory that is given twice is there once."""
-    parts = {name: storage.path(name).resolve().parts for name in directories}
-    names = {parts[name]: name for name in reversed(directories)}  # of two spellings the first
+    names: dict[tuple[str, ...], str] = {}
+    for name in directories:
+        names.setdefault(storage.path(name).resolve().parts, name)
     depth = 1
     while len({path[-depth:] for path in names}) < len(names):
         depth += 1
-    return {name: "/".join(path[-depth:]) for path, name in reversed(names.items())}
+    return {name: "/".join(path[-depth:]) for path, name in names.items()}
 
 
 def compare(directories: Sequence[str], wide: bool = False) -> None:
@@ -89,6 +90,7 @@ def compare(directories: Sequence[str], wide: bool = False) -> None:
     for directory, name in short_names(directories).items():
         record = read(directory)
         by_data.setdefault(record.get("data") or run_directory.data_name(directory), {})[name] = record
-    for data, runs in by_data.items():
+    for number, (data, runs) in enumerate(by_data.items()):
         texts = {run: {k: [v] for k, v in record["samples"].items()} for run, record in runs.items()}
-        tables.print_samples(runs, texts, wide, f" of {data}" if len(by_data) > 1 else "")
+        title = f"Samples before the judges{f': {data}' if data else ''}"
+        tables.print_samples(runs, texts, wide, f"\n{title}" if number else title)

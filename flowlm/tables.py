@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +18,7 @@ Line = tuple[str, str, dict[str, float]]
 
 
 def _table(names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(names, overflow="fold")
     return table
 
@@ -26,6 +26,11 @@ def _table(names: str) -> Table:
 def _add(table: Table, head: str) -> None:
     width = max(HEAD, *map(len, head.split()))
     table.add_column("\n".join(textwrap.wrap(head, width)), justify="right", no_wrap=True)
+
+
+def _width(table: Table) -> int:
+    """Columns that it takes where no cell is broken."""
+    return console(least=10_000).measure(table).maximum
 
 
 def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
@@ -68,22 +73,20 @@ def _lines(runs: Mapping[str, Mapping]) -> list[Line]:
     return [(run, name, values) for (run, name), values in (samplers | beside).items()]
 
 
-def _fitting(lines: Sequence[Line], columns: Sequence[str], wide: bool) -> tuple[Table, Sequence[str]]:
+def _fitting(lines: Sequence[Line], columns: Sequence[str], named: bool, wide: bool) -> tuple[Table, Sequence[str]]:
     """The table, and those of the columns that it has: all if `wide`, otherwise as many from the left as there is room for."""
-    several = len({run for run, _, _ in lines} - {""}) > 1
     while True:
         table = _table("sampler @ steps")
         for column in columns:
             _add(table, shown(column))
         above = ""
         for run, name, values in lines:
-            if several and run not in ("", above):
+            if named and run not in ("", above):
                 table.add_row(Text(run, style="bold"))
             above = run
-            label = f"  {name}" if several and run else _called(name)
+            label = f"  {name}" if named and run else _called(name)
             table.add_row(label, *(_cell(values, column, wide) for column in columns))
-        screen = console()
-        if wide or len(columns) <= 1 or screen.measure(table).minimum_width <= screen.width:
+        if wide or len(columns) <= 1 or _width(table) <= console().width:
             return table, columns
         columns = columns[:-1]
 
@@ -100,33 +103,47 @@ def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
 
 
 def print_samples(
-    runs: Mapping[str, Mapping], texts: Mapping[str, Mapping[str, Sequence[str]]], wide: bool, of: str = ""
+    runs: Mapping[str, Mapping],
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
+    wide: bool,
+    title: str = "Samples before the judges",
 ) -> None:
     """Prints what the judges said of samples, what each column means, and samples as whole lines.
 
     Args:
-      runs: {name of the run: its evaluation.json}. texts: {name of the run: {sampler@steps: samples to be shown}}.
-      wide: all metrics, with standard errors, in a table as wide as it gets. of: goes behind the title.
+      runs: {name of the run, or "" where it needs none: its evaluation.json}.
+      texts: {name of the run: {sampler@steps: samples to be shown}}.
+      wide: all metrics, with standard errors, in a table as wide as it gets.
     """
-    lines = _lines(runs)
+    lines, named = _lines(runs), any(runs)
     known = dict.fromkeys(m for _, _, values in lines for m in values if not m.endswith("_stderr"))
     main = dict.fromkeys(m for record in runs.values() for m in record.get("main", ()) if m in known)
     columns = [*(main | known)] if wide or not main else [*main]
-    table, columns = _fitting(lines, columns if wide else columns[: COLUMNS - 1], wide)
-    screen = console(least=console().measure(table).maximum) if wide else console()
-    screen.print(Text(f"Samples before the judges{of}", style="bold"), table, Text(""), sep="\n")
+    table, columns = _fitting(lines, columns if wide else columns[: COLUMNS - 1], named, wide)
+    screen = console(least=_width(table) if wide else 0)
+    screen.print(Text(title, style="bold"), table, Text(""), sep="\n")
     meanings = {m: text for record in runs.values() for m, text in record.get("meanings", {}).items()}
     told = [f"{shown(column)}: {meanings[column]}" for column in columns if column in meanings]
-    counting = [shown(name) for run, name, _ in lines if not run and name != "held_out"]
+    counting = [shown(name) for _, name, _ in lines if "@" not in name and name != "held_out"]
     told += [f"{', '.join(counting)}: made by counting training text, without a network"] if counting else []
     if left_out := len(known) - len(columns):
         told.append(f"{left_out} more metrics are in evaluation.json, and shown by --wide")
     notes = {f"{run}: {note}" if run else note for run, record in runs.items() for note in record.get("notes", ())}
     for sentence in (*told, *sorted(notes)):
         screen.print(Text(sentence))
-    several = len(runs) > 1
+    _print_texts(screen, texts)
+
+
+def _print_texts(screen: Console, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    """Samples as whole lines under their names; what all runs are read beside is of the first."""
+    beside = set()
     for run, samples in texts.items():
         for name, some in samples.items():
-            screen.print(Text(f"\n{f'{run} ' if several else ''}{_called(name)}", style="bold"))
+            own = "@" in name
+            if not own and name in beside:
+                continue
+            beside.add(name)
+            screen.print(Text(f"\n{run} {name}" if run and own else f"\n{_called(name)}", style="bold"))
             for sample in some:
-                screen.print(Padding(Text(sample), (0, 0, 0, 2)))
+                for line in Text(sample).wrap(screen, screen.width - 2):
+                    screen.print(Text("  ") + line)

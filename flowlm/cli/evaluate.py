@@ -7,7 +7,6 @@ from absl.flags import FlagValues
 from flowlm.cli.command import Command, output, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
 
-
 WIDE = switch("wide", "all metrics with standard errors, in a table that may be wider than the terminal")
 
 
