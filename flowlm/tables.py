@@ -121,7 +121,7 @@ def print_samples(
     columns = [*(main | known)] if wide or not main else [*main]
     table, columns = _fitting(lines, columns if wide else columns[: COLUMNS - 1], named, wide)
     screen = console(least=_width(table) if wide else 0)
-    screen.print(Text(title, style="bold"), table, Text(""), sep="\n")
+    screen.print(Text(title, style="bold"), table, sep="\n")
     meanings = {m: text for record in runs.values() for m, text in record.get("meanings", {}).items()}
     told = [f"{shown(column)}: {meanings[column]}" for column in columns if column in meanings]
     counting = [shown(name) for _, name, _ in lines if "@" not in name and name != "held_out"]
@@ -129,8 +129,8 @@ def print_samples(
     if left_out := len(known) - len(columns):
         told.append(f"{left_out} more metrics are in evaluation.json, and shown by --wide")
     notes = {f"{run}: {note}" if run else note for run, record in runs.items() for note in record.get("notes", ())}
-    for sentence in (*told, *sorted(notes)):
-        screen.print(Text(sentence))
+    for number, sentence in enumerate((*told, *sorted(notes))):
+        screen.print(Text(sentence if number else f"\n{sentence}"))
     _print_texts(screen, texts)
 
 
