@@ -1,10 +1,15 @@
 """How anything is shown at a terminal: what users and models wrote as it stands, and what cannot be printed replaced."""
 
+import os
+import shutil
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 WIDTH = 80  # columns where there is no terminal
+# What a shell says of a process whose reader has gone, such as that in front of `| head`.
+READER_GONE = 141
 
 
 def console(width: int = WIDTH, least: int = 0) -> Console:
@@ -23,3 +28,15 @@ def replace_what_cannot_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def end_without_reader() -> None:
+    """Ends the process because nobody reads its standard output any more, without a word about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it ends
+    sys.exit(READER_GONE)
+
+
+def command() -> str:
+    """`flowlm` as it is called here: its name where a shell finds it, otherwise its path in the environment that runs."""
+    beside = Path(sys.executable).with_name("flowlm")
+    return "flowlm" if shutil.which("flowlm") or not beside.exists() else os.path.relpath(beside)

@@ -11,10 +11,10 @@ from command_line import flowlm
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm.experiment import load_trained
+from flowlm.assembly import load_trained
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 
 def losses(workdir):

@@ -14,12 +14,11 @@ from command_line import error_of
 from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
-from flowlm import experiment as experiments
-from flowlm import main, overrides, run_directory, study
+from flowlm import assembly, main, overrides, run_directory, study
 from flowlm.checkpoint import save_params
 from flowlm.config import check, defaults, flat, ranges
 from flowlm.objectives import FAMILIES
-from flowlm.optimizers import make_optimizer
+from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.tokenizers import shipped
 
 INF, NAN = math.inf, math.nan
@@ -185,7 +184,7 @@ def directory_of(family, path):
     # Of a run from before there were ranges: they are of its training, which is over.
     config.update(seed=-1)
     config.optimizer.update(clip_norm=-1.0)
-    made = experiments.build(config, 99, trained=True)
+    made = assembly.build(config, 99, trained=True)
     run_directory.prepare(path, config, shipped("grammar98"))
     save_params(path, drawn(made.net), 1, jnp.float32)
     return path
@@ -279,3 +278,25 @@ def test_clip_norm_0_is_off():
 def test_a_pattern_that_is_none_is_refused(nothing_expensive, tmp_path):  # noqa: F811
     message = error_of("train", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.optimizer.decay_pattern=(kernel")
     assert "optimizer.decay_pattern '(kernel' is no regular expression" in message
+
+
+# --- the schedule ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "top"), [(30, 100, 15), (7, 100, 3), (100, 30, 30), (20, 10, 10), (1, 100, 0)]
+)
+def test_the_warm_up_of_a_cosine_takes_at_most_half_of_the_steps(steps, warmup, top):
+    rate = make_schedule(2e-3, "cosine", warmup, steps)
+    rates = [float(rate(step)) for step in range(steps + 1)]
+    assert (
+        int(np.argmax(rates)) == top and rates[top] == pytest.approx(2e-3) and rates[-1] == pytest.approx(0, abs=1e-9)
+    )
+    for step in range(top):
+        assert rates[step] == pytest.approx(2e-3 * step / top)
+
+
+def test_a_constant_rate_does_not_depend_on_the_steps():
+    short, long = (make_schedule(2e-3, "constant", 100, steps) for steps in (10, 10_000))
+    for step in (0, 5, 50, 100, 5000):
+        assert float(short(step)) == float(long(step)) == pytest.approx(2e-3 * min(1, step / 100))

@@ -14,8 +14,8 @@ import pytest
 
 from flowlm import carry_out as running
 from flowlm import study
+from flowlm.assembly import build
 from flowlm.carry_out import carry_out
-from flowlm.experiment import build
 from flowlm.matching import matched
 from flowlm.study import Run, Study
 
