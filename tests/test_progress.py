@@ -1,11 +1,14 @@
-"""The bar of an evaluation: what a terminal sees, and that nothing else sees anything."""
+"""What is seen while work is done: the bar of an evaluation, one line of a preparation, and no line that libraries write."""
 
 import io
+import logging
 import re
+import types
 
 import pytest
 
-from flowlm import processes, progress
+from flowlm import main, metrics, processes, progress
+from flowlm.data import builders, open_dataset
 
 
 class Stream(io.StringIO):
@@ -48,3 +51,29 @@ def test_what_is_no_terminal_sees_nothing(shown):
 def test_other_processes_than_the_first_show_nothing(shown, monkeypatch):
     monkeypatch.setattr(processes, "is_first", lambda: False)
     assert shown(True) == ""
+
+
+def test_data_are_prepared_with_a_line_of_ours_and_opened_with_none(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(builders, "GRAMMAR_ROWS", dict.fromkeys(("train", "validation", "test"), 64))
+    assert len(open_dataset("grammar98", "grammar98", 19, tmp_path).test) == 64
+    out, err = capfd.readouterr()
+    lines = [line for line in re.split("[\r\n]+", err) if line.strip()]
+    assert out == "" and lines[:2] == [
+        "preparing grammar98 in rows of 19, once:",
+        f"  {next(tmp_path.glob('tfds/*/*/*'))}",
+    ]
+    open_dataset("grammar98", "grammar98", 19, tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_tensorboard_gets_finite_numbers_alone(tmp_path, monkeypatch):
+    """It draws no others, and warns at each."""
+    written = []
+    board = types.SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar), close=lambda: None)
+    monkeypatch.setitem(main.sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda path: board))
+    writer = metrics.MetricWriter(tmp_path, tensorboard=True)
+    writer.write(3, {"loss": 0.5, "entropy": float("nan"), "nats": float("inf")})
+    writer.close()
+    assert written == [("loss", 0.5, 3)]
+    assert metrics.read_metrics(tmp_path) == [{"step": 3, "loss": 0.5, "entropy": None, "nats": None}]
