@@ -5,9 +5,12 @@ import logging
 import re
 import types
 
+import absl.flags
+import absl.logging
 import pytest
 
 from flowlm import main, metrics, processes, progress
+from flowlm.cli.command import Command
 from flowlm.data import builders, open_dataset
 
 
@@ -65,6 +68,19 @@ def test_data_are_prepared_with_a_line_of_ours_and_opened_with_none(tmp_path, mo
     open_dataset("grammar98", "grammar98", 19, tmp_path)
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_warning_is_its_words_alone(monkeypatch):
+    """No date, thread or line of code, which nobody who gives a command looks for."""
+    said = io.StringIO()
+    monkeypatch.setattr(absl.logging.get_absl_handler().python_handler, "stream", said)
+    command = Command("warn", "warns", [], lambda values: absl.logging.get_absl_handler().handle(warning))
+    warning = logging.makeLogRecord(
+        {"name": "absl", "levelno": logging.WARNING, "msg": "%d rows left out", "args": (3,)}
+    )
+    absl.flags.FLAGS.mark_as_parsed()
+    main.carry_out(main.Call(command, absl.flags.FlagValues()))
+    assert said.getvalue() == "3 rows left out\n"
 
 
 def test_tensorboard_gets_finite_numbers_alone(tmp_path, monkeypatch):
