@@ -410,7 +410,7 @@ def test_an_evaluation_asks_between_samplers_and_judges(data_dir, monkeypatch):
     # Before each of them the bar is told what comes.
     assert totals == [len(asked)] == [len(begun)]
     assert begun[4:10] == [
-        "64 held-out rows: likelihood",
+        "16 held-out rows: likelihood",
         *["300 rows at 1 step: sampling"] * 2,
         *(f"300 rows at 1 step: judge {i} of 3" for i in (1, 2, 3)),
     ]
