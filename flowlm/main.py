@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from logging import Formatter
 from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
@@ -66,6 +67,9 @@ def carry_out(call: Call) -> None:
     """Does what a command says. What goes wrong ends the process with one line; --verbosity=1 shows where."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
+        logging.get_absl_handler().setFormatter(
+            Formatter("%(message)s")
+        )  # whoever reads a warning seeks no line of code
     try:
         _check_outputs(call)
         call.command.run(call.values)

@@ -8,6 +8,7 @@ from absl.flags import FlagValues
 from flowlm.cli.command import Command, output, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
 
+WIDE = switch("wide", "all metrics with standard errors, in a table that may be wider than the terminal")
 # The repository's own checkpoints, which are read and never written.
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
@@ -49,8 +50,8 @@ def _evaluate(values: FlagValues) -> None:
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
     if place is not None:
-        result.save(place)
-    result.show()
+        result.save(place, values.checkpoint)
+    result.show(values.wide)
 
 
 def _is_shipped(checkpoint: str) -> bool:
@@ -60,7 +61,7 @@ def _is_shipped(checkpoint: str) -> bool:
 def _compare(values: FlagValues) -> None:
     from flowlm.results import compare
 
-    compare(values.runs)
+    compare(values.runs, values.wide)
 
 
 EVALUATE = Command(
@@ -77,6 +78,7 @@ EVALUATE = Command(
             "where the results go, in place of the run's directory (never written: checkpoints/)",
         ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
+        WIDE,
     ],
     _evaluate,
     needs=("checkpoint",),
@@ -86,7 +88,7 @@ EVALUATE = Command(
 COMPARE = Command(
     "compare",
     "one table of several evaluated runs",
-    [words("runs", "DIR,DIR,...", "directories of evaluated runs")],
+    [words("runs", "DIR,DIR,...", "directories of evaluated runs"), WIDE],
     _compare,
     needs=("runs",),
     place="runs",
