@@ -68,8 +68,11 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """A command that a test runs in this process listens to signals; the next test must not."""
+    from flowlm import signals  # not before the environment is set
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+    signals._listener = signals._Listener()
