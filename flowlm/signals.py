@@ -28,10 +28,17 @@ class Stopped(BaseException):
 
 
 class _Listener:
-    """What a process knows of the signals that it was sent."""
+    """What a process knows of the signals that it was sent.
+
+    Attributes:
+      goes_on: what giving the command again does; None where that is nothing but the whole of it.
+      holders: by who has something to save, what is called when a signal comes.
+    """
 
     def __init__(self):
         self.told, self.answered, self.status = threading.Event(), threading.Event(), 0
+        self.goes_on: str | None = None
+        self.holders: list[Callable[[], None]] = []
         self._interrupted = False
 
     def hear(self, signals: int) -> None:
@@ -47,26 +54,24 @@ class _Listener:
         self._interrupted |= number == signal.SIGINT
         if number == signal.SIGHUP:
             _leave_terminal()
-        first = not self.told.is_set()
+        first, holders = not self.told.is_set(), [*self.holders]
         self.told.set()
-        if first and not _holders:
-            self.status = 0 if _goes_on else 128 + number
-            _say(": ".join(["told to stop", *_goes_on[-1:]]))
+        if first and not holders:
+            self.status = 128 + number if self.goes_on is None else 0
+            _say("told to stop" if self.goes_on is None else f"told to stop: {self.goes_on}")
             self.answered.set()
-            threading.Timer(GRACE, self._end).start()
+            _later(GRACE, self._end)
         elif number == signal.SIGINT:
             _say("interrupted, so it saves and stops; Ctrl-C again ends it at once, unsaved")
-        for tell_others in _holders if first else ():
+        for tell_others in holders if first else ():
             tell_others()
 
     def _end(self) -> None:
-        if not _holders:
+        if not self.holders:
             os._exit(self.status)
 
 
 _listener = _Listener()
-_goes_on: list[str] = []  # what giving the command again does, innermost last
-_holders: list[Callable[[], None]] = []  # who has something to save, and whom each of them tells of a signal
 
 
 def listen() -> None:
@@ -82,11 +87,52 @@ def listen() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _handle)
     threading.Thread(target=_listener.hear, args=(read,), daemon=True).start()
+    sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
 
 
 def _handle(number, frame) -> None:
-    if not _holders:
+    if not _listener.holders:
         raise Stopped
+
+
+def _unraisable(failed) -> None:
+    """Where Python drops an exception, as in what it calls when it frees an object, Stopped is raised again a little later."""
+    if failed.exc_type is Stopped:
+        _later(0.02, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    else:
+        sys.__unraisablehook__(failed)
+
+
+def _uncaught(kind, error, trace) -> None:
+    """Ends a process that Stopped has unwound; not as Python would, because compiled programs that still run crash then."""
+    if kind is not Stopped:
+        sys.__excepthook__(kind, error, trace)
+        return
+    _listener.answered.wait(GRACE)
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            file.flush()
+    os._exit(_listener.status)
+
+
+def resumable(what: str) -> None:
+    """From now on a stop costs nothing and the exit status is 0; `what` says what the same command does then."""
+    _listener.goes_on = what
+
+
+def hold(tell_others: Callable[[], None] = lambda: None) -> None:
+    """From now on a signal ends nothing: who has something to save asks `told`. `tell_others` is called at once, by a thread."""
+    _listener.holders.append(tell_others)
+
+
+@contextlib.contextmanager
+def held(tell_others: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """`hold` while in it."""
+    hold(tell_others)
+    try:
+        yield
+    finally:
+        _listener.holders.remove(tell_others)
 
 
 def told() -> bool:
@@ -100,36 +146,10 @@ def say_stopped(text: str) -> None:
         print(f"told to stop: {text}", file=sys.stderr)
 
 
-def status() -> int:
-    """The exit status of a command that Stopped has ended."""
-    if told():
-        _listener.answered.wait(GRACE)
-    return _listener.status
-
-
-@contextlib.contextmanager
-def resumable(what: str) -> Iterator[None]:
-    """In it a stop costs nothing and the exit status is 0; `what` says what the same command does then."""
-    _goes_on.append(what)
-    try:
-        yield
-    finally:
-        _goes_on.pop()
-
-
-def hold(tell_others: Callable[[], None] = lambda: None) -> None:
-    """From now on a signal ends nothing: who has something to save asks `told`. `tell_others` is called at once, by a thread."""
-    _holders.append(tell_others)
-
-
-@contextlib.contextmanager
-def held(tell_others: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """`hold` while in it."""
-    hold(tell_others)
-    try:
-        yield
-    finally:
-        _holders.remove(tell_others)
+def _later(seconds: float, what: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, what)
+    timer.daemon = True
+    timer.start()
 
 
 def _say(text: str) -> None:

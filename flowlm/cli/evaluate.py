@@ -15,7 +15,7 @@ def _evaluate(values: FlagValues) -> None:
             "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
 
-    from flowlm import run_directory, storage
+    from flowlm import run_directory, signals, storage
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
     from flowlm.experiment import load_trained
@@ -39,7 +39,8 @@ def _evaluate(values: FlagValues) -> None:
         run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
-    result.save(place)
+    with signals.held():  # all of its files or none
+        result.save(place)
     result.show()
 
 
@@ -63,6 +64,7 @@ EVALUATE = Command(
     ],
     _evaluate,
     needs=("checkpoint",),
+    again="nothing is written, and the same command evaluates anew",
     place="checkpoint",
 )
 
