@@ -119,7 +119,7 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                 return [str(path)]
         if not is_kept(kept, run, seed):
             for place in (swept(path, setting) for setting in run.sweep):
-                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+                line = [sys.executable, "-m", "flowlm", "evaluate", f"--checkpoint={path}"]
                 line += [f"--objective={place.name}", "--samples_only", f"--results={place}"]
                 if not (place / "evaluation.json").exists() and not call(line, name):
                     wrong.append(str(place))

@@ -147,7 +147,7 @@ def test_commands(arguments, expected, nothing_expensive):
 )
 def test_from_outside(arguments, expected):
     """An exit status that scripts see, one line that people read."""
-    command = [sys.executable, "-m", "flowlm.main", *arguments]
+    command = [sys.executable, "-m", "flowlm", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
