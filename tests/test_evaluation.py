@@ -298,7 +298,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path):
     """And files are UTF-8 wherever they are written."""
     Evaluation(3, {"samples/map@1/entropy": 1.0}, {"map@1": [MARKUP]}).save(tmp_path / "run")
     environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    line = [sys.executable, "-m", "flowlm.main", "compare", f"--runs={tmp_path / 'run'}"]
+    line = [sys.executable, "-m", "flowlm", "compare", f"--runs={tmp_path / 'run'}"]
     done = subprocess.run(
         line, cwd=ROOT, env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300
     )
