@@ -8,6 +8,7 @@ Metrics are one flat dict:
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
 """
 
+import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,19 +35,34 @@ FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most s
 
 
 def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs."""
+    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs.
+
+    A name has no blanks, so that it can be given to `--sampler` as it stands: `map-noise0.4`, `ancestral-temp0.55-noise0.8`.
+    """
     if not hasattr(family, "sample"):
         return {}
     if hasattr(family, "sampler"):
         return {family.sampler: family}
-    scale = f" noise {family.noise_scale:g}" if family.noise_scale != 1 else ""
+    scale = f"-noise{family.noise_scale:g}" if family.noise_scale != 1 else ""
     if not hasattr(family, "eta"):
         return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
     out = {"euler": replace(family, eta=0.0, temperature=None, noise_scale=1.0)}
-    name = "ancestral" if family.eta == 1 else f"eta {family.eta:g}" if family.eta else "euler"
+    name = "ancestral" if family.eta == 1 else f"eta{family.eta:g}" if family.eta else "euler"
     if family.temperature is not None:
-        name += f" temperature {family.temperature:g}"
+        name += f"-temp{family.temperature:g}"
     return out | {name + scale: family}
+
+
+def named_sampler(family, name: str | None = None) -> tuple[str, object]:
+    """(name, sampler) of the family; without a name the one that is set. Raises ValueError: it has none of that name, or none."""
+    choices = samplers(family)
+    if not choices:
+        raise ValueError(f"a run of the family {type(family).__name__} writes no samples: name another run")
+    name = name or next(reversed(choices))
+    if name not in choices:
+        (near,) = difflib.get_close_matches(name, choices, 1, cutoff=0)
+        raise ValueError(f"no sampler {name!r}: there are {', '.join(choices)}; did you mean {near}?")
+    return name, choices[name]
 
 
 class Sampler:

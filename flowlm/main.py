@@ -126,7 +126,7 @@ def _objective() -> dict[str, object]:
 
 
 def _sample() -> None:
-    from flowlm.evaluation import Sampler, samplers
+    from flowlm.evaluation import Sampler, named_sampler
     from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
@@ -135,12 +135,9 @@ def _sample() -> None:
     counts, num = _step_counts(["64"]), _NUM.value or 8
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(_CHECKPOINT.value, layout, _objective())
-    choices = samplers(run.experiment.family)
-    name = _SAMPLER.value or list(choices)[-1]
-    if name not in choices:
-        raise ValueError(f"unknown --sampler {name!r}: choose one of {list(choices)}")
+    name, family = named_sampler(run.experiment.family, _SAMPLER.value)
     for steps in counts:
-        draw = Sampler(run.experiment.net, choices[name], steps, layout)
+        draw = Sampler(run.experiment.net, family, steps, layout)
         print(f"== {name}@{steps}")
         for row in draw(run.params, jax.random.key(_SEED.value), num):
             print(run.tokenizer.decode(row))

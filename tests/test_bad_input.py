@@ -197,7 +197,7 @@ def test_an_unknown_sampler(data_dir, tmp_path):
     checkpoints.save(1, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract))
     checkpoints.close()
     message = error_of("sample", f"--checkpoint={tmp_path}", "--sampler=eule")
-    assert "unknown --sampler 'eule': choose one of ['euler', 'ancestral']" in message
+    assert "no sampler 'eule': there are euler, ancestral; did you mean euler?" in message
 
 
 def test_sampling_takes_a_step():

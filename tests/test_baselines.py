@@ -75,7 +75,7 @@ def test_a_run_is_evaluated_with_another_sampler(data_dir, tmp_path, monkeypatch
         monkeypatch.setattr(sys, "argv", line)
         main._main(main._parse(line))
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
-    assert "samples/ancestral temperature 0.5 noise 0.25@2/entropy" in metrics
+    assert "samples/ancestral-temp0.5-noise0.25@2/entropy" in metrics
     assert (tmp_path / "run/evaluation.json").read_bytes() == kept
     for change, message in (
         ({"heat": 1}, "has no 'heat': it has eta, family"),

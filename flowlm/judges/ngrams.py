@@ -9,7 +9,7 @@ ngram_distance_2 adjacent pairs; a sampler with the right pairs and nothing more
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,11 @@ class NGrams:
 
     The reference is counted once, when the judge is made; samples are looked up in its tables.
     """
+
+    main = ("ngram_distance_2",)
+    meanings: ClassVar[dict[str, str]] = {
+        f"ngram_distance_{n}": f"how far {n}-grams are from real text's, 0 to 1; less is better" for n in ORDERS
+    }
 
     def __init__(self, reference: np.ndarray, start: int):
         """`reference`: held-out ids int [M, L]. `start`: id of the start token."""

@@ -6,6 +6,7 @@ long repeat is collapse.
 
 import string
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -117,6 +118,15 @@ class Statistics:
     A start token in position 0 is the frame, not text: it is left out of all but `distinct_rows`. A row that begins
     with any other token counts whole.
     """
+
+    main = ("entropy", "distinct_rows", "distinct_2")
+    meanings: ClassVar[dict[str, str]] = {
+        "entropy": "of the tokens inside a sample, nats; near held-out text's is best",
+        "distinct_rows": "share of different samples; near held-out text's is best",
+        "words_in_corpus": "share of words that the corpus has; more is better",
+        "self_bleu": "how alike samples are; near held-out text's is best",
+        "longest_repeat": "tokens of the longest run that comes twice in a sample",
+    } | {f"distinct_{n}": f"share of different {n}-grams; near held-out text's is best" for n in (1, 2, 4)}
 
     def __init__(self, vocabulary_words: frozenset[str] | None, start: int):
         """`vocabulary_words`: frozenset(words(train split)) or None. `start`: id of the start token."""
