@@ -1,14 +1,14 @@
-"""The quickstart: a small flow language model on the State of the Union speeches, and its flow map, from nothing to scored text.
+"""A small flow language model on the State of the Union speeches, and its flow map, from nothing to scored text.
 
-    flowlm train --config=experiments/quickstart.py --workdir=DIR        (bash launch/quickstart.sh does both from a fresh machine)
-    flowlm train --config=experiments/quickstart.py:flow_map --config.teacher=DIR --workdir=DIR2
+    flowlm train --config=experiments/speeches.py --workdir=DIR
+    flowlm train --config=experiments/speeches.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-    flowlm train --config=experiments/quickstart.py:masked --workdir=DIR      the baselines: also :uniform, :autoregressive and the
+    flowlm train --config=experiments/speeches.py:masked --workdir=DIR      the baselines: also :uniform, :autoregressive and the
                                                                               students :sdtt, :dcd; compared in results/study/text
 
 512 byte-level BPE tokens, rows of 32, 1.2M parameters, 2,000 steps of 64 rows, about one pass over the corpus; then 600 of
 distillation. Expected on 2 CPU cores: 7 minutes of training, 3 of distillation, 3 of sampling and scoring. Expected numbers
-are in README.md and results/quickstart*.json. Tried at the same budget, seed 0, 512 samples at 64 ancestral steps:
+are in results/speeches*.json. Tried at the same budget, seed 0, 512 samples at 64 ancestral steps:
 
     input, vocabulary, warp     cross-entropy mean (context-free)   at tau .05    nats per character   distinct-2 (held out)
     with the posterior mean in place of draws
@@ -60,7 +60,7 @@ BASELINES = ("autoregressive", "masked", "uniform")
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is one of STUDENTS of a run of this experiment (--config.teacher=DIR), one of BASELINES, or nothing."""
     if arg not in ("", *STUDENTS, *BASELINES):
-        raise ValueError(f"quickstart knows the arguments {', '.join((*STUDENTS, *BASELINES))}, not {arg!r}")
+        raise ValueError(f"speeches knows the arguments {', '.join((*STUDENTS, *BASELINES))}, not {arg!r}")
     family = STUDENTS.get(arg, arg or "flow")
     config = settings.defaults(family)
     config.update(steps=2000, batch_size=64)

@@ -6,7 +6,7 @@
     flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
     dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
     bare    forward and backward of the network alone on a state that is given: no vocabulary, the floor of a step
-    input   a batch of token rows read as training reads them (the quickstart's speeches): time alone
+    input   a batch of token rows read as training reads them (the speeches): time alone
     psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
     sample  a batch of token rows by a flow map in one step, from key to ids
     forward the network and its output layer alone: ids of a state that is given

@@ -53,7 +53,10 @@ def tokenizer(sentences: Sequence[str], num_words: int, start: str) -> tokenizer
     pieces = [start, PAD, UNKNOWN, *(mark for mark in PUNCTUATION if mark in count), *words[:num_words]]
     model = tokenizers.Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
     model.normalizer = normalizers.Sequence(
-        [normalizers.Replace(_first_letter(letter, kept.intersection(pieces)), letter.lower()) for letter in ascii_uppercase]
+        [
+            normalizers.Replace(_first_letter(letter, kept.intersection(pieces)), letter.lower())
+            for letter in ascii_uppercase
+        ]
     )
     model.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
     model.decoder = decoders.Sequence(
