@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 from flowlm import integrity, run_directory, storage, tokenizers
+from flowlm.assembly import build, load_trained
 from flowlm.checkpoint import save_params
-from flowlm.experiment import build, load_trained
 from flowlm.reference import BARE, MODULES, OUTPUT, from_reference
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
@@ -182,12 +182,6 @@ def read_safetensors(path) -> Source:
     if "objective" in chosen:
         return Source(run_directory.settings_of(chosen, beside), arrays, step)
     return Source(chosen, arrays, step)
-
-
-def is_importable(path) -> bool:
-    """Whether a path looks like what `load` reads."""
-    path = storage.path(path)
-    return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
 
 
 def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported:

@@ -11,14 +11,12 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from flowlm import importing, integrity, run_directory, storage
+from flowlm.assembly import load_trained
 from flowlm.checkpoint import has_params
 from flowlm.config import flat
-from flowlm.experiment import load_trained
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 from flowlm.terminal import console
-
-PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 
 
 class Inspected(NamedTuple):
@@ -50,10 +48,10 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
     path = storage.path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if importing.is_importable(path):
+    if run_directory.is_importable(path):
         run = importing.load(path, weights)
         return Inspected("parameters that can be imported", run.config, run.params, run.step)
-    if (path / PROGRAM).exists():
+    if (path / run_directory.PROGRAM).exists():
         return _programs(path)
     run = load_trained(path, layout)
     kind = "parameters of a run" if has_params(path) else "run"

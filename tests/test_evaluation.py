@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
-from test_bad_input import error_of
 from toy import run_config
 
-from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study
-from flowlm import train as training
+from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training
+from flowlm.assembly import build, load_trained
 from flowlm.data import open_dataset
 from flowlm.evaluation import Evaluator, on_rows
-from flowlm.experiment import build, load_trained
 from flowlm.export import export
 from flowlm.judges.language_model import LanguageModel
 from flowlm.results import Evaluation
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,7 +287,7 @@ def test_what_users_and_models_wrote_is_shown_as_it_stands(tmp_path, capsys):
     results.compare([str(directory)])
     printed = capsys.readouterr().out
     assert f"  {MARKUP}\n" in printed
-    assert printed.count("[i]judge nats") == 2 and "a [note]" in printed
+    assert printed.count("[i]judge  $judge^") == 2 and "a [note]" in printed
     assert "run[1] [b]$x$" in printed and "run[1] [b]$x$: a [note]" in printed
     assert (directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert MARKUP in (directory / "samples.txt").read_text("utf-8")

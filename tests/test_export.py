@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config, train_only
 
 from flowlm import inspection, run_directory
+from flowlm.assembly import abstract_state, build, load_trained
 from flowlm.checkpoint import Checkpoints, save_params
 from flowlm.evaluation import Sampler, samplers
-from flowlm.experiment import abstract_state, build, load_trained
 from flowlm.export import export
 from flowlm.importing import import_run
 from flowlm.inspection import inspect, show

@@ -9,17 +9,17 @@ import re
 import jax
 import numpy as np
 import pytest
+from command_line import error_of
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
-from test_bad_input import error_of
 from test_experiments import ARGUMENTS, FILES, ROOT, load
 from test_hlo import DUMPS, KNOWN, assert_scanned_products, known_program, scanned_products, totals
 from toy import run_config
 
 from flowlm import ahead_of_time, plan
 from flowlm.ahead_of_time import needed_memory, parse_topology, trace_step
+from flowlm.assembly import abstract_state, build
 from flowlm.costs import CHIPS, EFFICIENCY, forward_flops
-from flowlm.experiment import abstract_state, build
 from flowlm.plan import RESOLUTION, device_need, largest_batch, plan_device
 from flowlm.sharding import Layout, make_mesh
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from flowlm.assembly import load_trained
 from flowlm.data.grammar import Grammar
 from flowlm.evaluation import Sampler, samplers
-from flowlm.experiment import load_trained
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import entropies
 from flowlm.sharding import Layout, make_mesh

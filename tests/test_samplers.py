@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy import drawn, run_config
 
-from flowlm import experiment
+from flowlm import assembly
 from flowlm.evaluation import named_sampler, samplers
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.guidance import Prediction
@@ -25,7 +25,7 @@ def built(family, **objective):
         **{"model.blocks": 1, "model.learned_positions": True, "model.logit_cap": 0.0, "data.length": 6},
         **changes,
     )
-    made = experiment.build(config, config.model.vocab_size)
+    made = assembly.build(config, config.model.vocab_size)
     return made.net, made.family, drawn(made.net, scale=0.3)
 
 

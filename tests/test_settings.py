@@ -3,7 +3,6 @@
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -11,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from test_bad_input import CONFIG, ROOT, error_of, nothing_expensive  # noqa: F401
+from command_line import error_of
+from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
-from flowlm import experiment as experiments
-from flowlm import main, run_directory, study
+from flowlm import assembly, main, overrides, run_directory, study
 from flowlm.checkpoint import save_params
 from flowlm.config import check, defaults, flat, ranges
 from flowlm.objectives import FAMILIES
-from flowlm.optimizers import make_optimizer
+from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.tokenizers import shipped
 
 INF, NAN = math.inf, math.nan
@@ -185,7 +184,7 @@ def directory_of(family, path):
     # Of a run from before there were ranges: they are of its training, which is over.
     config.update(seed=-1)
     config.optimizer.update(clip_norm=-1.0)
-    made = experiments.build(config, 99, trained=True)
+    made = assembly.build(config, 99, trained=True)
     run_directory.prepare(path, config, shipped("grammar98"))
     save_params(path, drawn(made.net), 1, jnp.float32)
     return path
@@ -221,12 +220,10 @@ def test_a_sampler_out_of_range_is_refused_wherever_it_is_set(command, family, c
 
 def parsed(*arguments):
     """The settings of the test experiment after these flags."""
-    argv = ["flowlm", "train", CONFIG, *arguments]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", argv)
-        main._parse(argv)
-        return main._CONFIG.value.copy_and_resolve_references()
+        values = main.read(["flowlm", "train", CONFIG, "--workdir=w", *arguments]).values
+    return values.config.copy_and_resolve_references()
 
 
 def test_the_last_flag_of_a_setting_is_its_value():
@@ -241,7 +238,7 @@ def test_the_last_flag_wins_among_those_that_a_study_hands_on():
     run = study.Run(
         "a", CONFIG.partition("=")[2], {"evaluation.steps": (1, 8), "steps": 5, "objective.temperature": None}
     )
-    extra = main.overrides.FlagsParser().parse("--config.evaluation.steps=(4, 2),--config.steps=7,--config.log_every=9")
+    extra = overrides.FlagsParser().parse("--config.evaluation.steps=(4, 2),--config.steps=7,--config.log_every=9")
     line = study.command(run, 0, Path("w"), {}, extra)
     flags = shlex.split(shlex.join(line))[5:-1]
     config = parsed("--config.objective.temperature=0.5", *flags)
@@ -281,3 +278,25 @@ def test_clip_norm_0_is_off():
 def test_a_pattern_that_is_none_is_refused(nothing_expensive, tmp_path):  # noqa: F811
     message = error_of("train", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.optimizer.decay_pattern=(kernel")
     assert "optimizer.decay_pattern '(kernel' is no regular expression" in message
+
+
+# --- the schedule ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "top"), [(30, 100, 15), (7, 100, 3), (100, 30, 30), (20, 10, 10), (1, 100, 0)]
+)
+def test_the_warm_up_of_a_cosine_takes_at_most_half_of_the_steps(steps, warmup, top):
+    rate = make_schedule(2e-3, "cosine", warmup, steps)
+    rates = [float(rate(step)) for step in range(steps + 1)]
+    assert (
+        int(np.argmax(rates)) == top and rates[top] == pytest.approx(2e-3) and rates[-1] == pytest.approx(0, abs=1e-9)
+    )
+    for step in range(top):
+        assert rates[step] == pytest.approx(2e-3 * step / top)
+
+
+def test_a_constant_rate_does_not_depend_on_the_steps():
+    short, long = (make_schedule(2e-3, "constant", 100, steps) for steps in (10, 10_000))
+    for step in (0, 5, 50, 100, 5000):
+        assert float(short(step)) == float(long(step)) == pytest.approx(2e-3 * min(1, step / 100))

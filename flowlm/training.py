@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
+from flowlm.assembly import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.profiling import Profiler, Recompilations
 
@@ -151,6 +151,7 @@ def _prepare(config: ConfigDict, workdir: str):
     origin = load_origin(config, tokenizer, experiment, layout) if config.init_from else None
     if has_params(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
+    run_directory.check(workdir, config, tokenizer)  # before data are prepared, which may take hours
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
     run_directory.prepare(workdir, config, dataset.tokenizer)
     evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
