@@ -19,8 +19,8 @@ three seeds, mean and standard deviation:
     flow map, 1                                     3.349 ± .096          3.046 ± .016     .387 ± .013
     held-out text                                   1.253 ± .004          3.282 ± .004     .386 ± .004
 
-In one step the map is .22 ± .05 better than the flow's four Euler steps, and .34 ± .05 worse than its four tuned ones. One pass over
-the corpus leaves words half learnt. The flow's single step writes "the the the", which a character model likes, and entropy does not.
+In one step the map is .22 ± .05 better than the flow's four Euler steps, and .34 ± .05 worse than its four tuned ones. One pass
+over the corpus leaves words half learnt. In one step the flow writes "the the the", which a character model likes and entropy not.
 
 Tried at the same budget, seed 0, 512 samples at 64 ancestral steps:
 
