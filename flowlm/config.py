@@ -97,7 +97,7 @@ class Run:
     accumulation: int = setting(1, "microbatches it is cut into", "[1, inf)")
     ema_decay: float = setting(0.999, "of the moving average, which is what is judged and exported", "[0, 1]")
     prior: str = setting("gaussian", "the noise: gaussian or dirichlet")
-    time_warp: str = setting("ambient", "warped time: ambient, embedded or identity")
+    time_warp: str = setting("ambient", "warped time: ambient, embedded, between or identity")
     teacher: str | None = setting(
         None, "run directory that a student is distilled from; empty: one must be given", optional=str
     )
