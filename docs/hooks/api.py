@@ -37,5 +37,5 @@ def on_config(config):
 def on_files(files: Files, config) -> Files:
     """The pages themselves."""
     for name in modules():
-        files.append(File.generated(config, page(name), content=f"# {name}\n\n::: {name}\n"))
+        files.append(File.generated(config, page(name), content=f"::: {name}\n"))
     return files

@@ -2,7 +2,7 @@
 
 from flowlm.cli.command import Command
 from flowlm.cli.commands import COMMANDS
-from flowlm.cli.help import _usage
+from flowlm.cli.help import of_command
 from tables import markdown
 
 
@@ -16,8 +16,10 @@ def _section(command: Command) -> str:
     rows = [[f"`{flag.written}`".replace("|", "\\|"), _cell(flag.help)] for flag in command.flags]
     if command.flag("config"):
         rows.append(["`--config.KEY=VALUE`", "a [setting](settings.md) of the experiment"])
-    parts = [f"## {command.name}", f"{_cell(command.summary)[0].upper()}{_cell(command.summary)[1:]}."]
-    parts += [f"```text\n{_usage(command).removeprefix('usage: ')}\n```", markdown(["flag", "what it is"], rows, figures=False)]
+    usage = of_command(command).split("\n\n")[1].removeprefix("usage: ")
+    summary = _cell(command.summary[0].upper() + command.summary[1:])
+    parts = [f"## {command.name}", f"{summary}.", f"```text\n{usage}\n```"]
+    parts.append(markdown(["flag", "what it is"], rows, figures=False))
     if command.notes:
         parts.append(f"```text\n{command.notes.strip()}\n```")
     return "\n\n".join(parts) + "\n"

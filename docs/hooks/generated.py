@@ -12,7 +12,7 @@ import settings_table
 import tables
 
 ROOT = Path(__file__).parents[2]
-_COMMENT = re.compile(r"^<!-- ([a-z_]+): (.*?) -->$", re.MULTILINE)
+COMMENT = re.compile(r"^<!-- ([a-z_]+): (.*?) -->$", re.MULTILINE)
 
 
 def include(path: str, below: str = "0") -> str:
@@ -46,7 +46,7 @@ def expanded(markdown: str) -> str:
         name, arguments = match.groups()
         return MAKERS[name](*arguments.split(", "))
 
-    return _COMMENT.sub(made, markdown)
+    return COMMENT.sub(made, markdown)
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -11,7 +11,7 @@ from flowlm import config
 from tables import markdown
 
 _SOURCE = Path(config.__file__)
-_FAMILIES = ("flow", "flow_map", "residual", "autoregressive", "masked", "uniform")
+FAMILIES = ("flow", "flow_map", "residual", "autoregressive", "masked", "uniform")
 _SECTIONS = ("_settings", "_model", "_objective")
 
 
@@ -74,7 +74,7 @@ def table(section: str) -> str:
     told = comments()
     if section == "objective":
         parts = []
-        for family in _FAMILIES:
+        for family in FAMILIES:
             rows = [
                 _row(f"objective.{key}", value, told.get(("_objective", f"{family}.{key}"), told.get(("_objective", key), "")))
                 for key, value in config._objective(family).items()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,12 @@ def block(path: str, *head: str) -> str:
     names, rows = cells[0], cells[2:]
     rows = [[row[0], *(_once(row[1:]))] for row in rows]
     kept = [i for i in range(len(names)) if i == 0 or any(row[i] not in ("-", "") for row in rows)]
-    return markdown([names[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    return markdown([names[i] for i in kept], [[short(row[i]) for i in kept] for row in rows])
+
+
+def short(cell: str) -> str:
+    """Figures below one without their zero, so that a wide table fits."""
+    return re.sub(r"(?<![\d.])0(\.\d\d)", r"\1", cell)
 
 
 def _once(cells: list[str]) -> list[str]:
