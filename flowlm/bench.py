@@ -1,32 +1,9 @@
-"""Memory and time of one training step, or one draw of samples, against another's.
-
-    flowlm bench [--pairs=flow/dense,psd/flow] [--batch=8 --length=128 --vocab=30522 --width=256 --blocks=8] [--out=FILE]
-    flowlm bench --device [--batch=32] [--attention_cap=0]
-
-    flow    noise drawn in embedding space (prior.py), logits one chunk at a time (vocab.py)
-    dense   x0 [B, L, V] drawn, x_t = (1 - t) x0 + t one_hot, z = x_t @ E, all logits, log-softmax
-    bare    forward and backward of the network alone on a state that is given: no vocabulary, the floor of a step
-    input   a batch of token rows read as training reads them (the quickstart's speeches): time alone
-    psd, lsd, esd, ...   a flow map distilled from a teacher of the same size (objectives/flow_map.py)
-    sample  a batch of token rows by a flow map in one step, from key to ids
-    forward the network and its output layer alone: ids of a state that is given
-    dense_sample  the rows of `sample`, in law, from x0 [B, L, V] drawn, z = x0 @ E and all logits
-    masked_sample a batch of token rows by masked diffusion in eight steps, as a distilled one takes
+"""Memory and time of one training step, or one draw of samples, against another's; `flowlm bench --help` says what each is.
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
-loss, gradient, AdamW and moving average. `--device` is what a run of experiments/openwebtext.py would do on the device at
-hand (the first, if there are several): the small network on 1,024 tokens in bfloat16, all of it recomputed, but no dropout. What
-is given beside it overrides that. A GPU's own attention has no soft-cap: --attention_cap=0.
-
-Every measurement runs in a process of its own, for peak memory belongs to a process, and they take turns, so that whatever
-else the machine does slows all. What runs out of memory is reported as such. The views of memory, in MiB:
-
-    resident      peak resident memory of the process while it steps, less what was resident when the step was compiled (CPU)
-    peak          the most that the process had in use on the device, of everything that it did; where the device tells
-    step          XLA's own account of the step: temporaries (activations, gradients, noise, logits)
-    state + step  the same and the training state, which is equal in both
-
-MFU is the network's own FLOPs, in closed form (costs.py), over what the device could do at its published bfloat16 peak.
+loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, because peak memory belongs to a
+process; and they take turns, so that whatever else the machine does slows all. What runs out of memory is reported as such.
+MFU is of the FLOPs in costs.py.
 """
 
 import ctypes
@@ -38,21 +15,21 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import flags
 from rich.table import Table
 
-from flowlm import train_state
+from flowlm import storage, train_state
 from flowlm import vocab as vocabulary
 from flowlm.config import model, objective
 from flowlm.costs import PEAKS, forward_flops
 from flowlm.data import open_dataset
 from flowlm.models import make_network
-from flowlm.models.attention import PLATFORM, native
+from flowlm.models.attention import native
 from flowlm.objectives import make_family
 from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
@@ -62,30 +39,11 @@ from flowlm.prior import Gaussian
 from flowlm.terminal import console
 from flowlm.time_warp import TimeWarp
 
-FLAGS = flags.FlagValues()  # of its own: `flowlm` has some of these names too
-SETTINGS = {"vocab": 30522, "width": 256, "blocks": 8, "batch": 8, "length": 128}
-for _name, _default in SETTINGS.items():
-    flags.DEFINE_integer(_name, _default, "of the model and its batch", 1, flag_values=FLAGS)
-flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "model.remat", flag_values=FLAGS)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "model.dtype", flag_values=FLAGS)
-flags.DEFINE_float("attention_cap", 50.0, "model.attention_cap", 0.0, flag_values=FLAGS)
-flags.DEFINE_enum(
-    "attention", "xla", ["native", *PLATFORM], "model.attention; native: the device's, or xla", flag_values=FLAGS
-)
-flags.DEFINE_integer("repeats", 3, "timed steps of a process, after one that warms up", 1, flag_values=FLAGS)
-MEASURED = [*SETTINGS, "remat", "dtype", "attention_cap", "attention", "repeats"]
-flags.DEFINE_integer("rounds", 3, "processes of each formulation", 1, flag_values=FLAGS)
-flags.DEFINE_string("out", None, "write every measurement there, as JSON", flag_values=FLAGS)
 SAMPLING = ["sample", "dense_sample", "forward", "masked_sample"]
 MASKED_STEPS = (
     8  # what the best distilled discrete diffusion takes for the quality that one step of a flow map is to have
 )
 FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
-flags.DEFINE_list(
-    "pairs", ["flow/dense"], f"what to compare with what, of {', '.join(FORMULATIONS)}", flag_values=FLAGS
-)
-flags.DEFINE_enum("formulation", None, FORMULATIONS, "measure this one here and print JSON", flag_values=FLAGS)
-flags.DEFINE_bool("device", False, "settings and pairs of a real run on the device at hand", flag_values=FLAGS)
 SMALL = model("small")
 DEVICE = {
     "vocab": 50258,
@@ -96,8 +54,8 @@ DEVICE = {
     "remat": "full",
     "dtype": "bfloat16",
     "attention": "native",
-    "pairs": ["flow/dense", "flow/bare", "sample/forward", "sample/dense_sample"],
 }
+DEVICE_PAIRS = ["flow/dense", "flow/bare", "sample/forward", "sample/dense_sample"]
 HEAD = SMALL.width // SMALL.heads  # features of an attention head, at any width
 MEMORY = "out of memory"
 MEMORIES = ("resident", "peak", "step", "state + step")
@@ -319,37 +277,36 @@ def _show(summary: dict, results: dict, title: str) -> None:
     screen.print(table)
 
 
-def main(arguments: list[str]) -> None:
-    """The command; raises ValueError for flags or settings that make no sense, RuntimeError where a process fails."""
-    if "--help" in arguments:
-        print(f"{__doc__}\n{FLAGS.get_help()}")
-        return
-    try:
-        places = FLAGS(["flowlm bench", *arguments])[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    if places:
-        raise ValueError(f"bench takes flags only, got {' '.join(places)}")
-    chosen = lambda name: (
-        DEVICE[name] if FLAGS.device and name in DEVICE and not FLAGS[name].present else FLAGS[name].value
-    )
-    settings = {name: chosen(name) for name in MEASURED}
-    if FLAGS.formulation:
-        print(json.dumps(_child(FLAGS.formulation, settings)))
-        return
-    pairs = {pair: pair.split("/") for pair in chosen("pairs")}
-    for pair, names in pairs.items():
+def measure_here(formulation: str, settings: dict) -> None:
+    """Prints `measure` of one formulation as JSON. Raises ValueError: there is none of that name, or no such network."""
+    if formulation not in FORMULATIONS:
+        raise ValueError(f"--formulation takes one of {', '.join(FORMULATIONS)}, got {formulation!r}")
+    print(json.dumps(_child(formulation, settings)))
+
+
+def bench(pairs: Sequence[str], settings: dict, rounds: int, out: str | None = None) -> None:
+    """Measures pairs such as "flow/dense", prints their tables and writes all measurements to `out` as JSON.
+
+    Raises:
+      ValueError: pairs or settings that make no sense, or a place where nothing can be written. RuntimeError: a process failed.
+    """
+    split = {pair: pair.split("/") for pair in pairs}
+    for pair, names in split.items():
         if len(names) != 2 or not set(names) <= set(FORMULATIONS):
             raise ValueError(f"--pairs takes FIRST/SECOND of {', '.join(FORMULATIONS)}, got {pair!r}")
-    runs = {name: [] for names in pairs.values() for name in names}
-    for _ in range(FLAGS.rounds):
+    if out:
+        if Path(out).is_dir():
+            raise ValueError(f"{out} is a directory, where a file is wanted: give --out=FILE")
+        storage.check_writable(Path(out).absolute().parent)
+    runs = {name: [] for names in split.values() for name in names}
+    for _ in range(rounds):
         for name, results in runs.items():
             if not results or MEMORY not in results[-1]:
                 results.append(_run(name, settings))
     summary = summarize(runs, settings)
     results = {
         pair: compare(*(runs[name] for name in names))
-        for pair, names in pairs.items()
+        for pair, names in split.items()
         if not any(MEMORY in summary[name] for name in names)
     }
     told = [result for results in runs.values() for result in results]
@@ -358,13 +315,7 @@ def main(arguments: list[str]) -> None:
     _show(summary, results, ", ".join(f"{name} {value}" for name, value in settings.items()))
     peak = f"{PEAKS[device] / 1e12:g} TFLOP/s" if device in PEAKS else "not known here, so no MFU"
     print(f"{device}: bfloat16 peak {peak}; attention {used('attention')}")
-    if FLAGS.out:
+    if out:
         report = {"settings": settings, "platform": device, "summary": summary, "result": results, "runs": runs}
-        Path(FLAGS.out).write_text(json.dumps(report, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    from flowlm.main import run
-
-    sys.argv.insert(1, "bench")
-    run()
+        storage.path(out).parent.mkdir(parents=True, exist_ok=True)
+        storage.path(out).write_text(json.dumps(report, indent=2) + "\n")

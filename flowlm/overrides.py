@@ -3,10 +3,13 @@
 A setting is what its last flag says, whatever its type; None unsets one that may be unset (config.check refuses it for others).
 """
 
+import difflib
 import re
+import runpy
+from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
 
@@ -53,3 +56,36 @@ class FlagsParser(flags.ListParser):
             else:
                 out.append(part)
         return out
+
+
+def load(experiment: str) -> ConfigDict:
+    """The settings of `FILE.py[:ARGUMENT]`, locked.
+
+    Raises:
+      ValueError: there is no such file, it cannot be run, or it does not know the argument; in one line.
+    """
+    path, colon, argument = experiment.partition(":")
+    if not Path(path).is_file():
+        known = sorted(str(p) for p in Path("experiments").glob("*.py"))
+        close = difflib.get_close_matches(path, known, 1)
+        there = f"there are {', '.join(known)}" if known else "run from a checkout, there it is experiments/NAME.py"
+        raise ValueError(f"no experiment {path}: " + (f"did you mean {close[0]}?" if close else there))
+    try:
+        config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a file of the user's may do
+        told = " ".join(str(error).split())
+        raise ValueError(f"the experiment {experiment} cannot be loaded: {type(error).__name__}: {told}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {path} makes no ConfigDict: begin with flowlm.config.defaults()")
+    return config.lock()
+
+
+def names(config: ConfigDict) -> list[str]:
+    """What --config.NAME=value may name: every setting, and every section that holds some."""
+    from flowlm.config import flat
+
+    settings = list(flat(config.to_dict()))
+    sections = [".".join(parts[:n]) for parts in (s.split(".") for s in settings) for n in range(1, len(parts))]
+    return settings + list(dict.fromkeys(sections))

@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowlm import evaluation
+from flowlm.assembly import Trained, load_trained
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.packing import framed
 from flowlm.evaluation import ROWS, Sampler, has_bound, named_sampler, on_rows
-from flowlm.assembly import Trained, load_trained
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
 

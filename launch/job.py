@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flowlm import storage
+from flowlm.cli.command import parse
+from flowlm.cli.commands import COMMANDS
+from flowlm.cli.train import TRAIN
 
 # What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
 Handle = Mapping[str, Any]
@@ -81,16 +83,8 @@ def job_name(name: str) -> str:
 
 
 def settings(job: Job) -> ConfigDict:
-    """The settings that the job's run will have. Raises ValueError for what is none of the experiment's, before it is queued."""
-    argv = ["flowlm", *(a for a in job.command if a.startswith(("--config=", "--config.", "--noconfig.")))]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (flags.Error, KeyError, AttributeError, TypeError) as error:
-        message = str(error.args[0] if error.args else error).replace("\\n", " ")
-        raise ValueError(" ".join(re.sub(r"[\\']", "", message).strip('"').split())) from error
-    return holder.value
+    """The settings that the job's run will have. Raises ValueError for what is wrong with its line, before it is queued."""
+    return parse(TRAIN, job.command[3:], COMMANDS).config
 
 
 # ---- What was started, in the run directory itself: launch.json.

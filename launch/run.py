@@ -15,11 +15,11 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags
 
 from flowlm import storage, study
+from flowlm.cli.command import given
+from flowlm.cli.mistakes import nearest
+from flowlm.cli.train import TRAIN
 from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
 BACKENDS = ("local", "slurm", "tpu_vm")
@@ -97,22 +97,18 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
     return [point(run) for run in ready]
 
 
-def check(command_line: list[Job]) -> None:
-    """Raises ValueError for what is wrong with the jobs wherever they run, before any of them is sent."""
-    import flowlm.main  # noqa: F401 (defines the flags of flowlm train)
+def check(command_line: list[Job], ours: Sequence[str]) -> None:
+    """Raises ValueError for what is wrong with the jobs wherever they run, before any of them is sent.
 
+    Args:
+      ours: names of the flags of this command and its backend, one of which may be meant by a flag that neither knows.
+    """
     for job in command_line:
-        path = Path(job.command[3].removeprefix("--config=").partition(":")[0])
-        if not path.is_file():
-            raise ValueError(f"no experiment {path}: run from a checkout, there it is experiments/NAME.py")
-        for flag in job.command[4:]:
-            name = flag.partition("=")[0].lstrip("-")
-            # absl's own: --noNAME says that NAME is false.
-            known = name in flags.FLAGS or (
-                name[:2] == "no" and name[2:] in flags.FLAGS and flags.FLAGS[name[2:]].boolean
-            )
-            if not flag.startswith("--") or not (re.match(r"(no)?config\.", name) or known):
-                raise ValueError(f"{flag!r} is neither a flag of this backend nor of flowlm train: see --help")
+        for name, value in given(job.command[3:]):
+            known = TRAIN.flag(name) or re.match(r"(no)?config\.", name)
+            if not known and (close := nearest(name, ours, 0.75)):
+                meant = f"--{close}" + ("" if value is None else f"={value}")
+                raise ValueError(f"--{name} is no flag of this backend, nor of flowlm train: {meant}")
         settings(job)
 
 
@@ -130,7 +126,7 @@ def start(argv: list[str]) -> None:
         raise ValueError(f"--environment takes NAME=VALUE, got {wrong[0]!r}")
     resources = {field.name: getattr(asked, field.name) for field in dataclasses.fields(backend.Resources)}
     wanted = jobs(asked, extra, backend.Resources(**resources))
-    check(wanted)
+    check(wanted, [*vars(asked)])
     if asked.dry_run:
         print(backend.describe(wanted))
         return

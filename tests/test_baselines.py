@@ -3,16 +3,14 @@
 import json
 import re
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from command_line import flowlm
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import main
 from flowlm.assembly import load_trained
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
@@ -57,23 +55,15 @@ def test_rounds_of_distillation_resume_exactly(family, data_dir, tmp_path):
         train_only(run_config(data_dir, other, teacher=str(tmp_path / "teacher")), tmp_path / "x")
 
 
-def test_a_run_is_evaluated_with_another_sampler(data_dir, tmp_path, monkeypatch):
+def test_a_run_is_evaluated_with_another_sampler(data_dir, tmp_path):
     """What is set on the command line reaches the sampler; the run keeps its own results."""
     train(run_config(data_dir, steps=2, **{"optimizer.warmup_steps": 1}), str(tmp_path / "run"))
     kept = (tmp_path / "run/evaluation.json").read_bytes()
     changes = "--objective=temperature=0.5,noise_scale=0.25,eta=1"
-    line = [
-        "flowlm",
-        "evaluate",
-        f"--checkpoint={tmp_path}/run",
-        "--steps=2",
-        "--num=8",
-        changes,
-        f"--results={tmp_path}/out",
-    ]
-    with flagsaver.flagsaver():
-        monkeypatch.setattr(sys, "argv", line)
-        main._main(main._parse(line))
+    told = flowlm(
+        "evaluate", f"--checkpoint={tmp_path}/run", "--steps=2", "--num=8", changes, f"--results={tmp_path}/out"
+    )
+    assert told.status == 0, told.err
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
     assert "samples/ancestral-temp0.5-noise0.25@2/entropy" in metrics
     assert (tmp_path / "run/evaluation.json").read_bytes() == kept

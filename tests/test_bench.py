@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from test_bad_input import error_of
+from command_line import error_of, flowlm
 
 from flowlm import bench
 from flowlm.bench import compare
@@ -171,16 +171,15 @@ def test_the_attention_of_a_device():
     assert [native("tpu", cap=50.0, **asked | {"length": length}) for length in (1024, 1000)] == ["splash", "xla"]
 
 
-def test_what_runs_out_of_memory_is_said_and_the_others_measured(tmp_path, monkeypatch, capsys):
+def test_what_runs_out_of_memory_is_said_and_the_others_measured(tmp_path, monkeypatch):
     """The command on this machine, in processes of its own; `dense` gets a batch that no address space holds."""
     run, out = bench._run, tmp_path / "bench.json"
     huge = {"vocab": 2**20, "width": 4, "batch": 2**23, "length": 2, "dtype": "float32"}
     monkeypatch.setattr(bench, "_run", lambda name, settings: run(name, settings | (huge if name == "dense" else {})))
-    monkeypatch.setitem(bench.DEVICE, "pairs", ["bare/dense", "bare/bare"])
-    bench.FLAGS.unparse_flags()
+    monkeypatch.setattr(bench, "DEVICE_PAIRS", ["bare/dense", "bare/bare"])
     small = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    bench.main(["--device", *small, "--rounds=2", "--repeats=1", f"--out={out}"])
-    report, shown = json.loads(out.read_text()), capsys.readouterr().out
+    shown = flowlm("bench", "--device", *small, "--rounds=2", "--repeats=1", f"--out={out}").out
+    report = json.loads(out.read_text())
     assert report["settings"]["dtype"] == "bfloat16" and report["settings"]["vocab"] == 16
     assert [len(report["runs"][name]) for name in ("bare", "dense")] == [2, 1]  # what did not fit is not tried again
     assert "RESOURCE_EXHAUSTED" in report["summary"]["dense"][bench.MEMORY]
@@ -192,7 +191,6 @@ def test_what_runs_out_of_memory_is_said_and_the_others_measured(tmp_path, monke
 
 
 def test_bad_input_is_named():
-    bench.FLAGS.unparse_flags()
     assert "--pairs takes FIRST/SECOND of flow, dense" in error_of("bench", "--pairs=flow")
     assert "vocabb" in error_of("bench", "--vocabb=3")
     assert "flags only, got flow" in error_of("bench", "flow")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
-from test_bad_input import error_of
 from toy import network, perturbed, run_config, train_only
 
 from flowlm import assembly, run_directory, train_state

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
-from test_bad_input import error_of
 from toy import run_config
 
 from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from absl.testing import flagsaver
-from test_bad_input import error_of
+from command_line import error_of, flowlm
 from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import main, tokenizer_files, windows
+from flowlm import tokenizer_files, windows
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import builders, corpora, open_dataset, own_text, packing
 from flowlm.data.prepare import prepare
@@ -125,7 +124,7 @@ def test_copies_that_differ_in_no_word_are_on_one_side(tmp_path):
     assert not any("\ufeff" in text for side in by_split(tmp_path / "textfiles").values() for text in side)
 
 
-def test_every_file_is_taken_or_counted_and_named(tmp_path, monkeypatch, capsys):
+def test_every_file_is_taken_or_counted_and_named(tmp_path, monkeypatch):
     """Names in capitals, folders behind links (also those that lead back), packed files; the rest is said."""
     inside, outside = tmp_path / "texts", tmp_path / "elsewhere"
     inside.mkdir()
@@ -143,11 +142,10 @@ def test_every_file_is_taken_or_counted_and_named(tmp_path, monkeypatch, capsys)
     (inside / "gone").symlink_to(tmp_path / "nowhere")
     (inside / "notes.md").write_text("not a document")
     monkeypatch.chdir(ROOT)
-    argv = ["flowlm", "prepare", "--source=textfiles", f"--path={inside}", "--tokenizer=sotu_bpe_512", "--length=8"]
-    with flagsaver.flagsaver():
-        main._main(main._parse([*argv, f"--out={tmp_path / 'out'}"]))
+    line = ["prepare", "--source=textfiles", f"--path={inside}", "--tokenizer=sotu_bpe_512", "--length=8"]
+    printed = flowlm(*line, f"--out={tmp_path / 'out'}").out
     assert sorted(text for side in by_split(tmp_path / "out").values() for text in side) == sorted(written)
-    assert "left out: 2 other files, such as gone, notes.md" in capsys.readouterr().out
+    assert "left out: 2 other files, such as gone, notes.md" in printed
     assert own_text.load(tmp_path / "out")["left_out"]["files"] == 2
 
 
@@ -322,12 +320,10 @@ def test_one_process_in_a_workspace(tmp_path):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    argv = ["flowlm", "prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=sotu_bpe_512", "--length=16"]
-    with flagsaver.flagsaver():
-        main._main(main._parse([*argv, f"--out={tmp_path / 'data'}"]))
-    printed = capsys.readouterr().out
+    line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=sotu_bpe_512", "--length=16"]
+    printed = flowlm(*line, f"--out={tmp_path / 'data'}").out
     assert f"flowlm train --config=experiments/own_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
     get_config = runpy.run_path("experiments/own_text.py")["get_config"]
     for family in ("", ":flow_map"):

@@ -9,9 +9,9 @@ import re
 import jax
 import numpy as np
 import pytest
+from command_line import error_of
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
-from test_bad_input import error_of
 from test_experiments import ARGUMENTS, FILES, ROOT, load
 from test_hlo import DUMPS, KNOWN, assert_scanned_products, known_program, scanned_products, totals
 from toy import run_config

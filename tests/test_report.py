@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_bad_input import error_of
+from command_line import error_of
 from toy import network, perturbed, run_config
 
 from flowlm import report

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from absl.testing import flagsaver
-from test_bad_input import error_of
+from command_line import error_of, flowlm
 from toy import drawn, run_config
 
 from flowlm import evaluation, main, run_directory, storage
 from flowlm.assembly import build
 from flowlm.checkpoint import save_params
+from flowlm.cli.evaluate import COMPARE
 from flowlm.data.prepare import prepare
 from flowlm.tokenizers import Tokenizer, shipped
 
@@ -117,18 +117,13 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(evaluation.Evaluation, "show", lambda self: None)
     monkeypatch.setattr(evaluation.Evaluation, "save", lambda self, place: None)
 
-    def evaluate(*flags):
-        with flagsaver.flagsaver():
-            main._main(main._parse(["flowlm", "evaluate", f"--checkpoint={run}", *flags]))
-
-    with pytest.raises(SystemExit, match="manifest.json is missing"):
-        evaluate()
-    evaluate(f"--data_dir={tmp_path / 'moved'}")
+    assert "manifest.json is missing" in error_of("evaluate", run)
+    assert flowlm("evaluate", run, f"--data_dir={tmp_path / 'moved'}").status == 0
     assert opened[0].startswith("The report")
 
     run_directory.prepare(run, on(tmp_path / "moved"), tokenizer)
     assert f"data.dir was {folder} and is {tmp_path / 'moved'} now: the content is the same" in caplog.text
-    evaluate()
+    assert flowlm("evaluate", run).status == 0
     with pytest.raises(ValueError, match=f"1 settings differ: data.dir = '{tmp_path / 'moved'}' there, '{other}' here"):
         run_directory.prepare(run, other_config, tokenizer)
 
@@ -218,8 +213,8 @@ def test_a_place_that_cannot_be_written_is_said_first(name, tmp_path, monkeypatc
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch):
-    def refused():
+    def refused(values):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/somewhere/x")
 
-    monkeypatch.setitem(main.COMMANDS, "compare", refused)
-    assert error_of("compare") == "flowlm: /somewhere/x: Read-only file system"
+    monkeypatch.setattr(main, "COMMANDS", [COMPARE._replace(run=refused)])
+    assert error_of("compare", "x") == "flowlm: /somewhere/x: Read-only file system"

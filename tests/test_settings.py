@@ -3,7 +3,6 @@
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from test_bad_input import CONFIG, ROOT, error_of, nothing_expensive  # noqa: F401
+from command_line import error_of
+from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
-from flowlm import assembly, main, run_directory, study
+from flowlm import assembly, main, overrides, run_directory, study
 from flowlm.checkpoint import save_params
 from flowlm.config import check, defaults, flat, ranges
 from flowlm.objectives import FAMILIES
@@ -220,12 +220,10 @@ def test_a_sampler_out_of_range_is_refused_wherever_it_is_set(command, family, c
 
 def parsed(*arguments):
     """The settings of the test experiment after these flags."""
-    argv = ["flowlm", "train", CONFIG, *arguments]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", argv)
-        main._parse(argv)
-        return main._CONFIG.value.copy_and_resolve_references()
+        values = main.read(["flowlm", "train", CONFIG, "--workdir=w", *arguments]).values
+    return values.config.copy_and_resolve_references()
 
 
 def test_the_last_flag_of_a_setting_is_its_value():
@@ -240,7 +238,7 @@ def test_the_last_flag_wins_among_those_that_a_study_hands_on():
     run = study.Run(
         "a", CONFIG.partition("=")[2], {"evaluation.steps": (1, 8), "steps": 5, "objective.temperature": None}
     )
-    extra = main.overrides.FlagsParser().parse("--config.evaluation.steps=(4, 2),--config.steps=7,--config.log_every=9")
+    extra = overrides.FlagsParser().parse("--config.evaluation.steps=(4, 2),--config.steps=7,--config.log_every=9")
     line = study.command(run, 0, Path("w"), {}, extra)
     flags = shlex.split(shlex.join(line))[5:-1]
     config = parsed("--config.objective.temperature=0.5", *flags)

@@ -1,0 +1,26 @@
+"""Every command of `flowlm`, in the order that help lists them."""
+
+from flowlm.cli.bench import BENCH
+from flowlm.cli.evaluate import COMPARE, EVALUATE
+from flowlm.cli.exchange import EXPORT, IMPORT, INSPECT
+from flowlm.cli.plan import PLAN
+from flowlm.cli.prepare import PREPARE, PREPARE_JUDGE
+from flowlm.cli.sample import SAMPLE
+from flowlm.cli.study import REPORT, STUDY
+from flowlm.cli.train import TRAIN
+
+COMMANDS = (
+    TRAIN,
+    SAMPLE,
+    EVALUATE,
+    COMPARE,
+    PREPARE,
+    PREPARE_JUDGE,
+    STUDY,
+    REPORT,
+    EXPORT,
+    IMPORT,
+    INSPECT,
+    PLAN,
+    BENCH,
+)

@@ -1,0 +1,76 @@
+"""`flowlm evaluate` and `flowlm compare`: numbers of trained runs."""
+
+import sys
+
+from absl.flags import FlagValues
+
+from flowlm.cli.command import Command, output, switch, text, whole, words
+from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
+
+
+def _evaluate(values: FlagValues) -> None:
+    objective, asked = changed_objective(values), step_counts(values, [])
+    if (objective or values.samples_only) and not values.results:
+        raise ValueError(
+            "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
+        )
+
+    from flowlm import run_directory, storage
+    from flowlm.assembly import load_trained
+    from flowlm.data import open_dataset
+    from flowlm.evaluation import Evaluator
+    from flowlm.sharding import Layout, make_mesh
+
+    layout = Layout(make_mesh(), fsdp=True)
+    run = load_trained(values.checkpoint, layout, objective)
+    place = values.results or values.checkpoint
+    storage.check_writable(storage.path(place))
+    data, settings = run.config.data, run.config.evaluation
+    before = run_directory.known_content(values.checkpoint, run.config, "data.dir")
+    if values.data_dir is not None:
+        data.dir = values.data_dir
+    if before not in (None, run_directory.content_of_data(run.config)):
+        print(f"the data in {data.dir} is not what {values.checkpoint} was trained on", file=sys.stderr)
+    # The run's own tokenizer, since the one that its settings name may have moved with the data.
+    own = str(storage.path(values.checkpoint) / "tokenizer.json")
+    dataset = open_dataset(data.name, own, data.length, data.dir)
+    counts = asked or list(settings.steps)
+    evaluator = Evaluator(
+        run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
+    )
+    result = evaluator(run.params, run.step, values.num or settings.final_samples)
+    result.save(place)
+    result.show()
+
+
+def _compare(values: FlagValues) -> None:
+    from flowlm.results import compare
+
+    compare(values.runs)
+
+
+EVALUATE = Command(
+    "evaluate",
+    "judges a trained run: samples and likelihood",
+    [
+        CHECKPOINT,
+        words("steps", "N,N,...", "numbers of network calls; the experiment's if none are given"),
+        whole("num", "samples for each number of steps; the experiment's number if none is given", None, 1),
+        OBJECTIVE,
+        switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
+        output("results", "where the results go, in place of the run's directory"),
+        text("data_dir", "DIR", "where the data lies now, if it has moved"),
+    ],
+    _evaluate,
+    needs=("checkpoint",),
+    place="checkpoint",
+)
+
+COMPARE = Command(
+    "compare",
+    "one table of several evaluated runs",
+    [words("runs", "DIR,DIR,...", "directories of evaluated runs")],
+    _compare,
+    needs=("runs",),
+    place="runs",
+)

@@ -1,0 +1,98 @@
+"""What was meant in place of what is wrong: the nearest command, flag or setting, in one line."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from flowlm import overrides
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Names as they are said: a, b and c."""
+    return f" {last} ".join([", ".join(names[:-1])] * (len(names) > 1) + list(names[-1:]))
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name most like one that is not there, or None."""
+    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of absl or ml_collections says. A KeyError shows the repr of its message, at times a repr of a repr."""
+    message = str(error.args[0] if error.args else error).replace("\\n", " ")
+    return " ".join(re.sub(r"[\\']", "", message).strip('"').split())
+
+
+def unknown_command(name: str, names: Iterable[str]) -> str:
+    close = nearest(name, names)
+    return f"there is no command {name}: " + (f"did you mean {close}?" if close else "`flowlm --help` lists them")
+
+
+def check_flags(command, given: Sequence[tuple[str, str | None]], values, commands) -> None:
+    """Checks the names of flags before any is read, for which an experiment would be loaded and jax imported.
+
+    Args:
+      command: a cli.command.Command; commands: all of them.
+      given: (name, value) of the flags on its line.
+      values: the flags that are known.
+
+    Raises:
+      ValueError: one is not the command's, or is no setting of its experiment; names what was meant. Or the experiment cannot be
+        loaded.
+    """
+    wrong, settings = [], []
+    for name, value in given:
+        if command.flag("config") and (found := re.fullmatch(r"(?:no)?config\.(.*)", name)):
+            settings.append((found[1], value))
+        elif name not in values and not (name[:2] == "no" and name[2:] in values and values[name[2:]].boolean):
+            wrong.append((name, value))
+    if wrong:
+        raise ValueError(_unknown_flag(command, *wrong[0], commands))
+    if command.flag("config") is None:
+        return
+    experiment = dict(given).get("config")
+    if experiment is None:
+        if settings:
+            raise ValueError(f"--config.{settings[0][0]} changes an experiment: give --config=experiments/NAME.py too")
+        return
+    known = overrides.names(overrides.load(experiment))
+    for name, value in settings:
+        if name not in known:
+            meant = _setting(name, known) or nearest(name, known)
+            hint = f"--config.{meant}{_behind(value)}" if meant else "flowlm/config.py lists them"
+            raise ValueError(f"{experiment} has no setting {name}: {hint}")
+
+
+def _behind(value: str | None) -> str:
+    return "" if value is None else f"={value}"
+
+
+def _setting(name: str, known: Iterable[str]) -> str | None:
+    """The setting that is called so, whether or not its section is named."""
+    known = list(known)
+    if name in known:
+        return name
+    ends = {
+        full.rpartition(".")[2]: full for full in sorted(known, key=lambda full: -full.count("."))
+    }  # of several the uppermost
+    last = name.rpartition(".")[2]
+    close = last if last in ends else nearest(last, ends, 0.8)
+    return ends.get(close) if close else None
+
+
+def _unknown_flag(command, name: str, value: str | None, commands) -> str:
+    """Says of a flag that is not the command's what was meant: a flag of its own, a setting, or a flag of another command."""
+    told = f"--{name} is no flag of {command.name}"
+    own = [flag.name for flag in command.flags]
+    if close := nearest(name, own, 0.75):
+        return f"{told}: --{close}{_behind(value)}"
+    if "config" in own:
+        from flowlm.config import defaults
+
+        if meant := _setting(name, overrides.names(defaults())):
+            return f"{told}: --config.{meant}{_behind(value)}"
+    if others := [other.name for other in commands if other.flag(name)]:
+        return f"{told}, but of {listed(others)}"
+    if close := nearest(name, own):
+        return f"{told}: --{close}{_behind(value)}"
+    return f"{told}: `flowlm {command.name} --help` lists them"

@@ -1,0 +1,34 @@
+"""`flowlm train`."""
+
+from absl.flags import FlagValues
+
+from flowlm.cli.command import Command, experiment, switch, text
+
+
+def _train(values: FlagValues) -> None:
+    import jax
+
+    from flowlm import processes
+    from flowlm.profiling import parse_steps
+    from flowlm.training import train
+
+    profile_steps = parse_steps(values.profile_steps)
+    if values.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", values.compile_cache)
+    processes.start(values.distributed)
+    train(values.config, values.workdir, profile_steps)
+
+
+TRAIN = Command(
+    "train",
+    "trains an experiment, or goes on with it where it was",
+    [
+        experiment("the experiment, with an argument of its own behind a colon"),
+        text("workdir", "DIR", "the run directory; a run found there is taken up again"),
+        text("profile_steps", "A:B", "traces steps A to B - 1 into DIR/profile", ""),
+        text("compile_cache", "DIR", "where compiled programs are kept for later starts"),
+        switch("distributed", "one of several processes; only where JAX does not find the others itself"),
+    ],
+    _train,
+    needs=("config", "workdir"),
+)
