@@ -8,6 +8,7 @@ Metrics are one flat dict:
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
 """
 
+import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,8 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from flowlm.assembly import Experiment
 from flowlm.data import Dataset, naive
-from flowlm.experiment import Experiment
 from flowlm.panel import MAX_ROWS, Panel
 from flowlm.processes import check_stopped, gathered
 from flowlm.results import Evaluation
@@ -34,31 +35,54 @@ FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most s
 
 
 def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs."""
+    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs.
+
+    A name has no blanks, so that it can be given to `--sampler` as it stands: `map-noise0.4`, `ancestral-temp0.55-noise0.8`.
+    """
     if not hasattr(family, "sample"):
         return {}
     if hasattr(family, "sampler"):
         return {family.sampler: family}
-    scale = f" noise {family.noise_scale:g}" if family.noise_scale != 1 else ""
+    scale = f"-noise{family.noise_scale:g}" if family.noise_scale != 1 else ""
     if not hasattr(family, "eta"):
         return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
     out = {"euler": replace(family, eta=0.0, temperature=None, noise_scale=1.0)}
-    name = "ancestral" if family.eta == 1 else f"eta {family.eta:g}" if family.eta else "euler"
+    name = "ancestral" if family.eta == 1 else f"eta{family.eta:g}" if family.eta else "euler"
     if family.temperature is not None:
-        name += f" temperature {family.temperature:g}"
+        name += f"-temp{family.temperature:g}"
     return out | {name + scale: family}
 
 
-class Sampler:
-    """Draws samples of one (family, number of steps), ROWS at a time, sharded over the mesh.
+def named_sampler(family, name: str | None = None) -> tuple[str, object]:
+    """(name, sampler) of the family; without a name the one that is set. Raises ValueError: it has none of that name, or none."""
+    choices = samplers(family)
+    if not choices:
+        raise ValueError(f"a run of the family {type(family).__name__} writes no samples: name another run")
+    name = name or next(reversed(choices))
+    if name not in choices:
+        (near,) = difflib.get_close_matches(name, choices, 1, cutoff=0)
+        raise ValueError(f"no sampler {name!r}: there are {', '.join(choices)}; did you mean {near}?")
+    return name, choices[name]
 
-    `rows` are what one call draws, `trace`(prepared params, key) its program. `seconds` is what the last draw of 100 samples
-    took, compilation apart.
+
+class Sampler:
+    """Draws samples of one (family, number of steps), `rows` in a call, sharded over the mesh.
+
+    A row is made of noise that depends on the key, the call and the row's number in it alone. So the first rows are the same
+    whatever `rows` is, but for the last digits of logits that are computed in batches of other sizes.
+
+    Args:
+      rows: samples of one call; rounded up to a multiple of the mesh's devices.
+
+    Attributes:
+      rows: what one call draws.
+      trace: (prepared params, key) -> its program.
+      compile_seconds, draw_seconds: of the last draw, each without the other.
+      seconds: what 100 samples took in it, compilation apart.
     """
 
-    def __init__(self, net, family, steps: int, layout: Layout):
-        rows = -(-ROWS // layout.devices) * layout.devices
-        self.rows = rows
+    def __init__(self, net, family, steps: int, layout: Layout, rows: int = ROWS):
+        self.rows = rows = -(-rows // layout.devices) * layout.devices
         sample = lambda params, key: family.sample(net, params, key, rows, steps)
         self._sample = layout.jit(sample, out_shardings=layout.rows)
         self.trace = self._sample.trace
@@ -71,7 +95,8 @@ class Sampler:
 
     def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls."""
-        params = self._prepare(params)
+        begin = time.perf_counter()
+        params = jax.block_until_ready(self._prepare(params))
         if self._compiled is None:
             self._compiled = self.trace(params, key).lower().compile()
         calls = -(-num // self.rows)
@@ -80,7 +105,8 @@ class Sampler:
         for i in range(calls):
             check_stopped()
             parts.append(gathered(self._compiled(params, jax.random.fold_in(key, i))))
-        self.seconds = 100 * (time.perf_counter() - start) / (calls * self.rows)
+        self.compile_seconds, self.draw_seconds = start - begin, time.perf_counter() - start
+        self.seconds = 100 * self.draw_seconds / (calls * self.rows)
         return np.concatenate(parts)[:num]
 
 
@@ -102,6 +128,18 @@ def on_rows(layout: Layout, net, fn: Callable) -> Callable:
         return jax.lax.with_sharding_constraint(values, NamedSharding(layout.mesh, P()))
 
     return layout.jit(run)
+
+
+def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, *args) -> np.ndarray:
+    """`on_rows` over rows [N, L], `size` of them in a call, with a key of its own for each call: [N].
+
+    Raises processes.Stopped before the first call.
+    """
+    check_stopped()
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return np.concatenate(
+        [gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)]
+    )
 
 
 class Evaluator:
@@ -205,14 +243,9 @@ class Evaluator:
         metrics: dict[str, float] = {}
         key = purpose_key(self._seed, 0, EVALUATION)
         count, size = len(self._held_out), self._settings.held_out_batch
-        parts = [self._held_out[i : i + size] for i in range(0, count, size)]
 
         def of_rows(name: str, *args) -> np.ndarray:
-            check_stopped()
-            fn = self._of_rows[name]
-            return np.concatenate(
-                [gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)]
-            )
+            return in_parts(self._of_rows[name], params, self._held_out, size, key, *args)
 
         for name, metric in (("denoising", "cross_entropy"), ("context_free", "context_free")):
             if name in self._of_rows:

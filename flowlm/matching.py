@@ -8,6 +8,7 @@ diversities and values are drawn anew within their standard errors, and the inte
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def matched(
     """
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        sampler = record["sampler"].split(" ")[0]
+        sampler = re.split("[- ]", record["sampler"])[0]  # earlier releases wrote a blank before a setting
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
         curves[method, record["steps"] or ""][record["seed"]].append(record)
     return {

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowlm import processes, storage
+from flowlm.assembly import load_trained
 from flowlm.data import Dataset
-from flowlm.experiment import load_trained
 from flowlm.judges import Judge, hugging_face, mauve, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey

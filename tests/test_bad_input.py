@@ -11,8 +11,7 @@ import pytest
 from command_line import error_of
 from toy import run_config
 
-from flowlm import experiment as experiments
-from flowlm import run_directory
+from flowlm import assembly, run_directory
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import reader
 from flowlm.sharding import Layout, make_mesh
@@ -31,7 +30,7 @@ def nothing_expensive(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reader, "_prepare", expensive)
-    monkeypatch.setattr("flowlm.train.Checkpoints", expensive)
+    monkeypatch.setattr("flowlm.training.Checkpoints", expensive)
     return tmp_path / "data"
 
 
@@ -160,7 +159,7 @@ def test_from_outside(arguments, expected):
 
 def test_a_directory_of_another_experiment(data_dir, tmp_path, monkeypatch):
     """Names what differs; settings that may change do not count."""
-    monkeypatch.setattr("flowlm.train.Checkpoints", None)
+    monkeypatch.setattr("flowlm.training.Checkpoints", None)
     held = run_config(data_dir, **{"optimizer.learning_rate": 0.5, "seed": 3, "log_every": 7})
     run_directory.prepare(tmp_path, held, shipped("grammar98"))
     before = (tmp_path / "config.json").read_text()
@@ -183,16 +182,16 @@ def test_a_run_without_checkpoints(data_dir, tmp_path):
 def test_an_unknown_sampler(data_dir, tmp_path):
     config = run_config(data_dir)
     run_directory.prepare(tmp_path, config, shipped("grammar98"))
-    abstract = experiments.abstract_state(experiments.build(config, 99), Layout(make_mesh(data=1)))
+    abstract = assembly.abstract_state(assembly.build(config, 99), Layout(make_mesh(data=1)))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract))
     checkpoints.close()
     message = error_of("sample", f"--checkpoint={tmp_path}", "--sampler=eule")
-    assert "unknown --sampler 'eule': choose one of ['euler', 'ancestral']" in message
+    assert "no sampler 'eule': there are euler, ancestral; did you mean euler?" in message
 
 
 def test_sampling_takes_a_step():
     config = run_config("")
-    experiment = experiments.build(config, 99)
+    experiment = assembly.build(config, 99)
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         experiment.family.sample(experiment.net, {"embedding": jnp.zeros((99, 32))}, jax.random.key(0), 4, 0)

@@ -15,16 +15,15 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config
 
-from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study
-from flowlm import train as training
+from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training
+from flowlm.assembly import build, load_trained
 from flowlm.data import open_dataset
 from flowlm.evaluation import Evaluator, on_rows
-from flowlm.experiment import build, load_trained
 from flowlm.export import export
 from flowlm.judges.language_model import LanguageModel
 from flowlm.results import Evaluation
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from flowlm import checkpoint, models, objectives, optimizers, tokenizers
+from flowlm.assembly import abstract_state, build, jit_step
 from flowlm.config import defaults
 from flowlm.data.grammar import Grammar, shipped_names
-from flowlm.experiment import abstract_state, build, jit_step
 from flowlm.sharding import Layout, check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 

@@ -18,11 +18,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import experiment_file, run_config, train_only
 
 from flowlm import processes, run_directory, sharding
-from flowlm.experiment import abstract_state, build
+from flowlm.assembly import abstract_state, build
 from flowlm.metrics import read_metrics
 from flowlm.profiling import parse_steps
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds until a test gives up; on an idle machine none waits a tenth of it

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from flowlm.assembly import load_trained
 from flowlm.data.grammar import Grammar
 from flowlm.evaluation import Sampler, samplers
-from flowlm.experiment import load_trained
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import entropies
 from flowlm.sharding import Layout, make_mesh
@@ -35,7 +35,7 @@ def test_they_are_small():
 
 @pytest.mark.parametrize(
     ("name", "sampler", "steps", "run"),
-    [("grammar_fmlm", "map noise 0.5", 1, "flow_map"), ("grammar_dcd", "ancestral", 8, "dcd_8_to8")],
+    [("grammar_fmlm", "map-noise0.5", 1, "flow_map"), ("grammar_dcd", "ancestral", 8, "dcd_8_to8")],
 )
 def test_on_the_grammar_as_grammatical_as_in_the_study(name, sampler, steps, run):
     record = json.loads((ROOT / f"results/study/grammar/runs/{run}/seed0.json").read_text())
@@ -47,7 +47,7 @@ def test_on_the_grammar_as_grammatical_as_in_the_study(name, sampler, steps, run
     assert abs(scores["grammatical"] - expected) < 4 * spread
 
 
-@pytest.mark.parametrize(("name", "sampler", "steps"), [("fmlm", "map noise 0.4", 1), ("flm", "euler", 8)])
+@pytest.mark.parametrize(("name", "sampler", "steps"), [("fmlm", "map-noise0.4", 1), ("flm", "euler", 8)])
 def test_on_real_text_as_diverse_as_in_the_table(name, sampler, steps):
     file = {"fmlm": "quickstart_flow_map", "flm": "quickstart"}[name]
     told = json.loads((ROOT / f"results/{file}.json").read_text())["metrics"]

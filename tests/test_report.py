@@ -17,7 +17,7 @@ from flowlm import report
 from flowlm.data import open_dataset
 from flowlm.objectives import make_family
 from flowlm.time_warp import TimeWarp
-from flowlm.train import train
+from flowlm.training import train
 
 NASTY = "</script><b id=nasty>&\"'"
 

@@ -14,8 +14,8 @@ import pytest
 
 from flowlm import carry_out as running
 from flowlm import study
+from flowlm.assembly import build
 from flowlm.carry_out import carry_out
-from flowlm.experiment import build
 from flowlm.matching import matched
 from flowlm.study import Run, Study
 
@@ -39,10 +39,10 @@ def commands(monkeypatch):
             place, heat = Path(line[-1].removeprefix("--results=")), float(line[5].rpartition("=")[2])
             place.mkdir(parents=True)
             metrics = {
-                "samples/map heat@4/entropy": 2 + heat,
-                "samples/map heat@4/nats": 5 * heat,
-                "samples/map heat@4/nats_stderr": 0.3,
-                "samples/map heat@4/seconds_per_100": 3.0,
+                "samples/map-heat@4/entropy": 2 + heat,
+                "samples/map-heat@4/nats": 5 * heat,
+                "samples/map-heat@4/nats_stderr": 0.3,
+                "samples/map-heat@4/seconds_per_100": 3.0,
             }
             (place / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
             return subprocess.CompletedProcess(line, 0)
@@ -174,8 +174,8 @@ def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
     rows = [line.split("|")[1:5] for line in (tmp_path / "r2/study.md").read_text().splitlines()[2:-1]]
     assert [(row[0].strip(), row[3].split()[0]) for row in rows] == [
         ("far, map", "2.000"),
-        ("far heat=0.25, map heat", "2.250"),
-        ("far heat=0.5, map heat", "2.500"),
+        ("far heat=0.25, map-heat", "2.250"),
+        ("far heat=0.5, map-heat", "2.500"),
     ]
 
 

@@ -16,9 +16,9 @@ def _evaluate(values: FlagValues) -> None:
         )
 
     from flowlm import run_directory, storage
+    from flowlm.assembly import load_trained
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
-    from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
     layout = Layout(make_mesh(), fsdp=True)

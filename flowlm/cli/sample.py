@@ -11,8 +11,8 @@ def _sample(values: FlagValues) -> None:
 
     import jax
 
+    from flowlm.assembly import load_trained
     from flowlm.evaluation import Sampler, samplers
-    from flowlm.experiment import load_trained
     from flowlm.sharding import Layout, make_mesh
 
     layout = Layout(make_mesh(), fsdp=True)

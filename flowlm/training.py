@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
+from flowlm.assembly import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.profiling import Profiler, Recompilations
 
