@@ -19,6 +19,7 @@ STANDS_FOR = {
     "KEY=VALUE": "seed=1",
     "=N": "=2",
     "--backend=NAME": "--backend=local",
+    ":NAME_cpu": ":target_cpu",
 }
 # Its folder exists on the reader's machine alone.
 OWN_TEXT = re.compile(r"experiments/own_text\.py:DATA")

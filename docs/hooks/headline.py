@@ -1,12 +1,15 @@
-"""The picture at the top of README and pages: `python docs/hooks/headline.py` draws docs/headline.png again from the head-to-head."""
+"""What stands in README of the head-to-head: `python docs/hooks/headline.py` makes its picture, docs/headline.png, and its table."""
 
 import csv
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from tables import best_settings, markdown, mean_and_spread
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results/study/grammar/study.csv"
@@ -20,6 +23,23 @@ SHOWN = {
     ("uniform", False): ("uniform (UDLM)", "tab:purple"),
     ("masked", False): ("masked (MDLM)", "tab:gray"),
 }
+METHODS = {
+    "masked": "masked diffusion (MDLM)",
+    "uniform": "uniform diffusion (UDLM)",
+    "sdtt": "SDTT, masked distilled, best of all rounds",
+    "dcd": "DCD, uniform distilled, best of all rounds",
+    "flow": "flow (FLM)",
+    "flow_map": "**flow map (FMLM)**",
+}
+TABLE = re.compile(r"(<!-- begin results -->\n).*?(<!-- end results -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Share grammatical by network calls, every method at its best setting."""
+    found = best_settings(STUDY.relative_to(ROOT).as_posix(), "grammatical")
+    cell = lambda row, steps: mean_and_spread(row[steps][0]) if steps in row else "-"
+    rows = [[told, *(cell(found[method], steps) for steps in (1, 2, 4, 8))] for method, told in METHODS.items()]
+    return markdown(["share grammatical, by network calls", "1", "2", "4", "8"], rows)
 
 
 def shares() -> dict[tuple[str, bool], dict[int, list[float]]]:
@@ -56,3 +76,6 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     draw(ROOT / "docs/headline.png")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(TABLE.sub(lambda found: found[1] + table() + found[2], text), encoding="utf-8")

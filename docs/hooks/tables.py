@@ -122,39 +122,50 @@ def seeds(names: str, *metrics: str) -> str:
     return markdown(["sampler, steps", *map(plain, metrics)], rows)
 
 
-def best(path: str, metric: str, *beside: str) -> str:
-    """The setting of each method's samplers with the largest mean of `metric` over seeds, by the number of steps.
+def best_settings(path: str, metric: str) -> dict[str, dict[int, tuple[np.ndarray, list[dict], str]]]:
+    """{method: {steps: (of each seed, its records, round and setting)}} where the mean of `metric` over seeds is largest.
 
-    In brackets the means of `beside` and the setting. Settings that repeat rows are left out, and rounds of one student are
-    one method.
+    Settings that repeat rows are left out, and rounds of one student are one method.
     """
     with (ROOT / path).open(newline="", encoding="utf-8") as file:
-        records = [record for record in csv.DictReader(file) if record["steps"] not in ("", "0")]
+        records = [record for record in csv.DictReader(file) if record["steps"] not in ("", "0") and int(record["steps"]) <= 8]
     cells: dict[tuple, list[dict]] = defaultdict(list)
     for record in records:
         cells[record["method"], record["setting"], record["sampler"], int(record["steps"])].append(record)
     found: dict[str, dict[int, tuple]] = defaultdict(dict)
     for (method, setting, sampler, steps), group in cells.items():
-        if np.mean([float(record["distinct_rows"]) for record in group]) < 0.99 or steps > 8:
+        if np.mean([float(record["distinct_rows"]) for record in group]) < 0.99:
             continue
-        values = [float(record[metric]) for record in group]
         student, _, jumps = method.partition("_")
-        family = student if student in ("sdtt", "dcd") else method
-        told = ", ".join([*([f"1/{jumps.partition('_')[0]}"] if family != method else [sampler]), setting or "as it is"])
-        entry = np.mean(values), values, group, told
-        if np.mean(values) > 0 and (steps not in found[family] or entry[0] > found[family][steps][0]):
-            found[family][steps] = entry
+        is_round = student in ("sdtt", "dcd")
+        how = f"1/{jumps.partition('_')[0]}" if is_round else sampler
+        entry = np.array([float(record[metric]) for record in group]), group, f"{how}, {setting or 'as it is'}"
+        row = found[student if is_round else method]
+        if steps not in row or entry[0].mean() > row[steps][0].mean():
+            row[steps] = entry
+    return found
+
+
+def mean_and_spread(values: np.ndarray) -> str:
+    """Mean over seeds and their standard deviation."""
+    return short(f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""))
+
+
+def best(path: str, metric: str, *beside: str) -> str:
+    """The best setting of each method by the number of steps; in brackets the means of `beside`, the round and the setting."""
+    found = best_settings(path, metric)
     columns = sorted({steps for row in found.values() for steps in row})
 
     def shown(entry: tuple | None) -> str:
         if entry is None:
             return "-"
-        mean, values, group, told = entry
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        values, group, told = entry
+        if not values.any():
+            return mean_and_spread(values)
         others = ", ".join(f"{np.mean([float(r[key]) for r in group if r[key]]):.2f}" for key in beside)
-        return f"{mean:.3f}{spread} ({others}; {told})"
+        return f"{mean_and_spread(values)} ({short(others)}; {told})"
 
-    rows = [[plain(family), *(shown(row.get(steps)) for steps in columns)] for family, row in found.items()]
+    rows = [[plain(method), *(shown(row.get(steps)) for steps in columns)] for method, row in found.items()]
     return markdown(["best setting of each", *map(str, columns)], rows)
 
 
