@@ -44,7 +44,7 @@ CPU = Size(
     ONCE | FEW | {"steps": 1500, "evaluation.final_samples": 1024},
     ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy"),
     (
-        "experiments/quickstart.py",
+        "experiments/speeches.py",
         vocabularies({"sotu_letters_112": 112, "sotu_bpe_512": 512, "sotu_bpe_1024": 1024, "sotu_bpe_4096": 4096}),
         ONCE | {"steps": 1200},
         TEXT,

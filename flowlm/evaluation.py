@@ -6,6 +6,7 @@ Metrics are one flat dict:
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
+    samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
 """
 
 import difflib
@@ -214,7 +215,8 @@ class Evaluator:
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naive.SAMPLERS.items()}
+        naives = naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naives.items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name], scores = self._panel.judge(ids)
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}

@@ -16,6 +16,7 @@ from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
 from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.sharding import Layout
@@ -83,13 +84,21 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: counts always; the grammar's exact law, or a 5-gram character model and a word list."""
+    """The judges that fit the data: first its own, then counts, always.
+
+    Its own are the grammar's exact law; of sentences the real ones; of other text a 5-gram character model, which sentences have too.
+    """
     start = dataset.tokenizer.start
     held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
     if dataset.grammar is not None:
-        return [Statistics(None, start), GrammarJudge(dataset.grammar, start), NGrams(held_out, start)]
+        return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
     text = dataset.train.text(MAX_CHARS)
-    return [Statistics(frozenset(words(text)), start), KneserNey.fit(text), NGrams(held_out, start)]
+    if dataset.sentences:
+        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
+        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
+        own = Sentences(whole(dataset.train), unseen, start, pad)
+        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
+    return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
 
 
 class Panel:
@@ -97,6 +106,8 @@ class Panel:
 
     Attributes:
       notes: what a reader of their metrics must know, a sentence each.
+      main: the metrics to read first: of the data's own judge, of the pretrained ones, and of those that count.
+      meanings: {metric: what it is}.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: a judge cannot be made (`make_language_models`), or cannot read the data.
@@ -121,6 +132,9 @@ class Panel:
                 raise ValueError(f"the judge {name!r} cannot read this run's text: {error}") from error
         self._counting = make_judges(dataset)
         score_all(self._counting, rows, self._tokenizer.decode_batch(rows))
+        ordered = [*self._counting[:1], *self._pretrained, *self._counting[1:]]
+        self.main = tuple(metric for judge in ordered for metric in getattr(judge, "main", ()))
+        self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))
 
     def judge(self, ids: np.ndarray) -> tuple[list[str], dict[str, float]]:

@@ -13,7 +13,7 @@ the training text and one symbol for all others, so P sums to one over A + 1 sym
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,11 @@ class KneserNey:
     `Statistics`.
     """
 
+    main = ("nats_per_char",)
+    meanings: ClassVar[dict[str, str]] = {
+        "nats_per_char": "a character model's surprise; less is better, but see entropy"
+    }
+
     def __init__(self, order: int, alphabet: np.ndarray, grams: np.ndarray, counts: np.ndarray):
         """`alphabet` [A] sorted code points; `grams` [G] sorted codes of the `order`-grams with their `counts` [G]."""
         self.order, self.alphabet, self.grams, self.counts = order, alphabet, grams, counts
@@ -71,7 +76,7 @@ class KneserNey:
         if self.base**ORDER < 2**63:
             return None
         return (
-            f"nats per char is of a {self.order}-gram model, not a {ORDER}-gram one: {len(self.alphabet):,} different "
+            f"nats / char is of a {self.order}-gram model, not a {ORDER}-gram one: {len(self.alphabet):,} different "
             "characters are too many for that"
         )
 
