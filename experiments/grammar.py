@@ -3,8 +3,8 @@
     flowlm train --config=experiments/grammar.py --workdir=DIR
     flowlm train --config=experiments/grammar.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-14 minutes on 2 CPU cores, and 23 for the flow map. 64 ancestral steps of the flow write .765 grammatical rows, half of the noise in one
-step of the map .21: docs/results/grammar.md, with the other inputs; docs/guides/distil.md has the baselines and their students.
+14 minutes on 2 CPU cores, and 23 for the flow map. 64 ancestral steps of the flow write .765 grammatical rows, half of the noise in
+one step of the map .21: docs/results/grammar.md, with the other inputs; docs/guides/distil.md has the baselines and their students.
 """
 
 from ml_collections import ConfigDict

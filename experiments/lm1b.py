@@ -3,8 +3,8 @@
     flowlm train --config=experiments/lm1b.py --workdir=DIR
     flowlm train --config=experiments/lm1b.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 139M parameters for 1M
-steps at a global batch of 512, and distils the flow map for 100k to 1M. Not run here, so no figures are given.
+Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 139M parameters
+for 1M steps at a global batch of 512, and distils the flow map for 100k to 1M. Not run here, so no figures are given.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     flowlm train --config=experiments/lm1b_gpu.py:flow_map --config.teacher=DIR --workdir=DIR2      also :sdtt, :dcd
     flowlm study --study=experiments/study.py:text_gpu --workdir=DIR --results=DIR2                 all of them to one table
 
-Needs corpus and tokenizer as lm1b.py does. Not run here, so no figures are given; docs/reference/experiments.md counts its products.
+Needs corpus and tokenizer as lm1b.py does. Not run here, so no figures are given: docs/reference/experiments.md tells its cost.
 """
 
 from ml_collections import ConfigDict

@@ -34,7 +34,9 @@ AVAILABLE = {
     ),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
     "docs": (
-        all(importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")),
+        all(
+            importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")
+        ),
         "no mkdocs: pip install -e .[docs]",
     ),
 }

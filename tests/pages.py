@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "launch/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PROGRAMS = ("flowlm", ".venv/bin/flowlm", "bash", "python", ".venv/bin/python", "pip", "mkdocs")
 # A page says NAME, DIR or N for what a reader puts there; the parser gets something that is there.
 STANDS_FOR = {
@@ -53,7 +58,9 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 
 def _spans(text: str) -> Iterator[str]:
     """Code within sentences."""
-    yield from re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    yield from re.findall(
+        r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
 
 
 def _said(kind) -> list[Said]:

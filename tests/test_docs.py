@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 
-import generated
-import headline
 import pages
 import pytest
 from pages import ROOT
 
 import flowlm
+import generated
+import headline
 from flowlm import config, main, study
 from flowlm.cli.command import parse
 from flowlm.cli.commands import COMMANDS
@@ -80,7 +80,10 @@ def _check_bash(words: list[str]) -> None:
         parse(TRAIN, ["--config=experiments/quickstart.py", "--workdir=DIR", *settings], COMMANDS)
     if script == "tests/run.sh":
         for word in arguments:
-            assert not word.startswith("--with-") or word.removeprefix("--with-") in importlib.import_module("conftest").SUITES
+            assert (
+                not word.startswith("--with-")
+                or word.removeprefix("--with-") in importlib.import_module("conftest").SUITES
+            )
             assert not word.startswith("tests/") or (ROOT / word).is_file()
 
 
@@ -137,7 +140,9 @@ def test_a_block_of_python_imports_what_is_there(said):
 
 @functools.cache
 def _settings() -> set[str]:
-    return {name for family in generated.settings_table.FAMILIES for name in config.flat(config.defaults(family).to_dict())}
+    return {
+        name for family in generated.settings_table.FAMILIES for name in config.flat(config.defaults(family).to_dict())
+    }
 
 
 def _is_code(name: str) -> bool:
@@ -224,7 +229,9 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
     found = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
     assert len(found) > 80
     for name, page in found.items():
-        loads = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* rel="(?:stylesheet|icon)"[^>]*>', page)
+        loads = re.findall(
+            r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* rel="(?:stylesheet|icon)"[^>]*>', page
+        )
         assert not [each for each in loads if each.startswith("http")], name
         assert "fonts.googleapis" not in page
         assert 'class="arithmatex"' not in page, name
@@ -248,7 +255,14 @@ def test_pages_in_a_browser_say_nothing_on_its_console(site, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         for page in ("index.html", "concepts/flow_map.html", "results/head_to_head.html", "reference/settings.html"):
-            command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run"]
+            command = [
+                "chromium",
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path}",
+                "--no-first-run",
+            ]
             command += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom"]
             command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
             url = f"http://127.0.0.1:{server.server_address[1]}/{page}"

@@ -1,4 +1,4 @@
-"""What stands in README of the head-to-head: `python docs/hooks/headline.py` makes its picture, docs/headline.png, and its table."""
+"""What the README has of the head-to-head: `python docs/hooks/headline.py` makes its picture, docs/headline.png, and its table."""
 
 import csv
 import re

@@ -76,11 +76,17 @@ def table(section: str) -> str:
         parts = []
         for family in FAMILIES:
             rows = [
-                _row(f"objective.{key}", value, told.get(("_objective", f"{family}.{key}"), told.get(("_objective", key), "")))
+                _row(
+                    f"objective.{key}",
+                    value,
+                    told.get(("_objective", f"{family}.{key}"), told.get(("_objective", key), "")),
+                )
                 for key, value in config._objective(family).items()
                 if key != "family"
             ]
-            parts.append(f"### {family}\n\n" + markdown(["setting", "default", "may be", "what it is"], rows, figures=False))
+            parts.append(
+                f"### {family}\n\n" + markdown(["setting", "default", "may be", "what it is"], rows, figures=False)
+            )
         return "\n".join(parts)
     sections = {key: value for key, value in config._settings("flow").items() if isinstance(value, dict)}
     if section == "run":

@@ -31,7 +31,7 @@ def plain(metric: str) -> str:
 
 
 def block(path: str, *head: str) -> str:
-    """One table of a Markdown file with several, by the heading of its first column; a number behind it takes the n-th of that head.
+    """One table of a Markdown file with several, by the head of its first column; a number behind it takes the n-th of that head.
 
     Columns in which no row has a figure are left out.
     """
@@ -55,7 +55,9 @@ def short(cell: str) -> str:
 
 def _once(cells: list[str]) -> list[str]:
     """A row that takes no steps has the same figure in every column: it is said once."""
-    return [cells[0], *[""] * (len(cells) - 1)] if len(cells) > 1 and len(set(cells)) == 1 and cells[0] != "-" else cells
+    return (
+        [cells[0], *[""] * (len(cells) - 1)] if len(cells) > 1 and len(set(cells)) == 1 and cells[0] != "-" else cells
+    )
 
 
 def _number(values: dict, metric: str) -> str:
@@ -128,7 +130,9 @@ def best_settings(path: str, metric: str) -> dict[str, dict[int, tuple[np.ndarra
     Settings that repeat rows are left out, and rounds of one student are one method.
     """
     with (ROOT / path).open(newline="", encoding="utf-8") as file:
-        records = [record for record in csv.DictReader(file) if record["steps"] not in ("", "0") and int(record["steps"]) <= 8]
+        records = [
+            record for record in csv.DictReader(file) if record["steps"] not in ("", "0") and int(record["steps"]) <= 8
+        ]
     cells: dict[tuple, list[dict]] = defaultdict(list)
     for record in records:
         cells[record["method"], record["setting"], record["sampler"], int(record["steps"])].append(record)
@@ -163,7 +167,7 @@ def best(path: str, metric: str, *beside: str) -> str:
         if not values.any():
             return mean_and_spread(values)
         others = ", ".join(f"{np.mean([float(r[key]) for r in group if r[key]]):.2f}" for key in beside)
-        return f"{mean_and_spread(values)} ({short(others)}; {told})"
+        return f"{mean_and_spread(values)}<br>({short(others)};<br>{told})"
 
     rows = [[plain(method), *(shown(row.get(steps)) for steps in columns)] for method, row in found.items()]
     return markdown(["best setting of each", *map(str, columns)], rows)
