@@ -5,7 +5,7 @@
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
 8 hours on 2 CPU cores, 20 minutes on a card with 16 cores; all go on where they were. One step of the flow map writes .21
-grammatical rows: docs/results/head_to_head.md, with how rounds of students are named. `text_gpu`, on LM1B, takes half an hour of a card a run.
+grammatical rows: docs/results/head_to_head.md, with how students' rounds are named. `text_gpu`, on LM1B, needs a card.
 """
 
 import dataclasses

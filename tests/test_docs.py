@@ -114,8 +114,7 @@ def _check_code(code: str) -> None:
             assert hasattr(flowlm, node.attr), f"flowlm has no {node.attr}"
 
 
-@pytest.mark.parametrize("said", pages.command_lines(), ids=str)
-def test_a_command_line_can_be_given(said):
+def _check_line(said: pages.Said) -> None:
     for program, *words in pages.split(said.what):
         if program.endswith("flowlm"):
             _check_flowlm(["flowlm", *words], not said.in_sentence)
@@ -125,6 +124,35 @@ def test_a_command_line_can_be_given(said):
             _check_python(words)
         elif program == "pip":
             _check_pip(words)
+
+
+@pytest.mark.parametrize("said", pages.command_lines(), ids=str)
+def test_a_command_line_can_be_given(said):
+    _check_line(said)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "flowlm trian --config=experiments/grammar.py --workdir=DIR",
+        "flowlm train --config=experiments/grammar.py --steps=20 --workdir=DIR",
+        "flowlm train --config=experiments/grammar.py --config.stepz=20 --workdir=DIR",
+        "flowlm train --config=experiments/gramar.py --workdir=DIR",
+        "flowlm sample --steps=1",
+        "flowlm study --study=experiments/ablations.py:nothing --workdir=DIR --results=DIR2",
+        "python -m launch.run --backend=local --config=experiments/grammar.py --config.stepz=20 --workdir=DIR",
+        "python -m flowlm.nothing",
+        "python -c 'from flowlm.data import nothing'",
+        "bash launch/nothing.sh",
+        "bash launch/study.sh nothing",
+        "bash tests/run.sh --with-nothing",
+        "pip install -e .[nothing]",
+    ],
+)
+def test_a_line_that_cannot_be_given_is_found(line):
+    assert pages.split(line)
+    with pytest.raises((AssertionError, ValueError, SystemExit)):
+        _check_line(pages.Said("a page", line))
 
 
 def test_command_lines_are_found():
