@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if family in ("flow", "flow_map"):
         config.model.update(input="white", output="early_skip")
     if arg in STUDENTS:
-        config.steps = 600
+        config.update(steps=600, teacher="")
     if arg == "flow_map":
         config.model.update(preview=True, time_embeddings=2)
         config.objective.update(teacher_temperature=0.45, noise_scale=0.4)

@@ -9,7 +9,7 @@
     config = flowlm.experiment("experiments/grammar.py", **{"optimizer.learning_rate": 1e-3})
     flowlm.train(config, "runs/grammar")
 
-`flowlm --help` lists the same and more as commands. Importing flowlm alone imports nothing else: each function imports what it needs.
+`flowlm --help` lists the same and more as commands. Each function imports what it needs, so that importing flowlm takes no time.
 """
 
 import os
@@ -56,9 +56,12 @@ def experiment(path: str, **changes: Any) -> "ConfigDict":
     Raises:
       ValueError: there is no such experiment, it has no such setting (the nearest is named), or a value is out of its range.
     """
-    from flowlm import overrides
+    from flowlm.cli.command import configured
+    from flowlm.config import check
 
-    return overrides.experiment(path, changes)
+    config = configured(path, changes)
+    check(config)
+    return config
 
 
 def train(config: "ConfigDict", workdir: str | os.PathLike) -> None:

@@ -32,6 +32,7 @@ from flowlm.sharding import Layout
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # samples of one call
+MEANINGS = {"seconds_per_100": "what drawing 100 samples took, without compiling"}
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
@@ -138,9 +139,7 @@ def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, 
     """
     check_stopped()
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return np.concatenate(
-        [gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)]
-    )
+    return np.concatenate([gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)])
 
 
 class Evaluator:
@@ -180,6 +179,7 @@ class Evaluator:
         for sampler in self._samplers.values():
             sampler.check(jax.eval_shape(net.init, key), key)
         self._panel = Panel(dataset, settings.language_models, data_dir, layout)
+        self._told = self._panel.notes, self._panel.main, self._panel.meanings | MEANINGS
         if samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
@@ -211,7 +211,7 @@ class Evaluator:
             scores["seconds_per_100"] = sampler.seconds
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
         if self._samples_only:
-            return Evaluation(step, metrics, texts, notes=self._panel.notes)
+            return Evaluation(step, metrics, texts, {}, *self._told)
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
@@ -220,7 +220,7 @@ class Evaluator:
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name], scores = self._panel.judge(ids)
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
-        return Evaluation(step, metrics, texts, self._follow(params, step), self._panel.notes)
+        return Evaluation(step, metrics, texts, self._follow(params, step), *self._told)
 
     def _follow(self, params, step: int) -> dict[str, list]:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch

@@ -1,6 +1,5 @@
 """The one command: `flowlm COMMAND ...` is one of cli/commands.py. This finds it, and says in one line what goes wrong."""
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from flowlm import open_files
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
-from flowlm.terminal import replace_what_cannot_be_printed
+from flowlm.terminal import end_without_reader, replace_what_cannot_be_printed
 
 
 class Call(NamedTuple):
@@ -56,7 +55,7 @@ def read(argv: Sequence[str]) -> Call:
     try:
         return _read(argv)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"flowlm: {_told(error)}")
+        sys.exit(f"flowlm: {mistakes.told(error)}")
 
 
 def carry_out(call: Call) -> None:
@@ -66,16 +65,12 @@ def carry_out(call: Call) -> None:
     try:
         _check_outputs(call)
         call.command.run(call.values)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_without_reader()
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
-        sys.exit(f"flowlm: {_told(error)}")
-
-
-def _told(error: Exception) -> str:
-    """An error as it is said: of one of the system the path and the reason, without its number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return str(error)
+        sys.exit(f"flowlm: {mistakes.told(error)}")
 
 
 def _check_outputs(call: Call) -> None:

@@ -68,7 +68,7 @@ def matched(
     for record in records:
         sampler = re.split("[- ]", record["sampler"])[0]  # earlier releases wrote a blank before a setting
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
-        curves[method, record["steps"] or ""][record["seed"]].append(record)
+        curves[method, record["sampling_steps"] or ""][record["seed"]].append(record)
     return {
         cell: [
             _at([_unbeaten(rows, metrics[0], diversity) for rows in seeds.values()], metric, target, diversity)

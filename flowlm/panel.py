@@ -86,7 +86,7 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
 def make_judges(dataset: Dataset) -> list[Judge]:
     """The judges that fit the data: first its own, then counts, always.
 
-    Its own are the grammar's exact law; of sentences the real ones; of other text a 5-gram character model, which sentences have too.
+    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
     """
     start = dataset.tokenizer.start
     held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))

@@ -51,7 +51,7 @@ def renew() -> None:
     backend.fsspec_backend._get_filesystem.cache_clear()
 
 
-def in_bucket(place: epath.Path) -> bool:
+def in_bucket(place: str | os.PathLike) -> bool:
     return os.fspath(place).startswith(SCHEME)
 
 
@@ -94,6 +94,19 @@ def check_writable(directory: str | os.PathLike) -> None:
         raise ValueError(f"{above} is a file, where a directory is wanted: give another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"nothing can be written to {above}: give another place")
+
+
+def check_writable_file(file: epath.Path) -> None:
+    """Raises ValueError where a file cannot be written: it is a directory, or its directory is not there or cannot be written."""
+    if in_bucket(file):
+        return
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory, where a file is wanted: give the path of a file")
+    if not file.parent.exists():
+        raise ValueError(f"there is no directory {file.parent} for {file.name}: make it first")
+    check_writable(file.parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ValueError(f"{file} cannot be written: give another place")
 
 
 def write(place: epath.Path, text: str) -> None:

@@ -13,7 +13,7 @@ from flowlm import evaluation
 from flowlm.assembly import Trained, load_trained
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.packing import framed
-from flowlm.evaluation import ROWS, Sampler, has_bound, named_sampler, on_rows
+from flowlm.evaluation import ROWS, has_bound, named_sampler, on_rows
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
 
@@ -50,7 +50,7 @@ class Model:
 
     def __init__(self, run: Trained, layout: Layout):
         self.run, self.layout = run, layout
-        self._drawing: dict[tuple, Sampler] = {}
+        self._drawing: dict[tuple, evaluation.Sampler] = {}
         self._bound = None
 
     def __repr__(self) -> str:
@@ -102,7 +102,9 @@ class Model:
         name, family = named_sampler(self.run.experiment.family, sampler)
         kind = name, steps, min(num, ROWS)
         if kind not in self._drawing:
-            self._drawing[kind] = Sampler(self.run.experiment.net, family, steps, self.layout, min(num, ROWS))
+            self._drawing[kind] = evaluation.Sampler(
+                self.run.experiment.net, family, steps, self.layout, min(num, ROWS)
+            )
         draw = self._drawing[kind]
         ids = draw(self.run.params, jax.random.key(seed), num)
         texts = self.tokenizer.decode_batch(ids)

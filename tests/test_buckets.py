@@ -69,7 +69,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
         assert (storage.path(there) / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     results.compare([there])
-    assert "flow euler@1" in capsys.readouterr().out
+    assert "flow euler@1\n" in capsys.readouterr().out
     report.write([f"{BUCKET}/runs"], f"{BUCKET}/report")
     assert names_in(f"{BUCKET}/report") == ["index.html", "runs.csv", "runs.md"]
     rows = list(csv.DictReader((storage.path(BUCKET) / "report/runs.csv").read_text().splitlines()))

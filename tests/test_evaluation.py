@@ -287,7 +287,7 @@ def test_what_users_and_models_wrote_is_shown_as_it_stands(tmp_path, capsys):
     results.compare([str(directory)])
     printed = capsys.readouterr().out
     assert f"  {MARKUP}\n" in printed
-    assert printed.count("[i]judge nats") == 2 and "a [note]" in printed
+    assert printed.count("[i]judge  $judge^") == 2 and "a [note]" in printed
     assert "run[1] [b]$x$" in printed and "run[1] [b]$x$: a [note]" in printed
     assert (directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert MARKUP in (directory / "samples.txt").read_text("utf-8")

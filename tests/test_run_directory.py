@@ -196,7 +196,7 @@ def test_a_place_that_cannot_be_written_is_said_first(name, tmp_path, monkeypatc
     monkeypatch.chdir(ROOT)
     expensive = lambda *arguments, **settings: pytest.fail("expensive work before the error")
     # Where it comes from is last, so that no module is imported, and keeps it, while it is replaced.
-    for module in ("panel", "export", "importing", "inspection", "assembly"):
+    for module in ("trained", "panel", "export", "importing", "inspection", "assembly"):
         monkeypatch.setattr(f"flowlm.{module}.load_trained", expensive)
     monkeypatch.setattr("flowlm.training.Checkpoints", expensive)
     (tmp_path / "file").write_text("it")

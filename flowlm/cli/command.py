@@ -1,11 +1,11 @@
 """What a command is, and how its line is read: each has flags of its own, and no other flag is taken."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from flowlm import overrides
 from flowlm.cli import mistakes
@@ -134,18 +134,16 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
         cannot be loaded, a setting that it has not, or something that the command needs and that is missing.
     """
     values = flags.FlagValues()
-    # The experiment comes first, because its settings are flags only when it is known which there are.
-    line = sorted(line, key=lambda word: re.match("--?config=", word) is None)
+    # The experiment comes first, because its settings are flags only when it is known which there are; the last that is named.
+    experiments = [word for word in line if re.match("--?config=", word)]
+    line = experiments[-1:] + [word for word in line if word not in experiments]
     for flag in command.flags:
         flag.define(values, line)
     for name in sorted(flags.FLAGS, key=len, reverse=True):
         if name not in values:  # a short name comes with its long one
             values[name] = flags.FLAGS[name]
     mistakes.check_flags(command, list(given(line)), values, commands)
-    try:
-        places = values([f"flowlm {command.name}", *line])[1:]
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(mistakes.in_one_line(error)) from error
+    places = _read(values, line)
     flags.FLAGS.mark_as_parsed()
     if places:
         _fill(command, values, places)
@@ -156,6 +154,24 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
             f"see `flowlm {command.name} --help`"
         )
     return values
+
+
+def _read(values: flags.FlagValues, line: Sequence[str]) -> list[str]:
+    """Reads a line into values; its words without a dash. Raises ValueError: a value that a flag cannot have, in one line."""
+    try:
+        return values(["flowlm", *line])[1:]
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(mistakes.in_one_line(error)) from error
+
+
+def configured(path: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """The settings that `--config=PATH --config.KEY=VALUE ...` makes. Raises ValueError as `parse`."""
+    line = [f"--config={path}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    command, values = Command("experiment", "", [experiment("")], lambda values: None), flags.FlagValues()
+    command.flags[0].define(values, line)
+    mistakes.check_flags(command, list(given(line)), values, [])
+    _read(values, line)
+    return values.config
 
 
 def _fill(command: Command, values: flags.FlagValues, places: list[str]) -> None:

@@ -1,11 +1,16 @@
 """`flowlm evaluate` and `flowlm compare`: numbers of trained runs."""
 
 import sys
+from pathlib import Path
 
 from absl.flags import FlagValues
 
 from flowlm.cli.command import Command, output, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
+
+WIDE = switch("wide", "all metrics with standard errors, in a table that may be wider than the terminal")
+# The repository's own checkpoints, which are read and never written.
+SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 
 def _evaluate(values: FlagValues) -> None:
@@ -15,16 +20,21 @@ def _evaluate(values: FlagValues) -> None:
             "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
 
+    import flowlm
     from flowlm import run_directory, storage
-    from flowlm.assembly import load_trained
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
-    from flowlm.sharding import Layout, make_mesh
 
-    layout = Layout(make_mesh(), fsdp=True)
-    run = load_trained(values.checkpoint, layout, objective)
-    place = values.results or values.checkpoint
-    storage.check_writable(storage.path(place))
+    model = flowlm.load(values.checkpoint, **objective)
+    run = model.run
+    place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)
+    if place is None:
+        print(
+            f"{values.checkpoint} is the repository's: nothing is written there, --results=DIR keeps it",
+            file=sys.stderr,
+        )
+    else:
+        storage.check_writable(storage.path(place))
     data, settings = run.config.data, run.config.evaluation
     before = run_directory.known_content(values.checkpoint, run.config, "data.dir")
     if values.data_dir is not None:
@@ -36,17 +46,22 @@ def _evaluate(values: FlagValues) -> None:
     dataset = open_dataset(data.name, own, data.length, data.dir)
     counts = asked or list(settings.steps)
     evaluator = Evaluator(
-        run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
+        run.experiment, dataset, model.layout, run.config.seed, settings, data.dir, counts, values.samples_only
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
-    result.save(place)
-    result.show()
+    if place is not None:
+        result.save(place, values.checkpoint)
+    result.show(values.wide)
+
+
+def _is_shipped(checkpoint: str) -> bool:
+    return SHIPPED in Path(checkpoint).expanduser().resolve().parents
 
 
 def _compare(values: FlagValues) -> None:
     from flowlm.results import compare
 
-    compare(values.runs)
+    compare(values.runs, values.wide)
 
 
 EVALUATE = Command(
@@ -58,8 +73,12 @@ EVALUATE = Command(
         whole("num", "samples for each number of steps; the experiment's number if none is given", None, 1),
         OBJECTIVE,
         switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
-        output("results", "where the results go, in place of the run's directory"),
+        output(
+            "results",
+            "where the results go, in place of the run's directory (never written: checkpoints/)",
+        ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
+        WIDE,
     ],
     _evaluate,
     needs=("checkpoint",),
@@ -69,7 +88,7 @@ EVALUATE = Command(
 COMPARE = Command(
     "compare",
     "one table of several evaluated runs",
-    [words("runs", "DIR,DIR,...", "directories of evaluated runs")],
+    [words("runs", "DIR,DIR,...", "directories of evaluated runs"), WIDE],
     _compare,
     needs=("runs",),
     place="runs",

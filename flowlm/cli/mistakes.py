@@ -1,6 +1,7 @@
 """What was meant in place of what is wrong: the nearest command, flag or setting, in one line."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -21,6 +22,13 @@ def in_one_line(error: BaseException) -> str:
     """What an error of absl or ml_collections says. A KeyError shows the repr of its message, at times a repr of a repr."""
     message = str(error.args[0] if error.args else error).replace("\\n", " ")
     return " ".join(re.sub(r"[\\']", "", message).strip('"').split())
+
+
+def told(error: BaseException) -> str:
+    """An error as it is said: of one of the system the path and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def unknown_command(name: str, names: Iterable[str]) -> str:
@@ -80,19 +88,29 @@ def _setting(name: str, known: Iterable[str]) -> str | None:
     return ends.get(close) if close else None
 
 
+def _objective_settings() -> set[str]:
+    """What --objective may set, of any family."""
+    from flowlm.config import objective
+    from flowlm.objectives import FAMILIES
+
+    return {key for family in FAMILIES for key in objective(family)}
+
+
 def _unknown_flag(command, name: str, value: str | None, commands) -> str:
     """Says of a flag that is not the command's what was meant: a flag of its own, a setting, or a flag of another command."""
-    told = f"--{name} is no flag of {command.name}"
+    wrong = f"--{name} is no flag of {command.name}"
     own = [flag.name for flag in command.flags]
     if close := nearest(name, own, 0.75):
-        return f"{told}: --{close}{_behind(value)}"
+        return f"{wrong}: --{close}{_behind(value)}"
     if "config" in own:
         from flowlm.config import defaults
 
         if meant := _setting(name, overrides.names(defaults())):
-            return f"{told}: --config.{meant}{_behind(value)}"
+            return f"{wrong}: --config.{meant}{_behind(value)}"
+    if "objective" in own and name in _objective_settings():
+        return f"{wrong}: --objective={name}{_behind(value)}"
     if others := [other.name for other in commands if other.flag(name)]:
-        return f"{told}, but of {listed(others)}"
+        return f"{wrong}, but of {listed(others)}"
     if close := nearest(name, own):
-        return f"{told}: --{close}{_behind(value)}"
-    return f"{told}: `flowlm {command.name} --help` lists them"
+        return f"{wrong}: --{close}{_behind(value)}"
+    return f"{wrong}: `flowlm {command.name} --help` lists them"

@@ -31,7 +31,7 @@ STUDY = Command(
     "carries out a study or a sweep: many runs, one table",
     [
         text("study", "experiments/NAME.py[:ARG]", "the file that lists its runs"),
-        text("workdir", "DIR", "the folder of all run directories"),
+        output("workdir", "the folder of all run directories"),
         output("results", "where evaluations, tables and pictures go"),
         flags_of_another("extra", "flags of flowlm train for every run, such as --config.steps=10"),
         whole("parallel", "runs at a time, each on its own share of the cores", 1, 1),

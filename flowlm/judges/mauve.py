@@ -50,7 +50,7 @@ class Mauve:
         try:
             from mauve import compute_mauve
         except ImportError as error:
-            raise ImportError("the judge mauve needs the package mauve-text: pip install 'flowlm[mauve]'") from error
+            raise ImportError("the judge mauve needs the package mauve-text: pip install -e .[mauve]") from error
         self.name, self.read, self._compute = name, features, compute_mauve
         self.main = (f"mauve_{name}",)
         self.meanings = {f"mauve_{name}": "nearness to held-out text as that model sees both, 0 to 1"}

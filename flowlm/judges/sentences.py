@@ -1,7 +1,7 @@
 """Short sentences beside those that people wrote: how many a sampler copies, and how many it finds.
 
-A row that is a real sentence, and not one that the sampler has read, was found by a rule of the language. It is rare, so its standard
-error is the binomial one of many rows. Of two samplers the one that finds more at as high an entropy is the better.
+A row that is a real sentence, but none that the sampler has read, was made by what it learnt of the language. Such rows are rare:
+mind the standard error. Of two samplers the one that finds more at as high an entropy is the better.
 """
 
 from collections.abc import Sequence
