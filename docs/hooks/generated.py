@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import commands_table
+import metrics_table
 import settings_table
 import tables
 
@@ -30,6 +31,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "best": tables.best,
     "bench": tables.bench,
     "plans": tables.plans,
+    "metrics": metrics_table.table,
     "settings": settings_table.table,
     "commands": commands_table.table,
 }

@@ -50,7 +50,7 @@ def shares() -> dict[tuple[str, bool], dict[int, list[float]]]:
             halved = "noise" in record["sampler"]
             if record["setting"] or record["sampler"] == "euler" or (record["method"], halved) not in SHOWN:
                 continue
-            out[record["method"], halved][int(record["steps"])].append(float(record["grammatical"]))
+            out[record["method"], halved][int(record["sampling_steps"])].append(float(record["grammatical"]))
     return out
 
 

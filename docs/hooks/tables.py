@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowlm.judges import shown
+
 ROOT = Path(__file__).parents[2]
 GIB, GB = 2**30, 1e9
 
@@ -25,18 +27,13 @@ def read(path: str) -> dict:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def plain(metric: str) -> str:
-    """A metric's name as words."""
-    return metric.replace("_", " ")
-
-
 def block(path: str, *head: str) -> str:
-    """One table of a Markdown file with several, by the head of its first column; a number behind it takes the n-th of that head.
+    """One table of a Markdown file with several, by its metric or the head of its first column; a number takes the n-th of that.
 
     Columns in which no row has a figure are left out.
     """
     which = head[-1] if head[-1].isdigit() else "1"
-    head = ", ".join(head[:-1] if head[-1].isdigit() else head)
+    head = shown(", ".join(head[:-1] if head[-1].isdigit() else head))
     found = [part.splitlines() for part in (ROOT / path).read_text(encoding="utf-8").split("\n\n")]
     found = [lines for lines in found if lines and lines[0].startswith(f"| {head} |")]
     if len(found) < int(which):
@@ -84,10 +81,10 @@ def _judged(metrics: dict) -> dict[str, dict]:
 def samples(path: str, *metrics: str) -> str:
     """The samples of an evaluation before the judges: a line for each sampler and number of steps."""
     rows = [
-        [plain(name).replace("@", ", "), *(_number(values, metric) for metric in metrics)]
+        [shown(name).replace("@", ", "), *(_number(values, metric) for metric in metrics)]
         for name, values in _judged(read(path)["metrics"]).items()
     ]
-    return markdown(["sampler, steps", *map(plain, metrics)], rows)
+    return markdown(["sampler, steps", *map(shown, metrics)], rows)
 
 
 def held_out(path: str) -> str:
@@ -120,8 +117,8 @@ def seeds(names: str, *metrics: str) -> str:
                 continue
             each = ", ".join(f"{value:.3f}" for value in values)
             cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({each})")
-        rows.append([plain(sampler).replace("@", ", "), *cells])
-    return markdown(["sampler, steps", *map(plain, metrics)], rows)
+        rows.append([shown(sampler).replace("@", ", "), *cells])
+    return markdown(["sampler, steps", *map(shown, metrics)], rows)
 
 
 def best_settings(path: str, metric: str) -> dict[str, dict[int, tuple[np.ndarray, list[dict], str]]]:
@@ -131,11 +128,13 @@ def best_settings(path: str, metric: str) -> dict[str, dict[int, tuple[np.ndarra
     """
     with (ROOT / path).open(newline="", encoding="utf-8") as file:
         records = [
-            record for record in csv.DictReader(file) if record["steps"] not in ("", "0") and int(record["steps"]) <= 8
+            record
+            for record in csv.DictReader(file)
+            if record["sampling_steps"] not in ("", "0") and int(record["sampling_steps"]) <= 8
         ]
     cells: dict[tuple, list[dict]] = defaultdict(list)
     for record in records:
-        cells[record["method"], record["setting"], record["sampler"], int(record["steps"])].append(record)
+        cells[record["method"], record["setting"], record["sampler"], int(record["sampling_steps"])].append(record)
     found: dict[str, dict[int, tuple]] = defaultdict(dict)
     for (method, setting, sampler, steps), group in cells.items():
         if np.mean([float(record["distinct_rows"]) for record in group]) < 0.99:
@@ -160,7 +159,7 @@ def best(path: str, metric: str, *beside: str) -> str:
     found = best_settings(path, metric)
     columns = sorted({steps for row in found.values() for steps in row})
 
-    def shown(entry: tuple | None) -> str:
+    def cell(entry: tuple | None) -> str:
         if entry is None:
             return "-"
         values, group, told = entry
@@ -169,7 +168,7 @@ def best(path: str, metric: str, *beside: str) -> str:
         others = ", ".join(f"{np.mean([float(r[key]) for r in group if r[key]]):.2f}" for key in beside)
         return f"{mean_and_spread(values)}<br>({short(others)};<br>{told})"
 
-    rows = [[plain(method), *(shown(row.get(steps)) for steps in columns)] for method, row in found.items()]
+    rows = [[shown(method), *(cell(row.get(steps)) for steps in columns)] for method, row in found.items()]
     return markdown(["best setting of each", *map(str, columns)], rows)
 
 
@@ -196,7 +195,7 @@ def plans(*names: str) -> str:
         train, data, versions = found["points"][0]["train"], found["config"]["data"]["name"], found["versions"]
         fsdp, kind = found["config"]["mesh"]["fsdp"], found["config"]["mesh"]["grad_reduce_dtype"]
         family = found["config"]["objective"]["family"]
-        told = f"{data}, {plain(family)}, {'FSDP' if fsdp else 'data parallel'}, gradients summed in {kind}"
+        told = f"{data}, {shown(family)}, {'FSDP' if fsdp else 'data parallel'}, gradients summed in {kind}"
         gib = f"{train['hbm']['total'] / GIB:.2f} of {train['hbm']['limit'] / GIB:.2f}"
         cells = [found["points"][0]["topology"], f"{train['per_chip']:g}", gib, f"{train['wire'] / GB:.2f}"]
         rows.append([told, *cells, f"{versions['jax']}, {versions['libtpu']}"])
