@@ -40,9 +40,10 @@ def block(path: str, *head: str) -> str:
         raise ValueError(f"{path} has {len(found)} tables of {head!r}, not {which}")
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in found[int(which) - 1]]
     names, rows = cells[0], cells[2:]
-    rows = [[row[0], *(_once(row[1:]))] for row in rows]
+    if all(name.isdigit() for name in names[1:]):
+        rows = [[short(cell) for cell in _once(row)] for row in rows]
     kept = [i for i in range(len(names)) if i == 0 or any(row[i] not in ("-", "") for row in rows)]
-    return markdown([names[i] for i in kept], [[short(row[i]) for i in kept] for row in rows])
+    return markdown([names[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def short(cell: str) -> str:
@@ -50,11 +51,10 @@ def short(cell: str) -> str:
     return re.sub(r"(?<![\d.])0(\.\d\d)", r"\1", cell)
 
 
-def _once(cells: list[str]) -> list[str]:
-    """A row that takes no steps has the same figure in every column: it is said once."""
-    return (
-        [cells[0], *[""] * (len(cells) - 1)] if len(cells) > 1 and len(set(cells)) == 1 and cells[0] != "-" else cells
-    )
+def _once(row: list[str]) -> list[str]:
+    """A row of reference takes no steps, and has the same figure under every number of them: it is said once."""
+    has_steps = "," in row[0]  # method, sampler
+    return row if has_steps else [*row[:2], *[""] * (len(row) - 2)]
 
 
 def _number(values: dict, metric: str) -> str:
@@ -65,17 +65,15 @@ def _number(values: dict, metric: str) -> str:
 
 
 def _judged(metrics: dict) -> dict[str, dict]:
-    """{sampler@steps, or a row of reference: {metric: value}}, samplers one after another, by their steps."""
+    """{sampler@steps: {metric: value}}, samplers one after another by their steps; rows of reference, which have none, last."""
     out: dict[str, dict] = defaultdict(dict)
     for key, value in metrics.items():
         if key.startswith("samples/"):
             _, name, metric = key.split("/")
             out[name][metric] = value
     order = list(dict.fromkeys(name.partition("@")[0] for name in out))
-    references = ("unigram", "trigram", "held_out")
-    place = lambda name: (order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0))
-    names = sorted((name for name in out if "@" in name), key=place) + [name for name in references if name in out]
-    return {name: out[name] for name in names}
+    place = lambda name: ("@" not in name, order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0))
+    return {name: out[name] for name in sorted(out, key=place)}
 
 
 def samples(path: str, *metrics: str) -> str:
@@ -182,7 +180,13 @@ def bench(*wanted: str) -> str:
         "step": "XLA's account of the step",
         "state + step": "the same, training state included",
     }
-    ratio = lambda found: f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "-"
+
+    def ratio(found: dict | None) -> str:
+        if not found:
+            return "-"
+        digits = 2 if found["ratio"] >= 0.1 else 4
+        return f"{found['ratio']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
     rows = [[told, *(ratio(found.get(key)) for found in results.values())] for key, told in names.items()]
     return markdown(["", *results], [row for row in rows if set(row[1:]) != {"-"}])
 
