@@ -13,7 +13,7 @@ import flowlm
 from flowlm import assembly, run_directory
 from flowlm.checkpoint import save_params
 from flowlm.data.grammar import Grammar
-from flowlm.evaluation import Sampler, samplers
+from flowlm.evaluation import Sampler
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import numbers, shipped
 from flowlm.trained import Model
@@ -54,7 +54,7 @@ def models(tmp_path_factory):
 def test_it_writes_what_the_sampler_of_evaluations_draws(family, models):
     """The first of that sampler's 256 rows, from eleven rows of its own."""
     model, steps, run = models[family], STEPS[family], models[family].run
-    name, last = list(samplers(run.experiment.family).items())[-1]
+    name, last = list(run.experiment.family.samplers().items())[-1]
     wanted = Sampler(run.experiment.net, last, steps, model.layout)(run.params, jax.random.key(7), 11)
     assert len(np.unique(wanted, axis=0)) > 5
     drawn = model.draw(11, steps, seed=7)

@@ -10,18 +10,31 @@ A loop scores better than real text: never read it without entropy and repetitio
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from flowlm.judges import mean_with_stderr
-from flowlm.tokenizers import Tokenizer
 
 ROWS = 32  # texts read at once
 # The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.
 BREAK = "\ud800"
 
 
-def with_breaks(tokenizer: Tokenizer, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+class Decoder(Protocol):
+    """What is asked of a tokenizer here.
+
+    Attributes:
+      start: the start token's id.
+    """
+
+    start: int
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Rows of ids as texts."""
+
+
+def with_breaks(tokenizer: Decoder, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
     """Texts of rows of ids [N][L], as pretrained judges read them: a BREAK in place of every start token but one in front."""
     texts = []
     for row in map(np.asarray, ids):
