@@ -311,7 +311,7 @@ def test_the_table_is_as_long_as_it_is_meant_to_be():
     ("arguments", "expected"),
     [
         (["trian"], "did you mean train?"),
-        (["train", CONFIG, "--workdir=/nowhere", "--config.model.vocab_size=7"], "model.vocab_size is 7"),
+        (["train", CONFIG, "--workdir=/nowhere", "--config.stepz=7"], "no setting stepz: --config.steps=7"),
     ],
 )
 def test_from_outside(arguments, expected):
@@ -320,8 +320,8 @@ def test_from_outside(arguments, expected):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("flowlm: ")]
-    assert len(lines) == 1 and expected in lines[0]
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("flowlm: ") and expected in line
 
 
 def test_help_and_mistyped_flags_do_not_wait_for_jax():

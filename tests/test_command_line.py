@@ -86,6 +86,8 @@ def test_words_stand_for_the_flag_that_says_where():
     assert read("compare", "a", "b,c").runs == ["a", "b,c"] and read("compare", "--runs=a,b").runs == ["a", "b"]
     assert read("--verbosity=0", "prepare", "judge", "--data_dir=x").data_dir == "x"
     assert read("import", "x.ckpt", "--to=y").checkpoint == "x.ckpt"
+    line = ["study", "--study=a.py", "--workdir=b", "--results=c", "--extra", "--config.steps=10,--nodistributed"]
+    assert read(*line).extra == ["--config.steps=10", "--nodistributed"]
 
 
 def test_no_line_sees_what_another_said():
