@@ -80,7 +80,7 @@ FLAGS = {
     "evaluate {empty} --result=x": "--result is no flag of evaluate: --results=x",
     "plan --config=experiments/test.py --topolgy=v5e:2x2": "--topolgy is no flag of plan: --topology=v5e:2x2",
     "bench --vocabb=3": "--vocabb is no flag of bench: --vocab=3",
-    "compare {empty} --out=x": "--out is no flag of compare, but of prepare",
+    "compare {empty} --out=x": "--out is no flag of compare, but of ",
     "inspect {empty} --workdir=x": "--workdir is no flag of inspect, but of train and study",
     "sample {empty} --steps": "--steps",
     "train --config": "--config",

@@ -22,8 +22,6 @@ NAMES = [command.name for command in COMMANDS]
 # What each takes, written down a second time, by hand.
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
-    "sample": {"checkpoint", "steps", "num", "sampler", "seed", "objective"},
-    "compare": {"runs"},
     "prepare judge": {"data_dir"},
     "inspect": {"checkpoint", "weights"},
     "import": {"checkpoint", "to", "weights", "config", "config.KEY"},
