@@ -22,8 +22,6 @@ NAMES = [command.name for command in COMMANDS]
 # What each takes, written down a second time, by hand.
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
-    "sample": {"checkpoint", "steps", "num", "sampler", "seed", "objective", "json", "out", "delimiter"},
-    "compare": {"runs"},
     "prepare judge": {"data_dir"},
     "inspect": {"checkpoint", "weights"},
     "import": {"checkpoint", "to", "weights", "config", "config.KEY"},
@@ -86,6 +84,8 @@ def test_words_stand_for_the_flag_that_says_where():
     assert read("compare", "a", "b,c").runs == ["a", "b,c"] and read("compare", "--runs=a,b").runs == ["a", "b"]
     assert read("--verbosity=0", "prepare", "judge", "--data_dir=x").data_dir == "x"
     assert read("import", "x.ckpt", "--to=y").checkpoint == "x.ckpt"
+    line = ["study", "--study=a.py", "--workdir=b", "--results=c", "--extra", "--config.steps=10,--nodistributed"]
+    assert read(*line).extra == ["--config.steps=10", "--nodistributed"]
 
 
 def test_no_line_sees_what_another_said():

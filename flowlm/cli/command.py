@@ -1,7 +1,7 @@
 """What a command is, and how its line is read: each has flags of its own, and no other flag is taken."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -121,13 +121,24 @@ class Command(NamedTuple):
         return next((flag for flag in self.flags if flag.name == name), None)
 
 
-def given(line: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(name, value) of the flags on a line; the value of one without `=` is the word behind it, or None if that is a flag."""
-    for i, word in enumerate(line):
+def given(line: Sequence[str], known: Container[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """(name, value) of the flags on a line; the value of one without `=` is the word behind it, or None if that is a flag.
+
+    Args:
+      known: names of flags whose value is the word behind them whatever it looks like.
+    """
+    words = iter(enumerate(line))
+    for i, word in words:
         if found := re.match("--?([A-Za-z][^=]*)(=?)(.*)", word, re.DOTALL):
             name, equals, value = found.groups()
-            behind = line[i + 1] if i + 1 < len(line) else "-"
-            yield name, value if equals else None if behind.startswith("-") else behind
+            behind = line[i + 1] if i + 1 < len(line) else None
+            if equals:
+                yield name, value
+            elif name in known:
+                next(words, None)
+                yield name, behind
+            else:
+                yield name, None if behind is None or behind.startswith("-") else behind
 
 
 def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) -> flags.FlagValues:
@@ -148,7 +159,8 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
     for name in sorted(flags.FLAGS, key=len, reverse=True):
         if name not in values:  # a short name comes with its long one
             values[name] = flags.FLAGS[name]
-    mistakes.check_flags(command, list(given(line)), values, commands)
+    valued = {name for name in values if not values[name].boolean}
+    mistakes.check_flags(command, list(given(line, valued)), values, commands)
     places = _read(values, line)
     flags.FLAGS.mark_as_parsed()
     if places:

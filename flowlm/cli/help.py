@@ -35,7 +35,8 @@ def of_command(command: Command) -> str:
     if command.flag("config"):
         parts.append(_entry("--config.KEY=VALUE", "a setting of the experiment; flowlm/config.py lists them"))
     if command.notes:
-        parts += ["", command.notes.strip()]
+        lines = command.notes.strip().splitlines()
+        parts += ["", *(textwrap.fill(line, WIDTH) if len(line) > WIDTH else line for line in lines)]
     return "\n".join(parts)
 
 
