@@ -9,7 +9,7 @@ from typing import NamedTuple
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files
+from flowlm import open_files, platforms
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
@@ -90,6 +90,7 @@ def run() -> None:
     """Entry point of the `flowlm` console script."""
     replace_what_cannot_be_printed()
     open_files.raise_limit()
+    platforms.leave_out_absent_tpu()
     app.run(carry_out, flags_parser=read)
 
 
