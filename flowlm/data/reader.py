@@ -32,11 +32,15 @@ WHOLE = "dataset_info.json"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of one split: `source` is random access to records {"ids": int32 [length]}."""
+    """Rows of one split: `source` is random access to records {"ids": int32 [length]}.
+
+    `sentences`: whether each row is a text of its own, padded.
+    """
 
     source: Shards
     tokenizer: Tokenizer
     length: int
+    sentences: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,7 +92,8 @@ class Split:
         Holds what it returns, and the tokens, in memory.
         """
         num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
-        stream = self.rows(0, num_rows)[:, 1:].reshape(-1)
+        # Of sentences the start token in front of a row is all that stands between two.
+        stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
         return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
 
@@ -101,6 +106,7 @@ class Dataset:
       grammar: the exact law of its rows (without their start token) where there is one.
       unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
         and "such_as", some of it; else empty.
+      sentences: whether each row is a text of its own, padded.
     """
 
     tokenizer: Tokenizer
@@ -110,6 +116,7 @@ class Dataset:
     validation: Split
     test: Split
     unspelled: dict = dataclasses.field(default_factory=dict)
+    sentences: bool = False
 
 
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
@@ -138,7 +145,13 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     law = None if name in corpora.CORPORA else Grammar.load(name)
     if law is not None:
         _check_grammar(name, law, vocabulary, length)
-    builder_class = builders.PackedText if law is None else builders.GrammarRows
+    sentences = law is None and corpora.CORPORA[name].rows
+    if sentences and vocabulary.pad is None:
+        raise ValueError(
+            f"a sentence of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
+            f"set --config.data.tokenizer={name}_1000"
+        )
+    builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
 
     def make() -> tfds.core.DatasetBuilder:
         with _less_said():  # that each set has a configuration of its own
@@ -161,8 +174,8 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             if storage.in_bucket(shared):
                 storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
-    splits = {split: Split(_shards(builder, split), vocabulary, length) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}))
+    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
+    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
 
 
 def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:

@@ -1,6 +1,6 @@
 """Makes the shipped tokenizers: `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every file.
 
-Byte-level BPE is trained on the train split of the embedded speeches only, so that held-out text stays unseen.
+They are trained on train splits only, the speeches' and the everyday sentences', so that held-out text stays unseen.
 """
 
 import pathlib
@@ -10,12 +10,13 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from flowlm.data import corpora
+from flowlm.data import corpora, word_tokens
 from flowlm.data.grammar import Grammar
 
 START = "<|start|>"
 BPE_SIZES = (512, 1024, 4096)
 LETTERS_SIZE = 112
+WORD_SIZES = (1000, 2000)
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -80,6 +81,9 @@ def main(directory: pathlib.Path) -> None:
     made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:
         made[f"sotu_bpe_{size}"] = byte_level_bpe(speeches, size)
+    sentences = [text for _, text in corpora.documents("everyday", "train", "")]
+    for size in WORD_SIZES:
+        made[f"everyday_{size}"] = word_tokens.tokenizer(sentences, size, START)
     for name, tokenizer in made.items():
         tokenizer.save(str(directory / f"{name}.json"))
 
