@@ -6,6 +6,7 @@ Metrics are one flat dict:
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
+    samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
 """
 
 import difflib
@@ -228,7 +229,10 @@ class Evaluator:
         if self._samples_only:
             return count
         likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
-        return likelihoods + count + (len(naive.SAMPLERS) + 1) * len(self._panel) + len(self._trajectories)
+        return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
+
+    def _naives(self) -> dict[str, Callable]:
+        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
 
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
@@ -246,7 +250,7 @@ class Evaluator:
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naive.SAMPLERS.items()}
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}

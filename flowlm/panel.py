@@ -17,6 +17,7 @@ from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
 from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.sharding import Layout
@@ -84,12 +85,20 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: first the grammar's exact law, or a 5-gram character model; then counts, always."""
+    """The judges that fit the data: first its own, then counts, always.
+
+    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
+    """
     start = dataset.tokenizer.start
     held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
     if dataset.grammar is not None:
         return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
     text = dataset.train.text(MAX_CHARS)
+    if dataset.sentences:
+        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
+        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
+        own = Sentences(whole(dataset.train), unseen, start, pad)
+        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
     return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
 
 

@@ -29,7 +29,7 @@ ARGUMENTS = {
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
-    "quickstart": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
+    **dict.fromkeys(("quickstart", "speeches"), ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd")),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 

@@ -12,6 +12,7 @@ from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, distinct_share, entropies, longest_repeats, self_bleu, words
 
 TEXT = (
@@ -58,6 +59,7 @@ def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics(
         (Statistics(frozenset(["bbb"]), START), ("entropy", "distinct_rows", "distinct_2")),
         (KneserNey.fit(TEXT), ("nats_per_char",)),
         (NGrams(rows, START), ("ngram_distance_2",)),
+        (Sentences(rows[:1], rows[1:], START, 0), ("found", "copied")),
         (GrammarJudge(Coins(), START), ("grammatical", "nll_minus_entropy")),
         (
             LanguageModel("smollm2", lambda texts: [[1]] * len(texts), lambda ids: np.ones((len(ids), 8)), 0, 8),
@@ -69,6 +71,13 @@ def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics(
         metrics = [metric for metric in scores if not metric.endswith("_stderr")]
         assert set(metrics) == set(judge.meanings) >= set(judge.main) and judge.main == main
         assert all(len(f"{shown(metric)}  {meaning}") <= 80 for metric, meaning in judge.meanings.items())
+
+
+def test_many_texts_are_read_each_from_its_own_beginning():
+    model = KneserNey.fit(TEXT)
+    texts = ["The public credit.", "", "a", "xyz is new", TEXT[:40]]
+    for text, found in zip(texts, model.log_probs(texts), strict=True):
+        np.testing.assert_array_equal(found, model.log_prob(text))
 
 
 @pytest.mark.parametrize(
