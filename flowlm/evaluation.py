@@ -199,7 +199,10 @@ class Evaluator:
         if self._samples_only:
             return count
         likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
-        return likelihoods + count + (len(naive.SAMPLERS) + 1) * len(self._panel) + len(self._trajectories)
+        return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
+
+    def _naives(self) -> dict[str, Callable]:
+        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
 
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
@@ -217,8 +220,7 @@ class Evaluator:
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
-        naives = naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naives.items()}
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}

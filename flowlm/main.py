@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files, signals, terminal
+from flowlm import open_files, platforms, signals, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
@@ -97,6 +97,7 @@ def run() -> None:
     signals.listen()
     terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
+    platforms.leave_out_absent_tpu()
     app.run(carry_out, flags_parser=read)
 
 

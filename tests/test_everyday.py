@@ -106,8 +106,8 @@ def test_a_sentence_is_a_row(sentences, dataset):
         assert (rows[:, 0] == tokenizer.start).all() and not (rows[:, 1:] == tokenizer.start).any()
         is_pad = rows == tokenizer.pad
         assert (is_pad[:, 1:] >= is_pad[:, :-1]).all()
-        ids = [tokenizer.encode_counted([text]) for side, text in sentences if side == split][:200]
-        fit = [e[0].tolist() for e, count in ids if not count[0] and len(e[0]) <= 9]
+        texts = [text for side, text in sentences if side == split][:200]
+        fit = [ids.tolist() for ids, unknown in zip(*tokenizer.encode_counted(texts)) if not unknown and len(ids) <= 9]
         assert fit == [row[1:][row[1:] != tokenizer.pad].tolist() for row in rows[: len(fit)]]
     assert [len(getattr(dataset, split)) for split in corpora.SPLITS] == [35_723, 2016, 1907]
     first = collections.Counter(dataset.validation.rows(0, 500)[:, 1].tolist())

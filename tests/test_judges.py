@@ -12,6 +12,7 @@ from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, distinct_share, entropies, longest_repeats, self_bleu, words
 
 TEXT = (
@@ -58,6 +59,7 @@ def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics(
         (Statistics(frozenset(["bbb"]), START), ("entropy", "distinct_rows", "distinct_2")),
         (KneserNey.fit(TEXT), ("nats_per_char",)),
         (NGrams(rows, START), ("ngram_distance_2",)),
+        (Sentences(rows[:1], rows[1:], START, 0), ("found", "copied")),
         (GrammarJudge(Coins(), START), ("grammatical", "nll_minus_entropy")),
         (
             LanguageModel("smollm2", lambda texts: [[1]] * len(texts), lambda ids: np.ones((len(ids), 8)), 0, 8),

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import types
 
@@ -9,7 +10,7 @@ import absl.flags
 import absl.logging
 import pytest
 
-from flowlm import main, metrics, processes, progress
+from flowlm import main, metrics, platforms, processes, progress
 from flowlm.cli.command import Command
 from flowlm.data import builders, open_dataset
 
@@ -81,6 +82,29 @@ def test_a_warning_is_its_words_alone(monkeypatch):
     absl.flags.FLAGS.mark_as_parsed()
     main.carry_out(main.Call(command, absl.flags.FlagValues()))
     assert said.getvalue() == "3 rows left out\n"
+
+
+@pytest.mark.parametrize(
+    ("modules", "devices", "told", "wanted"),
+    [
+        ({"libtpu"}, (), None, "cpu"),
+        ({"libtpu"}, ("accel0",), None, None),
+        ({"libtpu"}, ("vfio/0",), None, None),
+        ({"libtpu", "jax_plugins"}, (), None, None),
+        (set(), (), None, None),
+        ({"libtpu"}, (), "tpu", "tpu"),
+    ],
+)
+def test_libtpu_is_asked_only_where_there_may_be_a_tpu(modules, devices, told, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: name if name in modules else None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if told:
+        monkeypatch.setenv("JAX_PLATFORMS", told)
+    for name in devices:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    platforms.leave_out_absent_tpu(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == wanted
 
 
 def test_tensorboard_gets_finite_numbers_alone(tmp_path, monkeypatch):
