@@ -19,9 +19,11 @@ from toy import train_only
 
 from flowlm import tokenizer_files, windows
 from flowlm.checkpoint import Checkpoints
-from flowlm.data import builders, corpora, open_dataset, own_text, packing, round_trip
+from flowlm.data import builders, corpora, open_dataset, own_text, packing, round_trip, train_tokenizers
+from flowlm.data import prepare as prepare_module
 from flowlm.data.prepare import prepare
 from flowlm.metrics import read_metrics
+from flowlm.signals import Stopped
 from flowlm.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -269,6 +271,48 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
     # What is whole is left as it is.
     assert prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "") == manifest
     assert len(calls) == whole + whole - 7
+
+
+def tree(out):
+    """Every file of a folder; of what tfds writes of itself, without the place where it was made."""
+    files = {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    return {name: content.replace(str(out).encode(), b"OUT") for name, content in files.items()}
+
+
+def test_told_to_stop_it_leaves_nothing_half_made_and_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    """While the tokenizer is made, between two batches of text, in a shard, and between the rows and their number."""
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(builders, "SHARD_ROWS", 50)
+    encoded, encode = [], Tokenizer.encode_counted
+    monkeypatch.setattr(Tokenizer, "encode_counted", lambda *given: encoded.append(0) or encode(*given))
+    arguments = "textfiles", str(folder), "bpe:300", 16
+    whole = prepare(*arguments, str(tmp_path / "whole"), "")
+    once = len(encoded)  # the first time to measure what is lost, then a batch each
+    assert once > 5
+    places = {  # what stops, at which call
+        "tokenizer": (train_tokenizers, "byte_level_bpe", 1),
+        "tokens": (packing, "_append", 3),
+        "shard": (packing, "framed", 2),
+        "end": (prepare_module, "_write", 2),
+    }
+    for place, (module, name, number) in places.items():
+        out, calls, genuine = tmp_path / place, [], getattr(module, name)
+
+        def stops(*given, calls=calls, genuine=genuine, number=number):
+            calls.append(0)
+            if len(calls) == number:
+                raise Stopped
+            return genuine(*given)
+
+        encoded.clear()
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(module, name, stops)
+            patch.setitem(train_tokenizers.RECIPES, "bpe", (train_tokenizers.byte_level_bpe, 257))
+            prepare(*arguments, str(out), "")
+        assert not list(out.rglob("*incomplete*")) and not list(out.rglob("*.tmp")), place
+        assert (place == "tokenizer" and not out.exists()) or own_text.load(out)["rows"] is None
+        assert prepare(*arguments, str(out), "") == whole
+        assert tree(out) == tree(tmp_path / "whole") and len(encoded) == once, place  # nothing twice
 
 
 def test_a_stream_of_other_texts_is_not_taken_up(tmp_path, monkeypatch):
