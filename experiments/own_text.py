@@ -1,12 +1,12 @@
 """Text of your own, with the quickstart's network and budget: about 10 minutes on 2 CPU cores.
 
-    flowlm prepare --source=textfiles --path=TEXTS --tokenizer=sotu_bpe_512 --length=32 --out=DATA
+    flowlm prepare --source=textfiles --path=TEXTS --tokenizer=bpe:512 --length=32 --out=DATA
     flowlm train --config=experiments/own_text.py:DATA --workdir=DIR
     flowlm train --config=experiments/own_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
 
-The folder says which tokenizer, how many tokens and how long the rows are. The settings are those that were right for a million
-characters of speeches: give more `steps` and a larger `model` to more text. What to expect depends on the text; held-out rows and
-tokens without a model stand in every table for comparison.
+The folder has the tokenizer, and says how many tokens there are and how long the rows are. The settings are those that were right
+for a million characters of speeches: give more `steps` and a larger `model` to more text. What to expect depends on the text;
+held-out rows and tokens without a model stand in every table for comparison.
 """
 
 from ml_collections import ConfigDict
