@@ -81,16 +81,38 @@ def short_names(directories: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(path[-depth:]) for path, name in names.items()}
 
 
-def compare(directories: Sequence[str], wide: bool = False) -> None:
+def lines_of_samples(directory, num: int) -> dict[str, list[str]]:
+    """{sampler@steps or held_out: the first `num` lines of its samples}, of each run's sampler as it is set, and of real rows.
+
+    Raises FileNotFoundError: the directory has no samples.txt.
+    """
+    path = storage.path(directory) / "samples.txt"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no samples.txt: run `flowlm evaluate --checkpoint={directory}`")
+    blocks = path.read_text("utf-8").removeprefix("== ").split("\n== ")
+    every = {
+        name: [line for line in rest.split("\n") if line][:num] for name, _, rest in (b.partition("\n") for b in blocks)
+    }
+    # Of the samplers with as many steps the plain one stands first.
+    as_set = {name.rpartition("@")[2]: name for name in every if "@" in name}
+    return {name: every[name] for name in (*as_set.values(), "held_out") if name in every}
+
+
+def compare(directories: Sequence[str], wide: bool = False, samples: int | None = None) -> None:
     """Prints the samples' metrics of several evaluated runs, a table for each set of data, and a sample of each kind.
 
-    Raises FileNotFoundError, ValueError as `read`.
+    samples: so many lines of the samplers as they are set and of real rows, in place of one sample of each kind.
+
+    Raises FileNotFoundError, ValueError as `read` and `lines_of_samples`.
     """
     by_data: dict[str | None, dict[str, dict]] = {}
+    lines = {}
     for directory, name in short_names(directories).items():
         record = read(directory)
+        if samples is not None:
+            lines[name] = lines_of_samples(directory, samples)
         by_data.setdefault(record.get("data") or run_directory.data_name(directory), {})[name] = record
     for number, (data, runs) in enumerate(by_data.items()):
-        texts = {run: {k: [v] for k, v in record["samples"].items()} for run, record in runs.items()}
+        texts = {run: lines.get(run) or {k: [v] for k, v in record["samples"].items()} for run, record in runs.items()}
         title = f"Samples before the judges{f': {data}' if data else ''}"
         tables.print_samples(runs, texts, wide, f"\n{title}" if number else title)

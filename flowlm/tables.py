@@ -98,8 +98,10 @@ def _called(name: str) -> str:
 
 def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
     value, stderr = values.get(metric), values.get(f"{metric}_stderr")
-    told = "" if value is None else f"{value:.3f}"
-    return told if stderr is None or not told or not wide else f"{told} ± {stderr:.3f}"
+    # The places of the value, of which a small one has a fourth, are those of its error too.
+    places = 4 if value is not None and 0 < abs(value) < 0.01 else 3
+    told = "" if value is None else f"{value:.{places}f}"
+    return told if stderr is None or not told or not wide else f"{told} ± {stderr:.{places}f}"
 
 
 def print_samples(

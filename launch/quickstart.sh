@@ -19,7 +19,7 @@ flowlm() { .venv/bin/flowlm "$@"; }
 flowlm train --config=experiments/quickstart.py --workdir="$workdir/flow" "$@"
 flowlm train --config=experiments/quickstart.py:flow_map --config.teacher="$workdir/flow" --workdir="$workdir/flow_map" "$@"
 echo
-flowlm compare "$workdir/flow" "$workdir/flow_map"
+flowlm compare "$workdir/flow" "$workdir/flow_map" --samples=8
 cat <<END
 
 Files of a run, in $workdir/flow and $workdir/flow_map:

@@ -3,11 +3,14 @@
 import collections
 import hashlib
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flowlm import data, tokenizers
+from flowlm import data, results, tokenizers
 from flowlm.data import corpora, make_everyday, naive, word_tokens
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.sentences import Sentences
@@ -189,3 +192,33 @@ def test_a_chain_draws_each_token_as_it_follows_those_before(order):
     true, drawn = following(rows), following(out)
     assert true.keys() == drawn.keys()
     assert all(drawn[context] == pytest.approx(true[context], abs=0.03) for context in true)
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def test_compare_shows_lines_of_the_samplers_as_they_are_set_and_of_real_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("map@1", "map-noise0.5@1", "map@8", "map-noise0.5@8", "bigram", "held_out")
+    texts = {name: [f"{name} says {i}." for i in range(20)] for name in names}
+    metrics = {f"samples/{name}/found": 0.0021 for name in names} | {"samples/map@1/copied": 0.125}
+    run = tmp_path / "run"
+    results.Evaluation(3, metrics, texts, main=("found", "copied"), meanings={"found": "share"}).save(run)
+    results.compare([str(run)], samples=3)
+    shown = capsys.readouterr().out
+    said = re.findall(r"^  (.* says .*)$", shown, re.MULTILINE)
+    assert said == [f"{name} says {i}." for name in ("map-noise0.5@1", "map-noise0.5@8", "held_out") for i in range(3)]
+    assert "0.0021" in shown and "0.125" in shown and "found: share" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    (run / "samples.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="no samples.txt: run `flowlm evaluate"):
+        results.compare([str(run)], samples=3)
+
+
+def test_the_quickstart_prints_its_usage_before_it_does_anything():
+    script = Path(__file__).parents[1] / "launch/quickstart.sh"
+    for ask in ("--help", "-h"):
+        told = subprocess.run(["bash", script, ask], capture_output=True, text=True, check=True, timeout=20)
+        assert "usage: bash launch/quickstart.sh [WORKDIR" in told.stdout and not told.stderr
+    wrong = subprocess.run(["bash", script, "--config.steps=3"], capture_output=True, text=True, timeout=20)
+    assert wrong.returncode == 2 and "quickstart.sh WORKDIR --config.steps=3" in wrong.stderr and not wrong.stdout

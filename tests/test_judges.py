@@ -71,6 +71,13 @@ def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics(
         assert all(len(f"{shown(metric)}  {meaning}") <= 80 for metric, meaning in judge.meanings.items())
 
 
+def test_many_texts_are_read_each_from_its_own_beginning():
+    model = KneserNey.fit(TEXT)
+    texts = ["The public credit.", "", "a", "xyz is new", TEXT[:40]]
+    for text, found in zip(texts, model.log_probs(texts), strict=True):
+        np.testing.assert_array_equal(found, model.log_prob(text))
+
+
 @pytest.mark.parametrize(
     ("metric", "name"),
     [

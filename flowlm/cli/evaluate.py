@@ -61,7 +61,7 @@ def _is_shipped(checkpoint: str) -> bool:
 def _compare(values: FlagValues) -> None:
     from flowlm.results import compare
 
-    compare(values.runs, values.wide)
+    compare(values.runs, values.wide, values.samples)
 
 
 EVALUATE = Command(
@@ -88,7 +88,11 @@ EVALUATE = Command(
 COMPARE = Command(
     "compare",
     "one table of several evaluated runs",
-    [words("runs", "DIR,DIR,...", "directories of evaluated runs"), WIDE],
+    [
+        words("runs", "DIR,DIR,...", "directories of evaluated runs"),
+        whole("samples", "lines of text of each sampler as it is set, up to 16; one of every sampler if none", None, 1),
+        WIDE,
+    ],
     _compare,
     needs=("runs",),
     place="runs",
