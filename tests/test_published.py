@@ -51,7 +51,7 @@ def test_on_the_grammar_as_grammatical_as_in_the_study(name, sampler, steps, run
 def test_sentences_are_as_diverse_as_in_the_table(name, steps):
     told = json.loads((ROOT / f"results/{name}.json").read_text())["metrics"]
     run = load_trained(ROOT / "checkpoints" / name, Layout(make_mesh()))
-    sampler = list(samplers(run.experiment.family))[-1]
+    sampler = list(run.experiment.family.samplers())[-1]
     run, ids = draw(name, sampler, steps, 512)
     scores = Statistics(None, run.tokenizer.start, run.tokenizer.pad).score(ids, [])
     expected = {key: told[f"samples/{sampler}@{steps}/{key}"] for key in ("entropy", "distinct_rows")}
