@@ -65,7 +65,9 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
     config = run_config(data_dir)
     data = opened(config)
     splits = {name: Rows(getattr(data, name), token) for token, name in enumerate(("train", "validation", "test"), 3)}
-    dataset = SimpleNamespace(**{name: getattr(data, name) for name in ("tokenizer", "length", "grammar")}, **splits)
+    dataset = SimpleNamespace(
+        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")}, **splits
+    )
     word = {name: data.tokenizer.decode([token]) for token, name in enumerate(("train", "validation", "test"), 3)}
     assert len(set(word.values())) == 3
     referred, judged = {}, []
