@@ -1,6 +1,6 @@
 """Text from a model that `flowlm export --format=jax` wrote. Needs jax, flatbuffers, numpy and tokenizers; not flowlm.
 
-usage: python run_exported.py DIRECTORY NUMBER_OF_SAMPLES SEED
+usage: python examples/run_exported.py DIRECTORY NUMBER_OF_SAMPLES SEED
 """
 
 import hashlib
@@ -16,6 +16,10 @@ from jax import export
 def load(directory):
     """(sampler, weights, tokenizer) of a directory whose files are what its manifest says."""
     directory = pathlib.Path(directory)
+    if not (directory / "sampler.jax").is_file():
+        raise ValueError(
+            f"there is no sampler.jax in {directory}: give a directory that `flowlm export --format=jax` wrote"
+        )
     for name, digest in json.loads((directory / "manifest.json").read_text())["sha256"].items():
         if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{directory / name} is not the file that was exported")
@@ -25,8 +29,18 @@ def load(directory):
     return program.call, weights, tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-if __name__ == "__main__":
-    directory, number, seed = sys.argv[1:]
+def main(directory, number, seed):
+    """Prints as many samples as asked for."""
     sampler, weights, tokenizer = load(directory)
-    ids = sampler(weights, np.uint32(seed), np.zeros(int(number), np.int32))
+    ids = sampler(weights, np.uint32(seed), np.zeros(number, np.int32))
     print(*tokenizer.decode_batch(np.asarray(ids).tolist()), sep="\n")
+
+
+if __name__ == "__main__":
+    directory, *numbers = sys.argv[1:] or [""]
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        sys.exit(__doc__.splitlines()[-1])
+    try:
+        main(directory, *map(int, numbers))
+    except (OSError, ValueError) as error:
+        sys.exit(f"run_exported: {error}")

@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.objective.start = 98
         config.evaluation.steps = (18,)
     if arg in STUDENTS:
-        config.steps = 4500
+        config.update(steps=4500, teacher="")
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
     if arg in ("flow_map", "residual"):

@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update(every=5000, keep_latest=2, keep_every=100_000)
     config.evaluation.update(every=50_000, held_out=2048, steps=(1, 8, 64, 1024))
     if arg == "flow_map":
-        config.steps = 100_000
+        config.update(steps=100_000, teacher="")
         config.model.update(time_embeddings=2, dropout=0.0)
         config.evaluation.steps = (1, 2, 4, 8)
     return config

@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update(every=2000, keep_latest=2)
     config.evaluation.update(every=20_000, held_out=2048, steps=(1, 2, 4, 8, 64), samples=256, final_samples=1024)
     if arg in STUDENTS:
-        config.steps = 15_000
+        config.update(steps=15_000, teacher="")
         config.optimizer.learning_rate = 3e-4
     if arg == "flow_map":
         config.model.time_embeddings = 2

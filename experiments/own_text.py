@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.evaluation.update(every=2000, steps=(1, 2, 4, 8, 32, 64), samples=128, final_samples=512)
     if family == "flow_map":
-        config.steps = 600
+        config.update(steps=600, teacher="")
         config.model.update(preview=True, time_embeddings=2)
         config.objective.update(noise_scale=0.5)
         config.evaluation.steps = (1, 2, 4, 8, 32)

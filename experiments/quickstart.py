@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if family in ("flow", "flow_map"):
         config.model.update(input="white", output="early_skip")
     if arg in STUDENTS:
-        config.steps = 600
+        config.update(steps=600, teacher="")
         config.evaluation.steps = (1, 2, 4, 8, 32)
     if arg == "":
         # Draws sharpened and noise shrunk until the samples' diversity is that of held-out text.

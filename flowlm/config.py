@@ -160,12 +160,13 @@ def _settings(family: str) -> dict:
         data=dict(name="sotu", tokenizer="sotu_bpe_512", length=Number(32, "[2, inf)"), dir="~/.cache/flowlm"),
         model=_model("tiny"),
         objective=_objective(family),
-        teacher=config_dict.placeholder(str),  # run directory of the flow that a flow map is distilled from
+        # run directory of the flow that a flow map is distilled from; "": one must be given, None: the student teaches itself
+        teacher=config_dict.placeholder(str),
         init_from=config_dict.placeholder(str),  # run directory whose averaged weights a fresh run starts from
         optimizer=dict(
             learning_rate=Number(1e-3, "(0, inf)"),
             schedule="cosine",  # constant | cosine
-            warmup_steps=Number(100, "[0, inf)"),
+            warmup_steps=Number(100, "[0, inf)"),  # before a cosine at most half of all steps
             b1=Number(0.9, "[0, 1)"),
             b2=Number(0.999, "[0, 1)"),
             weight_decay=Number(0.0, "[0, inf)"),

@@ -37,9 +37,13 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
       trained: for a run that is over, whose settings of training no longer matter.
 
     Raises:
-      ValueError: a setting out of its range, or a model for another vocabulary than the tokenizer's.
+      ValueError: a setting out of its range, a model for another vocabulary than the tokenizer's, or a student without a teacher.
     """
     check(config, trained)
+    if config.teacher == "" and not trained:
+        raise ValueError(
+            "this experiment distils a run: give --config.teacher=RUNDIR, or --config.teacher=None to train without one"
+        )
     model = config.model.to_dict()
     if model["vocab_size"] != vocab_size:
         raise ValueError(
@@ -187,8 +191,10 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
 
     Raises:
       FileNotFoundError: not a run directory, or nothing was saved yet.
-      ValueError: a setting that its objective has not, or not so; or a file that is not what a manifest says (integrity.check).
+      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says (integrity.check); or
+        what is exported in a format that other commands read.
     """
+    run_directory.check_is_run(directory)
     integrity.check(directory)
     config, tokenizer = run_directory.load(directory)
     for key, value in (objective or {}).items():
@@ -199,7 +205,9 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
         try:
             config.objective[key] = value
         except TypeError as error:
-            raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
+            held = config.objective[key]
+            told = f"it is a {type(held).__name__}, {held!r} there" if held is not None else "it is a number"
+            raise ValueError(f"objective.{key} cannot be {value!r}: {told}") from error
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
     experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)

@@ -28,7 +28,7 @@ from flowlm import integrity, reference, run_directory, storage
 from flowlm.checkpoint import save_params
 from flowlm.evaluation import samplers
 from flowlm.experiment import Trained, load_trained
-from flowlm.inspection import PROGRAM, inspect, restore
+from flowlm.inspection import inspect, restore
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 
@@ -163,7 +163,7 @@ def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None)
     file = io.BytesIO()
     np.savez(file, **weights)
     return {
-        PROGRAM: _serialized(sample, shapes, array((), jnp.uint32), array((rows,), jnp.int32)),
+        run_directory.PROGRAM: _serialized(sample, shapes, array((), jnp.uint32), array((rows,), jnp.int32)),
         "denoiser.jax": _serialized(denoise, shapes, state, times, times),
         "weights.npz": file.getvalue(),
     }

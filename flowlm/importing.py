@@ -184,12 +184,6 @@ def read_safetensors(path) -> Source:
     return Source(chosen, arrays, step)
 
 
-def is_importable(path) -> bool:
-    """Whether a path looks like what `load` reads."""
-    path = storage.path(path)
-    return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
-
-
 def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported:
     """A `.ckpt` or `.safetensors` (or a directory with model.safetensors) as a run.
 

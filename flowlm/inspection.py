@@ -18,8 +18,6 @@ from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 from flowlm.terminal import console
 
-PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
-
 
 class Inspected(NamedTuple):
     """kind: what it is, in words. params: the parameter tree (the averaged one), of step `step`."""
@@ -50,10 +48,10 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
     path = storage.path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if importing.is_importable(path):
+    if run_directory.is_importable(path):
         run = importing.load(path, weights)
         return Inspected("parameters that can be imported", run.config, run.params, run.step)
-    if (path / PROGRAM).exists():
+    if (path / run_directory.PROGRAM).exists():
         return _programs(path)
     run = load_trained(path, layout)
     kind = "parameters of a run" if has_params(path) else "run"

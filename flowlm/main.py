@@ -1,19 +1,17 @@
 """The one command: `flowlm COMMAND ...` is one of cli/commands.py. This finds it, and says in one line what goes wrong."""
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files, signals
+from flowlm import open_files, signals, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
-from flowlm.terminal import replace_what_cannot_be_printed
 
 
 class Call(NamedTuple):
@@ -47,7 +45,7 @@ def _read(argv: Sequence[str]) -> Call:
         if "--version" in others:
             print(f"flowlm {flowlm.__version__}")
             sys.exit(0)
-        raise ValueError("flowlm takes a command: `flowlm --help` lists them")
+        raise ValueError("which command? `flowlm --help` lists them")
     if command.again:
         signals.resumable(command.again)
     return Call(command, parse(command, others, COMMANDS))
@@ -58,7 +56,12 @@ def read(argv: Sequence[str]) -> Call:
     try:
         return _read(argv)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"flowlm: {_told(error)}")
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Ends the process with one line. Commands in it are written as they can be given here, with or without .venv being active."""
+    sys.exit("flowlm: " + mistakes.told(error).replace("`flowlm ", f"`{terminal.command()} "))
 
 
 def carry_out(call: Call) -> None:
@@ -70,14 +73,7 @@ def carry_out(call: Call) -> None:
         call.command.run(call.values)
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
-        sys.exit(f"flowlm: {_told(error)}")
-
-
-def _told(error: Exception) -> str:
-    """An error as it is said: of one of the system the path and the reason, without its number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return str(error)
+        _fail(error)
 
 
 def _check_outputs(call: Call) -> None:
@@ -92,7 +88,7 @@ def _check_outputs(call: Call) -> None:
 def run() -> None:
     """Carries out the command line of this process."""
     signals.listen()
-    replace_what_cannot_be_printed()
+    terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
     app.run(carry_out, flags_parser=read)
 

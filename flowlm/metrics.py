@@ -29,7 +29,7 @@ class MetricWriter:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError as error:
-                raise ImportError("TensorBoard output needs `pip install flowlm[tensorboard]`") from error
+                raise ImportError("TensorBoard output needs tensorboardX: pip install -e .[tensorboard]") from error
             self._board = SummaryWriter(os.fspath(directory / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -12,13 +12,15 @@ SCHEDULES = ("constant", "cosine")
 
 
 def make_schedule(learning_rate: float, schedule: str, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine to zero at `steps`."""
+    """Linear warm-up, then constant or a cosine to zero at `steps`.
+
+    Before a cosine the warm-up takes at most half of the steps, because a short run would else never reach the rate; a constant
+    schedule does not depend on `steps`, so that a run may be lengthened.
+    """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown optimizer.schedule {schedule!r}: choose one of {list(SCHEDULES)}")
     if schedule == "cosine":
-        if steps <= warmup_steps:
-            raise ValueError(f"a cosine schedule needs steps {steps} > optimizer.warmup_steps {warmup_steps}")
-        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup_steps, steps // 2), steps)
     return optax.join_schedules(
         [optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps)), optax.constant_schedule(learning_rate)],
         [warmup_steps],

@@ -7,6 +7,7 @@ import difflib
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -58,6 +59,24 @@ class FlagsParser(flags.ListParser):
         return out
 
 
+def call(path: str, function: str, *arguments: str) -> Any:
+    """What a function of a Python file of the user's returns.
+
+    Raises:
+      ValueError, FileNotFoundError: the file cannot be run or has no such function, in one line; or the function raises it.
+    """
+    try:
+        made = runpy.run_path(path)
+        if function not in made:
+            raise ValueError(f"{path} has no {function}: give another file")
+        return made[function](*arguments)
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever such a file may do
+        place, told = ":".join([path, *arguments]), " ".join(str(error).split())
+        raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {told}") from error
+
+
 def load(experiment: str) -> ConfigDict:
     """The settings of `FILE.py[:ARGUMENT]`, locked.
 
@@ -66,17 +85,11 @@ def load(experiment: str) -> ConfigDict:
     """
     path, colon, argument = experiment.partition(":")
     if not Path(path).is_file():
-        known = sorted(str(p) for p in Path("experiments").glob("*.py"))
+        known = sorted(str(p) for p in Path("experiments").glob("*.py") if "def get_config" in p.read_text("utf-8"))
         close = difflib.get_close_matches(path, known, 1)
         there = f"there are {', '.join(known)}" if known else "run from a checkout, there it is experiments/NAME.py"
         raise ValueError(f"no experiment {path}: " + (f"did you mean {close[0]}?" if close else there))
-    try:
-        config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # whatever a file of the user's may do
-        told = " ".join(str(error).split())
-        raise ValueError(f"the experiment {experiment} cannot be loaded: {type(error).__name__}: {told}") from error
+    config = call(path, "get_config", *[argument] * bool(colon))
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config of {path} makes no ConfigDict: begin with flowlm.config.defaults()")
     return config.lock()

@@ -135,6 +135,25 @@ def _git_commit() -> str:
     return commit.stdout.strip() or "unknown"
 
 
+PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
+
+
+def is_importable(path) -> bool:
+    """Whether a path looks like what importing.load reads: a .ckpt, safetensors, or a directory that holds such."""
+    path = storage.path(path)
+    return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
+
+
+def check_is_run(path) -> None:
+    """Raises ValueError where a run is wanted and something else lies, that another command reads."""
+    if is_importable(path):
+        raise ValueError(
+            f"{path} is a checkpoint in another format: make a run of it by `flowlm import {path} --to=DIR`"
+        )
+    if (storage.path(path) / PROGRAM).exists():
+        raise ValueError(f"{path} holds programs, no run: `python examples/run_exported.py {path} 8 0` runs them")
+
+
 def check_empty(directory) -> None:
     """Raises ValueError where a new directory is wanted and there is something in this one, or nothing can be saved in it."""
     storage.check_literal(storage.path(directory))
@@ -143,15 +162,8 @@ def check_empty(directory) -> None:
         raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
 
 
-def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
-    """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
-
-    Args:
-      copied: from another run directory, which may lie far from what it was made from.
-
-    Raises:
-      ValueError: it holds a run with other settings or another tokenizer; names them. Or nothing can be saved in it.
-    """
+def check(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where `workdir` holds a run with other settings, which it names, or another tokenizer; or is read-only."""
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
@@ -164,9 +176,22 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = Fa
             )
         if held_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
+    storage.check_writable(workdir)
+
+
+def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
+    """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
+
+    Args:
+      copied: from another run directory, which may lie far from what it was made from.
+
+    Raises:
+      ValueError: as `check`.
+    """
+    check(workdir, config, tokenizer)
+    workdir = storage.path(workdir)
     if not is_first():
         return
-    storage.check_writable(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     versions = {
         "python": platform.python_version(),

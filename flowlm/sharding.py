@@ -291,11 +291,13 @@ def make_layout(config, devices=None) -> Layout:
 def check_batch(batch_size: int, accumulation: int, group: int, devices: int) -> None:
     """Raises ValueError unless the global batch divides over microbatches, devices and groups of rows that stay together."""
     parts = accumulation * devices * group
+    below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+    listed = f"{below} or {above}" if below > 0 else f"{above}"
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of accumulation {accumulation} x {devices} devices"
             f"{f' x groups of {group} rows (objective.diagonal)' if group > 1 else ''}: "
-            f"use {max(1, batch_size // parts) * parts} or {(batch_size // parts + 1) * parts}"
+            f"use {listed}"
         )
 
 

@@ -51,7 +51,7 @@ def renew() -> None:
     backend.fsspec_backend._get_filesystem.cache_clear()
 
 
-def in_bucket(place: epath.Path) -> bool:
+def in_bucket(place: str | os.PathLike) -> bool:
     return os.fspath(place).startswith(SCHEME)
 
 

@@ -4,7 +4,6 @@ The methods of a comparison under one budget are a study, and so are the points 
 where its files lie and what is left of it to do; carry_out.py runs it, study_tables.py shows it.
 """
 
-import runpy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from flowlm import storage
+from flowlm import overrides, storage
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def load(argument: str) -> Study:
     path, _, name = argument.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
-    return runpy.run_path(path)["get_study"](*[name] * bool(name))
+    return overrides.call(path, "get_study", *[name] * bool(name))
 
 
 def complete(path: Path, run: Run) -> bool:

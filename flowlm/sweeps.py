@@ -63,9 +63,12 @@ def runs(
     teacher: str | None = None,
     seeds: tuple[int, ...] = (0,),
 ) -> list[Run]:
-    """A run of each point over the common settings of an experiment. A point's own `teacher` takes the place of `teacher`."""
+    """A run of each point over the common settings of an experiment. A point's own `teacher` takes the place of `teacher`.
+
+    A point that has None for it says so to its run, because an experiment that distils wants a teacher or that word.
+    """
     made = []
     for point in points:
-        own = {key: value for key, value in point.items() if key != "teacher"}
+        own = {key: value for key, value in point.items() if key != "teacher" or value is None}
         made.append(Run(name(point), config, {**(settings or {}), **own}, point.get("teacher", teacher), seeds))
     return made

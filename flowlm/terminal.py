@@ -1,6 +1,9 @@
 """How anything is shown at a terminal: what users and models wrote as it stands, and what cannot be printed replaced."""
 
+import os
+import shutil
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,3 +18,9 @@ def replace_what_cannot_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def command() -> str:
+    """`flowlm` as it is called here: its name where a shell finds it, otherwise its path in the environment that runs."""
+    beside = Path(sys.executable).with_name("flowlm")
+    return "flowlm" if shutil.which("flowlm") or not beside.exists() else os.path.relpath(beside)

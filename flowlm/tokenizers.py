@@ -185,7 +185,9 @@ def shipped(name: str, data_dir: str | pathlib.Path | None = None) -> Tokenizer:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             line = f"import tokenizers; tokenizers.Tokenizer.from_pretrained({_FETCHED[name]!r}).save({str(path)!r})"
-            raise FileNotFoundError(f"tokenizer {name!r} is not in {path.parent}; fetch it once in Python with\n{line}")
+            raise FileNotFoundError(
+                f'tokenizer {name!r} is not in {path.parent}: fetch it once by `python -c "{line}"`'
+            )
         return Tokenizer.load(path)
     if name.endswith(".json") or storage.path(name).is_file():
         return Tokenizer.load(name)

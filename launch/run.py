@@ -1,12 +1,15 @@
-"""Starts an experiment on the machine one has. From a checkout:
+"""Starts an experiment on the machine one has. From the top of a checkout:
 
-python -m launch.run --backend=local|slurm|tpu_vm --config=experiments/NAME.py[:arg] --workdir=DIR [--dry_run] [RESOURCES]
-                     [--environment=NAME=VALUE ...] [--config.path.to.key=value ...] [other flags of flowlm train]
-python -m launch.run --backend=... --sweep=experiments/ablations.py:NAME --workdir=DIR ...    # its runs, below DIR
-python -m launch.run status|logs|stop --workdir=DIR
-python -m launch.run --backend=NAME --help      # lists that backend's RESOURCES
+  python -m launch.run --backend=local|slurm|tpu_vm --config=experiments/NAME.py
+      --workdir=DIR [--dry_run] [RESOURCES] [--environment=NAME=VALUE ...]
+      [--config.KEY=VALUE ...] [other flags of flowlm train]
+  python -m launch.run --backend=... --sweep=experiments/ablations.py:NAME
+      --workdir=DIR ...                          all its runs, below DIR
+  python -m launch.run status|logs|stop --workdir=DIR
+  python -m launch.run --backend=NAME --help     lists that backend's RESOURCES
 
-Flags that are none of these go to `flowlm train` as they are. --dry_run prints exactly what would be sent, and sends nothing.
+Flags that are none of these go to `flowlm train` as they are. --dry_run prints
+exactly what would be sent, and sends nothing.
 """
 
 import argparse
@@ -15,10 +18,11 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flowlm import storage, study
 from flowlm.cli.command import given
-from flowlm.cli.mistakes import nearest
+from flowlm.cli.mistakes import nearest, told
 from flowlm.cli.train import TRAIN
 from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
@@ -31,15 +35,16 @@ def load(name: str) -> Backend:
     return importlib.import_module(f"launch.{name}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are told as all others are, in one line and without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def _parser(backend: Backend | None = None) -> argparse.ArgumentParser:
     """The flags of every job, or with a backend its resources' flags too."""
-    parser = argparse.ArgumentParser(
-        "python -m launch.run",
-        usage=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-        add_help=backend is not None,
-    )
+    parser = _Parser("python -m launch.run", usage=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("action", nargs="?", default="start", choices=ACTIONS)
     parser.add_argument("--backend", default=None, choices=BACKENDS, help="what runs the job")
     parser.add_argument("--config", default=None, help="the experiment")
@@ -68,7 +73,7 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of a parser, and the others as they are: argparse would take one with a blank in its value for an action."""
-    ours = {f"--{name}" for name in vars(parser.parse_args([]))} | ({"-h", "--help"} if parser.add_help else set())
+    ours = {f"--{name}" for name in vars(parser.parse_args([]))}
     extra = [word for word in argv if word.startswith("-") and word.partition("=")[0] not in ours]
     return parser.parse_args([word for word in argv if word not in extra]), extra
 
@@ -124,6 +129,8 @@ def start(argv: list[str]) -> None:
         )
     if wrong := [pair for pair in asked.environment if not pair.partition("=")[1]]:
         raise ValueError(f"--environment takes NAME=VALUE, got {wrong[0]!r}")
+    if not storage.in_bucket(asked.workdir):
+        storage.check_writable(asked.workdir)
     resources = {field.name: getattr(asked, field.name) for field in dataclasses.fields(backend.Resources)}
     wanted = jobs(asked, extra, backend.Resources(**resources))
     check(wanted, [*vars(asked)])
@@ -135,9 +142,13 @@ def start(argv: list[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """The command; ends the process with one line where something is wrong."""
     argv = joined(argv)
     try:
-        asked, _ = _parsed(_parser(), argv)
+        asked, extra = _parsed(_parser(), argv)
+        if {"-h", "--help"} & set(extra):
+            _parser(load(asked.backend) if asked.backend else None).print_help()
+            return
         if asked.action == "start":
             start(argv)
             return
@@ -145,12 +156,12 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{asked.action} needs --workdir=DIR, that of a job that was started")
         found = recall(asked.workdir)
         for workdir, name, handle in found:
-            told = getattr(load(name), asked.action)(handle) or load(name).status(handle)
-            print(told if len(found) == 1 else f"{workdir}: {told}")
+            answer = getattr(load(name), asked.action)(handle) or load(name).status(handle)
+            print(answer if len(found) == 1 else f"{workdir}: {answer}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
-        sys.exit(f"launch: {error}")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"launch: {told(error)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 python=${PYTHON:-python3}
+command -v "$python" > /dev/null || {
+    echo "There is no Python at $python: set PYTHON=/path/to/python, version 3.11 to 3.13." >&2
+    exit 1
+}
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
     echo "flowlm needs Python 3.11 to 3.13; $python is $("$python" -V). Set PYTHON=/path/to/python." >&2
     exit 1
@@ -22,4 +26,5 @@ if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ "${lock:-setup.cfg}" -nt
     [ -z "$lock" ] || "${pip[@]}" --requirement "$lock"
     "${pip[@]}" ${lock:+--no-deps} --editable ".${extras:+[$extras]}"
     touch "$stamp"
+    echo "flowlm is in .venv: source .venv/bin/activate, or call it .venv/bin/flowlm"
 fi

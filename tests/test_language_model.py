@@ -212,7 +212,7 @@ def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
         ("mauve:hf:", ValueError, "unknown evaluation.language_models 'mauve:hf:'"),
         ("mauve:smollm2", FileNotFoundError, "is not there: run `flowlm prepare judge`"),
         ("smollm2", FileNotFoundError, "is not there: run `flowlm prepare judge`"),
-        ("hf:gpt2-large", (ImportError, FileNotFoundError), "pip install 'flowlm|hf download gpt2-large"),
+        ("hf:gpt2-large", (ImportError, FileNotFoundError), "pip install -e .\\[hf\\]|hf download gpt2-large"),
         ("run:/nowhere", FileNotFoundError, "/nowhere is not a run directory"),
     ],
 )

@@ -116,8 +116,8 @@ def test_long_curves_are_thinned_to_true_points():
 
 def test_what_is_wrong_is_named(tmp_path):
     assert "no run below" in error_of("report", str(tmp_path), f"--out={tmp_path / 'out'}")
-    assert "flowlm report needs folders" in error_of("report", f"--out={tmp_path / 'out'}")
-    assert "flowlm report needs folders" in error_of("report", str(tmp_path))
+    assert "report needs --runs=DIR,DIR,..." in error_of("report", f"--out={tmp_path / 'out'}")
+    assert "report needs --out=DIR" in error_of("report", str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 

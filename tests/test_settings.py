@@ -19,7 +19,7 @@ from flowlm import main, overrides, run_directory, study
 from flowlm.checkpoint import save_params
 from flowlm.config import check, defaults, flat, ranges
 from flowlm.objectives import FAMILIES
-from flowlm.optimizers import make_optimizer
+from flowlm.optimizers import make_optimizer, make_schedule
 from flowlm.tokenizers import shipped
 
 INF, NAN = math.inf, math.nan
@@ -279,3 +279,25 @@ def test_clip_norm_0_is_off():
 def test_a_pattern_that_is_none_is_refused(nothing_expensive, tmp_path):  # noqa: F811
     message = error_of("train", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.optimizer.decay_pattern=(kernel")
     assert "optimizer.decay_pattern '(kernel' is no regular expression" in message
+
+
+# --- the schedule ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "top"), [(30, 100, 15), (7, 100, 3), (100, 30, 30), (20, 10, 10), (1, 100, 0)]
+)
+def test_the_warm_up_of_a_cosine_takes_at_most_half_of_the_steps(steps, warmup, top):
+    rate = make_schedule(2e-3, "cosine", warmup, steps)
+    rates = [float(rate(step)) for step in range(steps + 1)]
+    assert (
+        int(np.argmax(rates)) == top and rates[top] == pytest.approx(2e-3) and rates[-1] == pytest.approx(0, abs=1e-9)
+    )
+    for step in range(top):
+        assert rates[step] == pytest.approx(2e-3 * step / top, rel=1e-5)
+
+
+def test_a_constant_rate_does_not_depend_on_the_steps():
+    short, long = (make_schedule(2e-3, "constant", 100, steps) for steps in (10, 10_000))
+    for step in (0, 5, 50, 100, 5000):
+        assert float(short(step)) == float(long(step)) == pytest.approx(2e-3 * min(1, step / 100))

@@ -1,11 +1,15 @@
 """`flowlm evaluate` and `flowlm compare`: numbers of trained runs."""
 
 import sys
+from pathlib import Path
 
 from absl.flags import FlagValues
 
 from flowlm.cli.command import Command, output, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
+
+# The repository's own checkpoints, which are read and never written.
+SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 
 def _evaluate(values: FlagValues) -> None:
@@ -23,8 +27,14 @@ def _evaluate(values: FlagValues) -> None:
 
     layout = Layout(make_mesh(), fsdp=True)
     run = load_trained(values.checkpoint, layout, objective)
-    place = values.results or values.checkpoint
-    storage.check_writable(storage.path(place))
+    place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)
+    if place is None:
+        print(
+            f"{values.checkpoint} is the repository's: nothing is written there, --results=DIR keeps it",
+            file=sys.stderr,
+        )
+    else:
+        storage.check_writable(storage.path(place))
     data, settings = run.config.data, run.config.evaluation
     before = run_directory.known_content(values.checkpoint, run.config, "data.dir")
     if values.data_dir is not None:
@@ -39,9 +49,14 @@ def _evaluate(values: FlagValues) -> None:
         run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
-    with signals.held():  # all of its files or none
-        result.save(place)
+    if place is not None:
+        with signals.held():  # all of its files or none
+            result.save(place)
     result.show()
+
+
+def _is_shipped(checkpoint: str) -> bool:
+    return SHIPPED in Path(checkpoint).expanduser().resolve().parents
 
 
 def _compare(values: FlagValues) -> None:
@@ -59,7 +74,10 @@ EVALUATE = Command(
         whole("num", "samples for each number of steps; the experiment's number if none is given", None, 1),
         OBJECTIVE,
         switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
-        output("results", "where the results go, in place of the run's directory"),
+        output(
+            "results",
+            "where the results go, in place of the run's directory (never written: checkpoints/)",
+        ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
     ],
     _evaluate,

@@ -1,10 +1,17 @@
 """What was meant in place of what is wrong: the nearest command, flag or setting, in one line."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from absl.flags import FlagValues
 
 from flowlm import overrides
+
+if TYPE_CHECKING:
+    from flowlm.cli.command import Command
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
@@ -17,10 +24,26 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
 
 
+# What Python says of a value that it cannot read, and what is meant.
+MEANT = {
+    "invalid literal for int\\(\\) with base 10: .*": "not a whole number",
+    "could not convert string to float: .*": "not a number",
+}
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of absl or ml_collections says. A KeyError shows the repr of its message, at times a repr of a repr."""
     message = str(error.args[0] if error.args else error).replace("\\n", " ")
+    for said, meant in MEANT.items():
+        message = re.sub(said, meant, message)
     return " ".join(re.sub(r"[\\']", "", message).strip('"').split())
+
+
+def told(error: BaseException) -> str:
+    """An error as it is said: of one of the system the path and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def unknown_command(name: str, names: Iterable[str]) -> str:
@@ -28,13 +51,15 @@ def unknown_command(name: str, names: Iterable[str]) -> str:
     return f"there is no command {name}: " + (f"did you mean {close}?" if close else "`flowlm --help` lists them")
 
 
-def check_flags(command, given: Sequence[tuple[str, str | None]], values, commands) -> None:
+def check_flags(
+    command: "Command", given: Sequence[tuple[str, str | None]], values: FlagValues, commands: Sequence["Command"]
+) -> None:
     """Checks the names of flags before any is read, for which an experiment would be loaded and jax imported.
 
     Args:
-      command: a cli.command.Command; commands: all of them.
       given: (name, value) of the flags on its line.
       values: the flags that are known.
+      commands: all, one of which a flag may belong to.
 
     Raises:
       ValueError: one is not the command's, or is no setting of its experiment; names what was meant. Or the experiment cannot be
@@ -72,27 +97,36 @@ def _setting(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if name in known:
         return name
-    ends = {
-        full.rpartition(".")[2]: full for full in sorted(known, key=lambda full: -full.count("."))
-    }  # of several the uppermost
+    deepest_first = sorted(known, key=lambda full: -full.count("."))
+    ends = {full.rpartition(".")[2]: full for full in deepest_first}  # of several that end so the uppermost
     last = name.rpartition(".")[2]
     close = last if last in ends else nearest(last, ends, 0.8)
     return ends.get(close) if close else None
 
 
-def _unknown_flag(command, name: str, value: str | None, commands) -> str:
+def _objective_settings() -> set[str]:
+    """What --objective may set, of any family."""
+    from flowlm.config import objective
+    from flowlm.objectives import FAMILIES
+
+    return {key for family in FAMILIES for key in objective(family)}
+
+
+def _unknown_flag(command: "Command", name: str, value: str | None, commands: Sequence["Command"]) -> str:
     """Says of a flag that is not the command's what was meant: a flag of its own, a setting, or a flag of another command."""
-    told = f"--{name} is no flag of {command.name}"
+    wrong = f"--{name} is no flag of {command.name}"
     own = [flag.name for flag in command.flags]
     if close := nearest(name, own, 0.75):
-        return f"{told}: --{close}{_behind(value)}"
+        return f"{wrong}: --{close}{_behind(value)}"
     if "config" in own:
         from flowlm.config import defaults
 
         if meant := _setting(name, overrides.names(defaults())):
-            return f"{told}: --config.{meant}{_behind(value)}"
+            return f"{wrong}: --config.{meant}{_behind(value)}"
+    if "objective" in own and name in _objective_settings():
+        return f"{wrong}: --objective={name}{_behind(value)}"
     if others := [other.name for other in commands if other.flag(name)]:
-        return f"{told}, but of {listed(others)}"
+        return f"{wrong}, but of {listed(others)}"
     if close := nearest(name, own):
-        return f"{told}: --{close}{_behind(value)}"
-    return f"{told}: `flowlm {command.name} --help` lists them"
+        return f"{wrong}: --{close}{_behind(value)}"
+    return f"{wrong}: `flowlm {command.name} --help` lists them"

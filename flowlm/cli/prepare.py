@@ -3,6 +3,7 @@
 from absl.flags import FlagValues
 
 from flowlm.cli.command import Command, choice, output, switch, text, whole
+from flowlm.terminal import command
 
 DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm")
 
@@ -23,7 +24,7 @@ def _prepare(values: FlagValues) -> None:
         )
     for split, rows in manifest["rows"].items():
         print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
-    print(f"flowlm train --config=experiments/own_text.py:{values.out} --workdir=DIR")
+    print(f"{command()} train --config=experiments/own_text.py:{values.out} --workdir=DIR")
 
 
 def _prepare_judge(values: FlagValues) -> None:

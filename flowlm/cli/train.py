@@ -2,7 +2,7 @@
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, experiment, switch, text
+from flowlm.cli.command import Command, experiment, output, switch, text
 
 
 def _train(values: FlagValues) -> None:
@@ -24,7 +24,7 @@ TRAIN = Command(
     "trains an experiment, or goes on with it where it was",
     [
         experiment("the experiment, with an argument of its own behind a colon"),
-        text("workdir", "DIR", "the run directory; a run found there is taken up again"),
+        output("workdir", "the run directory; a run found there is taken up again"),
         text("profile_steps", "A:B", "traces steps A to B - 1 into DIR/profile", ""),
         text("compile_cache", "DIR", "where compiled programs are kept for later starts"),
         switch("distributed", "one of several processes; only where JAX does not find the others itself"),

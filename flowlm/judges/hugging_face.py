@@ -16,7 +16,7 @@ def load(name: str, length: int):
         import torch  # noqa: F401  transformers can be imported without it
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ImportError(f"the judge hf:{name} needs transformers and torch: pip install 'flowlm[hf]'") from error
+        raise ImportError(f"the judge hf:{name} needs transformers and torch: pip install -e .[hf]") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True).eval()

@@ -50,7 +50,7 @@ class Mauve:
         try:
             from mauve import compute_mauve
         except ImportError as error:
-            raise ImportError("the judge mauve needs the package mauve-text: pip install 'flowlm[mauve]'") from error
+            raise ImportError("the judge mauve needs the package mauve-text: pip install -e .[mauve]") from error
         self.name, self.read, self._compute = name, features, compute_mauve
         # Read once for all samplers that draw the same number.
         self._reference = functools.cache(lambda num: features(reference(num)))

@@ -73,7 +73,7 @@ def read(path: epath.Path):
     try:
         from gguf import GGUFReader, dequantize
     except ImportError as error:
-        raise ImportError("the judge smollm2 needs the package gguf: pip install 'flowlm[judge]'") from error
+        raise ImportError("the judge smollm2 needs the package gguf: pip install -e .[judge]") from error
     path = storage.fetch(path)  # the reader maps a file into memory
     if _sha256(path) != SHA256:
         raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
