@@ -32,12 +32,14 @@ class _Listener:
 
     Attributes:
       goes_on: what giving the command again does; None where that is nothing but the whole of it.
+      ends: whether a signal ends the command where it is, and says so.
       holders: by who has something to save, what is called when a signal comes.
     """
 
     def __init__(self):
         self.told, self.answered, self.status = threading.Event(), threading.Event(), 0
         self.goes_on: str | None = None
+        self.ends = False
         self.holders: list[Callable[[], None]] = []
         self._interrupted = False
 
@@ -55,6 +57,7 @@ class _Listener:
         if number == signal.SIGHUP:
             _leave_terminal()
         first, holders = not self.told.is_set(), [*self.holders]
+        self.ends |= first and not holders
         self.told.set()
         if first and not holders:
             self.status = 128 + number if self.goes_on is None else 0
@@ -92,6 +95,7 @@ def listen() -> None:
 
 def _handle(number, frame) -> None:
     if not _listener.holders:
+        _listener.ends = True
         raise Stopped
 
 
@@ -142,7 +146,7 @@ def told() -> bool:
 
 def say_stopped(text: str) -> None:
     """Says in a line where the command has stopped, unless that was said when the signal came."""
-    if not _listener.answered.is_set():
+    if not _listener.ends:
         print(f"told to stop: {text}", file=sys.stderr)
 
 

@@ -1,12 +1,10 @@
 """The times at which samplers ask the network, written from their formulas by hand: the law of the samples hardly sees them."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import network, run_config
+from toy import network, overriding, run_config
 
 from flowlm.objectives import make_family
 from flowlm.time_warp import TimeWarp
@@ -38,7 +36,7 @@ def asked(sample, steps):
         jax.debug.callback(note, tau_s, jnp.full((NUM,), UNTOLD) if tau_t is None else tau_t, ordered=True)
         return jnp.zeros((NUM, 6, WIDTH))
 
-    sample(replace(NET, apply=apply, weak=apply), PARAMS, jax.random.key(1), NUM, steps)
+    sample(overriding(NET, apply=apply, weak=apply), PARAMS, jax.random.key(1), NUM, steps)
     jax.effects_barrier()
     return calls
 

@@ -86,6 +86,22 @@ compute()
     assert status == 130 and len(lines) == 1
 
 
+def test_what_was_said_when_the_signal_came_is_not_said_again():
+    """Though who cleans up is faster than the thread that says it."""
+    program = """
+say = signals._say
+signals._say = lambda text: (time.sleep(0.2), say(text))
+signals.resumable("it goes on")
+try:
+    tell()
+    time.sleep(60)
+except signals.Stopped:
+    signals.say_stopped("at step 2")
+    raise
+"""
+    assert ended(program) == (0, ["flowlm: told to stop: it goes on"])
+
+
 def test_an_exception_that_python_drops_is_raised_again():
     """As in a finaliser, which runs when an object is freed."""
     program = """
