@@ -205,7 +205,9 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
         try:
             config.objective[key] = value
         except TypeError as error:
-            raise ValueError(f"objective.{key} cannot be {value!r}: {error}") from error
+            held = config.objective[key]
+            told = f"it is a {type(held).__name__}, {held!r} there" if held is not None else "it is a number"
+            raise ValueError(f"objective.{key} cannot be {value!r}: {told}") from error
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
     experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)

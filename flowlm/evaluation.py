@@ -18,11 +18,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from flowlm import progress
 from flowlm.assembly import Experiment
 from flowlm.data import Dataset, naive
 from flowlm.panel import MAX_ROWS, Panel
@@ -95,19 +95,31 @@ class Sampler:
         """Raises ValueError where the family cannot sample so. Of the parameters only shapes are read, and nothing is compiled."""
         jax.eval_shape(self._sample, jax.eval_shape(self._prepare, params), key)
 
-    def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
-        """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls."""
-        begin = time.perf_counter()
+    def calls(self, num: int) -> int:
+        """How many calls draw `num` samples."""
+        return -(-num // self.rows)
+
+    def __call__(
+        self, params, key: jax.Array, num: int, begin: Callable[[str], None] = lambda what: None
+    ) -> np.ndarray:
+        """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls.
+
+        begin: is told that a call comes next.
+        """
+        begin("sampling")  # compiling is part of the first call
+        asked = time.perf_counter()
         params = jax.block_until_ready(self._prepare(params))
         if self._compiled is None:
             self._compiled = self.trace(params, key).lower().compile()
-        calls = -(-num // self.rows)
+        calls = self.calls(num)
         start = time.perf_counter()
         parts = []
         for i in range(calls):
             check_stopped()
+            if i:
+                begin("sampling")
             parts.append(gathered(self._compiled(params, jax.random.fold_in(key, i))))
-        self.compile_seconds, self.draw_seconds = start - begin, time.perf_counter() - start
+        self.compile_seconds, self.draw_seconds = start - asked, time.perf_counter() - start
         self.seconds = 100 * self.draw_seconds / (calls * self.rows)
         return np.concatenate(parts)[:num]
 
@@ -140,6 +152,11 @@ def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, 
     check_stopped()
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     return np.concatenate([gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)])
+
+
+def _about(begin: Callable[[str], None], what: str) -> Callable[[str], None]:
+    """`begin` for parts that are about the same thing."""
+    return lambda part: begin(f"{what}: {part}")
 
 
 class Evaluator:
@@ -203,30 +220,53 @@ class Evaluator:
 
     def __call__(self, params, step: int, num_samples: int) -> Evaluation:
         """Raises processes.Stopped, in all processes alike, between two calls of a sampler, two judges or two likelihoods."""
-        metrics = {} if self._samples_only else self._likelihood(params)
+        with progress.parts(self._parts(num_samples)) as begin:
+            return self._evaluate(params, step, num_samples, begin)
+
+    def _parts(self, num_samples: int) -> int:
+        """In how many parts an evaluation is done."""
+        count = sum(sampler.calls(num_samples) + len(self._panel) for sampler in self._samplers.values())
+        if self._samples_only:
+            return count
+        likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
+        return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
+
+    def _naives(self) -> dict[str, Callable]:
+        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
+
+    def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
+        metrics = {} if self._samples_only else self._likelihood(params, begin)
         texts = {}
         for name, sampler in self._samplers.items():
-            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
-            texts[name], scores = self._panel.judge(ids)
+            taken = name.rpartition("@")[2]
+            about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == '1' else 's'}")
+            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about)
+            texts[name], scores = self._panel.judge(ids, about)
             scores["seconds_per_100"] = sampler.seconds
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
+        notes, *more = self._told
         if self._samples_only:
-            return Evaluation(step, metrics, texts, {}, *self._told)
+            return Evaluation(step, metrics, texts, {}, notes, *more)
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
-        naives = naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naives.items()}
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
-            texts[name], scores = self._panel.judge(ids)
+            texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
-        return Evaluation(step, metrics, texts, self._follow(params, step), *self._told)
+        if (held_out := len(texts["held_out"])) < num_samples:
+            notes = (
+                *notes,
+                f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
+            )
+        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
 
-    def _follow(self, params, step: int) -> dict[str, list]:
+    def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
         out = {}
         for name, follow in self._trajectories.items():
             check_stopped()
+            begin(f"following {FOLLOWED} samples of {name}")
             ids = gathered(follow(params, key, FOLLOWED, int(name.rpartition("@")[2]))).swapaxes(0, 1)
             pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
@@ -234,19 +274,16 @@ class Evaluator:
 
     def _reference_rows(self, num: int) -> np.ndarray:
         split = self._dataset.test
-        if len(split) < num:
-            logging.warning(
-                "%d samples are judged beside only %d held-out rows: distinct-n compares unfairly", num, len(split)
-            )
         return split.shuffled(self._seed)(0, min(num, len(split)))
 
-    def _likelihood(self, params) -> dict[str, float]:
+    def _likelihood(self, params, begin: Callable[[str], None]) -> dict[str, float]:
         """Cross-entropies on the grid of tau and the bound, over the held-out rows. The same noise at every call."""
         metrics: dict[str, float] = {}
         key = purpose_key(self._seed, 0, EVALUATION)
         count, size = len(self._held_out), self._settings.held_out_batch
 
         def of_rows(name: str, *args) -> np.ndarray:
+            begin(f"{count:,} held-out rows: likelihood")
             return in_parts(self._of_rows[name], params, self._held_out, size, key, *args)
 
         for name, metric in (("denoising", "cross_entropy"), ("context_free", "context_free")):

@@ -3,16 +3,16 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from logging import Formatter
+from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files
+from flowlm import open_files, platforms, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
-from flowlm.terminal import end_without_reader, replace_what_cannot_be_printed
 
 
 class Call(NamedTuple):
@@ -46,7 +46,7 @@ def _read(argv: Sequence[str]) -> Call:
         if "--version" in others:
             print(f"flowlm {flowlm.__version__}")
             sys.exit(0)
-        raise ValueError("flowlm takes a command: `flowlm --help` lists them")
+        raise ValueError("which command? `flowlm --help` lists them")
     return Call(command, parse(command, others, COMMANDS))
 
 
@@ -55,22 +55,30 @@ def read(argv: Sequence[str]) -> Call:
     try:
         return _read(argv)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"flowlm: {mistakes.told(error)}")
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Ends the process with one line. Commands in it are written as they can be given here, with or without .venv being active."""
+    sys.exit("flowlm: " + mistakes.told(error).replace("`flowlm ", f"`{terminal.command()} "))
 
 
 def carry_out(call: Call) -> None:
     """Does what a command says. What goes wrong ends the process with one line; --verbosity=1 shows where."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
+        logging.get_absl_handler().setFormatter(
+            Formatter("%(message)s")
+        )  # whoever reads a warning seeks no line of code
     try:
         _check_outputs(call)
         call.command.run(call.values)
         sys.stdout.flush()
     except BrokenPipeError:
-        end_without_reader()
+        terminal.end_without_reader()
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
-        sys.exit(f"flowlm: {mistakes.told(error)}")
+        _fail(error)
 
 
 def _check_outputs(call: Call) -> None:
@@ -84,8 +92,9 @@ def _check_outputs(call: Call) -> None:
 
 def run() -> None:
     """Entry point of the `flowlm` console script."""
-    replace_what_cannot_be_printed()
+    terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
+    platforms.leave_out_absent_tpu()
     app.run(carry_out, flags_parser=read)
 
 

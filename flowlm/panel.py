@@ -1,5 +1,6 @@
 """The judges of a run: which there are, what each is shown of a sample, and that they work before anything is trained."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -137,12 +138,23 @@ class Panel:
         self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))
 
-    def judge(self, ids: np.ndarray) -> tuple[list[str], dict[str, float]]:
+    def __len__(self) -> int:
+        """The number of judges."""
+        return len(self._counting) + len(self._pretrained)
+
+    def judge(
+        self, ids: np.ndarray, begin: Callable[[str], None] = lambda what: None
+    ) -> tuple[list[str], dict[str, float]]:
         """Rows as text, and what all judges say of them; only the pretrained ones read where a document ends.
 
-        Raises processes.Stopped between two judges.
+        begin: is told which judge comes next. Raises processes.Stopped between two judges.
         """
-        texts, scores = self._tokenizer.decode_batch(ids), {}
+        texts, scores, numbers = self._tokenizer.decode_batch(ids), {}, itertools.count(1)
+
+        def before() -> None:
+            processes.check_stopped()
+            begin(f"judge {next(numbers)} of {len(self)}")
+
         for judges, read in ((self._counting, texts), (self._pretrained, with_breaks(self._tokenizer, ids))):
-            scores |= score_all(judges, ids, read, processes.check_stopped)
+            scores |= score_all(judges, ids, read, before)
         return texts, scores

@@ -254,7 +254,8 @@ def page_data(runs: Sequence[Report]) -> dict:
                 "trajectories": run.trajectories,
             }
         )
-    return {"runs": data, "varied": keys}
+    main = list(dict.fromkeys(metric for run in runs for metric in run.judges.get("main", ())))
+    return {"runs": data, "varied": keys, "main": main}
 
 
 def write(folders: Sequence[str], out: str) -> None:

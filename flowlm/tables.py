@@ -40,7 +40,7 @@ def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
     columns = [name for name in ("cross_entropy", "context_free") if name in held]
     screen = console()
     if taus:
-        screen.print(Text(f"Held-out rows at step {step}, nats / token", style="bold"))
+        screen.print(Text(f"Held-out nats / token at step {step}", style="bold"))
         grid = _table("tau")
         for column in columns:
             grid.add_column(shown(column), justify="right")

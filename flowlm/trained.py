@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from flowlm import evaluation
 from flowlm.assembly import Trained, load_trained
+from flowlm.data.corpora import CORPORA
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.packing import framed
 from flowlm.evaluation import ROWS, has_bound, named_sampler, on_rows
@@ -169,7 +170,9 @@ class Model:
     def _pad(self) -> int | None:
         """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
         name = self.config.data.name
-        return Grammar.load(name).pad if name in shipped_names() else None
+        if name in shipped_names():
+            return Grammar.load(name).pad
+        return self.tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
 
 
 def load(directory: str | os.PathLike, **objective: Any) -> Model:

@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                     logged, clock = step, now
                 write(step, values)
                 progress.set_postfix(
-                    loss=f"{values['loss']:.3f}", tokens_per_s=f"{values.get('tokens_per_second', 0):.0f}"
+                    loss=f"{values['loss']:.3f}", tokens_per_second=f"{values.get('tokens_per_second', 0):.0f}"
                 )
 
         # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.

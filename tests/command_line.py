@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from absl.testing import flagsaver
 
-from flowlm import main, processes
+from flowlm import main, processes, terminal
 
 
 class Ended(NamedTuple):
@@ -25,6 +25,7 @@ def flowlm(*arguments) -> Ended:
         stack.enter_context(flagsaver.flagsaver())  # of absl's own flags, which are of the process
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(processes, "start", lambda distributed: None)  # only at the start of a process
+        patch.setattr(terminal, "command", lambda: "flowlm")  # wherever the tests run
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:

@@ -39,7 +39,7 @@ def nothing_expensive(tmp_path, monkeypatch):
 # places below and `{train}`, which is the test experiment with a new run directory.
 
 COMMANDS = {
-    "": "takes a command: `flowlm --help` lists them",
+    "": "which command? `flowlm --help` lists them",
     "trian": "no command trian: did you mean train?",
     "sampel checkpoints/fmlm": "no command sampel: did you mean sample?",
     "frobnicate": "no command frobnicate: `flowlm --help` lists them",
@@ -47,14 +47,14 @@ COMMANDS = {
     "train": "train needs --config=experiments/NAME.py[:ARG] and --workdir=DIR: see `flowlm train --help`",
     "train --config=experiments/test.py": "train needs --workdir=DIR",
     "train --workdir={new}": "train needs --config=experiments/NAME.py",
-    "sample": "sample needs --checkpoint=DIR",
+    "sample": "sample needs --checkpoint=DIR (or DIR alone): see `flowlm sample --help`",
     "evaluate": "evaluate needs --checkpoint=DIR",
-    "compare": "compare needs --runs=DIR,DIR,...",
+    "compare": "compare needs --runs=DIR,DIR,... (or DIR DIR ... alone): see `flowlm compare --help`",
     "prepare": "prepare needs --source=textfiles|jsonl, --path=PATH, --tokenizer=NAME, --length=N and --out=DIR",
     "study": "study needs --study=experiments/NAME.py[:ARG], --workdir=DIR and --results=DIR",
-    "report": "report needs --runs=DIR,DIR,... and --out=DIR",
-    "export": "export needs --checkpoint=DIR and --out=DIR",
-    "import": "import needs --checkpoint=PATH and --to=DIR",
+    "report": "report needs --runs=DIR,DIR,... (or DIR DIR ... alone) and --out=DIR",
+    "export": "export needs --checkpoint=DIR ... and --out=DIR",
+    "import": "import needs --checkpoint=PATH ... and --to=DIR",
     "inspect": "inspect needs --checkpoint=PATH",
     "plan": "plan needs --config=experiments/NAME.py",
     "plan --config=experiments/test.py": "either --topology=v5e:4x4,... or --device",
@@ -79,7 +79,7 @@ FLAGS = {
     "evaluate {empty} --result=x": "--result is no flag of evaluate: --results=x",
     "plan --config=experiments/test.py --topolgy=v5e:2x2": "--topolgy is no flag of plan: --topology=v5e:2x2",
     "bench --vocabb=3": "--vocabb is no flag of bench: --vocab=3",
-    "compare {empty} --out=x": "--out is no flag of compare, but of prepare",
+    "compare {empty} --out=x": "--out is no flag of compare, but of ",
     "inspect {empty} --workdir=x": "--workdir is no flag of inspect, but of train and study",
     "sample {empty} --steps": "--steps",
     "train --config": "--config",
@@ -96,13 +96,13 @@ FLAGS = {
     "evaluate {empty} --samples_only": "give --results=DIR",
     "sample {empty} --objective=eta": "--objective takes KEY=VALUE,..., got 'eta'",
     "sample {grammar} --objective=heat=1": "has no 'heat': it has ... gamma",
-    "sample {grammar} --objective=gamma=hot": "objective.gamma cannot be 'hot'",
-    "sample {grammar} --sampler=maps": "unknown --sampler 'maps': choose one of ['map",
+    "sample {grammar} --objective=gamma=hot": "objective.gamma cannot be 'hot': it is a float, 0.0 there",
+    "sample {grammar} --sampler=maps": "no sampler 'maps': there are map, map-noise0.5; did you mean map?",
 }
 
 NUMBERS = {
     "sample {empty} --num=0": "--num=0 ... positive",
-    "sample {empty} --num=many": "--num=many",
+    "sample {empty} --num=many": "--num=many: not a whole number",
     "sample {empty} --seed=-1": "--seed=-1",
     "sample {empty} --seed=4294967296": "--seed=4294967296",
     "sample {empty} --steps=0": "--steps takes positive whole numbers, got '0'",
@@ -119,8 +119,8 @@ NUMBERS = {
     "{train} --config.seed=-1": "seed must be in [0, 4294967295], got -1",
     "{train} --config.optimizer.learning_rate=0": "learning_rate must be above 0, got 0",
     "{train} --config.ema_decay=1.5": "ema_decay must be in [0, 1], got 1.5",
-    "{train} --config.steps=many": "config.steps=many: ... int",
-    "{train} --config.optimizer.learning_rate=fast": "config.optimizer.learning_rate=fast: ... float",
+    "{train} --config.steps=many": "--config.steps=many: not a whole number",
+    "{train} --config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: not a number",
     "{train} --config.accumulation=3 --config.mesh.data=1": (
         "batch_size 32 is not a multiple of accumulation 3 x 1 devices: use 30 or 33"
     ),
@@ -191,6 +191,12 @@ EXPERIMENTS = {
     "study --study={missing} --workdir={new} --results={new}": "no study {missing}",
     "study --study={empty} --workdir={new} --results={new}": "no study {empty}",
     "study --study=experiments/ablations.py:x --workdir={new} --results={new}": "there are the ablations ... not 'x'",
+    "study --study=experiments/ablations.py:input_cpu --workdir={new} --results={new} --extra=--config.stepz=1": (
+        "has no setting stepz: --config.steps=1"
+    ),
+    "study --study=experiments/ablations.py:input_cpu --workdir={new} --results={new} --extra=--steps=1": (
+        "--steps is no flag of train: --config.steps=1"
+    ),
     "study --study=experiments/test.py --workdir={new} --results={new}": "experiments/test.py has no get_study",
     "plan --config=experiments/test.py --topology=v5e:3x3": "'v5e:3x3'",
 }
@@ -304,7 +310,7 @@ def test_the_table_is_as_long_as_it_is_meant_to_be():
     ("arguments", "expected"),
     [
         (["trian"], "did you mean train?"),
-        (["train", CONFIG, "--workdir=/nowhere", "--config.model.vocab_size=7"], "model.vocab_size is 7"),
+        (["train", CONFIG, "--workdir=/nowhere", "--config.stepz=7"], "no setting stepz: --config.steps=7"),
     ],
 )
 def test_from_outside(arguments, expected):
@@ -313,8 +319,8 @@ def test_from_outside(arguments, expected):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("flowlm: ")]
-    assert len(lines) == 1 and expected in lines[0]
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("flowlm: ") and expected in line
 
 
 def test_help_and_mistyped_flags_do_not_wait_for_jax():

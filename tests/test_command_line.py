@@ -1,15 +1,19 @@
 """Help says what each command takes, and no more; a line means what it says."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from command_line import flowlm
+from command_line import error_of, flowlm
 
 import flowlm as package
-from flowlm import main, terminal
+from flowlm import main, run_directory, terminal
+from flowlm.assembly import Trained
+from flowlm.cli.command import given
 from flowlm.cli.commands import COMMANDS
 from launch import run as launch
 
@@ -18,8 +22,6 @@ NAMES = [command.name for command in COMMANDS]
 # What each takes, written down a second time, by hand.
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
-    "sample": {"checkpoint", "steps", "num", "sampler", "seed", "objective"},
-    "compare": {"runs"},
     "prepare judge": {"data_dir"},
     "inspect": {"checkpoint", "weights"},
     "import": {"checkpoint", "to", "weights", "config", "config.KEY"},
@@ -41,12 +43,8 @@ def test_help_of_a_command_lists_its_flags_and_no_others(command):
     ended = flowlm(*command.name.split(), "--help")
     assert ended.status == 0 and not ended.err
     listed = set(re.findall(r"^  --([\w.]+)", ended.out, re.MULTILINE))
-    assert listed == {flag.name for flag in command.flags} | {"config.KEY"} * bool(command.flag("config"))
+    assert listed == {flag.name for flag in command.flags} | ({"config.KEY"} if command.flag("config") else set())
     assert listed == OF_COMMANDS.get(command.name, listed)
-    for name in listed:  # and the line above them has each
-        assert re.search(
-            rf"--{name}\b|\b{command.flag(name).form if command.flag(name) else ''}\b", ended.out.split("\n\n")[1]
-        )
     assert flowlm("help", *command.name.split()).out == flowlm(*command.name.split(), "-h").out == ended.out
 
 
@@ -86,6 +84,8 @@ def test_words_stand_for_the_flag_that_says_where():
     assert read("compare", "a", "b,c").runs == ["a", "b,c"] and read("compare", "--runs=a,b").runs == ["a", "b"]
     assert read("--verbosity=0", "prepare", "judge", "--data_dir=x").data_dir == "x"
     assert read("import", "x.ckpt", "--to=y").checkpoint == "x.ckpt"
+    line = ["study", "--study=a.py", "--workdir=b", "--results=c", "--extra", "--config.steps=10,--nodistributed"]
+    assert read(*line).extra == ["--config.steps=10", "--nodistributed"]
 
 
 def test_no_line_sees_what_another_said():
@@ -97,15 +97,16 @@ def test_no_line_sees_what_another_said():
 def test_the_experiment_may_stand_anywhere_and_the_last_one_counts(monkeypatch):
     monkeypatch.chdir(ROOT)
     line = ["--config.steps=3", "--config=experiments/grammar.py", "--workdir=w", "--config=experiments/test.py"]
-    config = read("train", *line).config
-    assert (config.steps, config.data.name, config.model.width) == (3, "grammar98", 32)
+    for words in (line, [*line[:3], *line[3].split("=")], ["--config.steps", "3", *line[1:]]):
+        config = read("train", *words).config
+        assert (config.steps, config.data.name, config.model.width) == (3, "grammar98", 32)
 
 
-def test_a_traceback_is_shown_where_it_is_asked_for(tmp_path):
-    program = [sys.executable, "-m", "flowlm.main", "compare", str(tmp_path)]
-    for flags, shown in (([], False), (["--verbosity=1"], True)):
-        ended = subprocess.run([*program, *flags], cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 1 and ("Traceback" in ended.stderr) == shown, ended.stderr
+def test_a_traceback_is_shown_where_it_is_asked_for(tmp_path, caplog):
+    for flags, shown in (([], False), (["--verbosity=1"], True), (["-v", "1"], True)):
+        caplog.clear()
+        error_of("inspect", tmp_path, *flags)
+        assert ("Traceback" in caplog.text and "FileNotFoundError" in caplog.text) == shown
 
 
 def test_a_command_is_named_as_it_can_be_called(tmp_path, monkeypatch):
@@ -119,6 +120,48 @@ def test_a_command_is_named_as_it_can_be_called(tmp_path, monkeypatch):
     assert terminal.command() == "bin/flowlm"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert terminal.command() == "flowlm"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample a --num=1 --steps=1 --seed=0",
+        "sample a --seed=4294967295 --steps=1,1024",
+        "evaluate a --num=1",
+        "prepare --source=jsonl --path=a --tokenizer=b --length=2 --out=c",
+        "study --study=a.py --workdir=b --results=c --parallel=1",
+        "bench --vocab=1 --batch=1 --repeats=1 --rounds=1 --attention_cap=0",
+        "export a --out=b --format=jax --steps=1 --dtype=bfloat16",
+    ],
+)
+def test_what_lies_at_the_end_of_a_range_is_taken(line):
+    assert read(*line.split())
+
+
+def documented():
+    """(where, line) of the commands in the documentation: indented lines, and those between backticks."""
+    files = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "launch/README.md",
+        *(ROOT / "experiments").glob("*.py"),
+    ]
+    for path in files:
+        text = path.read_text()
+        for line in re.findall(r"^ {4}(flowlm .*)$", text, re.MULTILINE) + re.findall(r"`(flowlm [^`]*)`", text):
+            # Behind the command stands what it does: after a hash, or after two blanks in the experiments.
+            yield path.name, re.split(r" # |  +|&&", " ".join(line.split("\n")))[0].strip()
+
+
+@pytest.mark.parametrize("where, line", sorted(set(documented())))
+def test_every_command_in_the_documentation_is_one(where, line):
+    words = re.sub(r"[\[\]]", "", line).split()[1:]
+    if words[0] == "COMMAND" or words[0].startswith("-"):
+        return
+    command, others = main._find(words)
+    known = {flag.name for flag in command.flags} | {f"no{flag.name}" for flag in command.flags if not flag.form}
+    for name, _ in given(others):
+        assert name in known or (name.startswith("config.") and "config" in known), name
 
 
 # --- the repository's checkpoints --------------------------------------------------------------------------------
@@ -135,15 +178,17 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
         def __call__(self, *arguments):
             return self
 
-        def save(self, place):
+        def save(self, place, run):
             saved.append(str(place))
 
-        def show(self):
+        def show(self, wide):
             print("shown")
 
     monkeypatch.setattr("flowlm.evaluation.Evaluator", Judge)
-    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
     shipped = ROOT / "checkpoints/grammar_fmlm"
+    run = Trained(*run_directory.load(shipped), SimpleNamespace(), None, 0)
+    monkeypatch.setattr("flowlm.assembly.load_trained", lambda *arguments: run)
+    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
     (tmp_path / "link").symlink_to(shipped)
     for place in (shipped, tmp_path / "link"):
         ended = flowlm("evaluate", place)
@@ -179,8 +224,6 @@ def test_help_of_the_launcher(capsys):
     ],
 )
 def test_the_example_says_what_it_takes(arguments, expected, monkeypatch):
-    import runpy
-
     monkeypatch.setattr(sys, "argv", ["examples/run_exported.py", *arguments])
     with pytest.raises(SystemExit, match=re.escape(expected)):
         runpy.run_path(str(ROOT / "examples/run_exported.py"), run_name="__main__")

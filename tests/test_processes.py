@@ -124,7 +124,7 @@ def test_two_processes_are_one(start, tmp_path, data_dir):
         if name.startswith("held_out/"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
     assert (two / "samples.txt").read_text() == (one / "samples.txt").read_text()
-    assert "in 2 processes" in told(two) and "Held-out nats per token" in told(two)
+    assert "in 2 processes" in told(two) and "Held-out nats / token" in told(two)
     assert "step" not in told(two, 1) and "nats" not in told(two, 1)
     assert "compiled anew" not in told(two) + told(two, 1)
     assert list((two / "profile").rglob("*.xplane.pb"))

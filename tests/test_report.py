@@ -189,8 +189,8 @@ def test_long_curves_are_thinned_to_true_points():
 
 def test_what_is_wrong_is_named(tmp_path):
     assert "no run below" in error_of("report", str(tmp_path), f"--out={tmp_path / 'out'}")
-    assert "flowlm report needs folders" in error_of("report", f"--out={tmp_path / 'out'}")
-    assert "flowlm report needs folders" in error_of("report", str(tmp_path))
+    assert "report needs --runs=DIR,DIR,..." in error_of("report", f"--out={tmp_path / 'out'}")
+    assert "report needs --out=DIR" in error_of("report", str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -296,11 +296,15 @@ def test_runs_that_have_only_begun(tmp_path):
 def test_the_page_draws_runs_on_the_same_data_with_settings_in_order(tmp_path):
     for name, data, noise in (("a", "sotu", 10), ("b", "sotu", 0.5), ("c", "grammar98", 7), ("d", "sotu", 2)):
         told(tmp_path / "w" / name, data, noise=noise)
+        place = tmp_path / "w" / name / "evaluation.json"
+        found = json.loads(place.read_text()) | {"main": ["found"]}
+        found["metrics"]["samples/map@1/found"] = 0.5
+        place.write_text(json.dumps(found))
     report.write([str(tmp_path / "w")], str(tmp_path / "out"))
     document, console = browse(tmp_path / "out/index.html", tmp_path / "profile")
     assert console == []
     by_noise = re.search(
-        r"<figcaption>entropy by noise, 1 sampling steps</figcaption>(.*?)</figure>", document, re.DOTALL
+        r"<figcaption>found by noise, 1 sampling steps</figcaption>(.*?)</figure>", document, re.DOTALL
     )[1]
     assert re.findall(r'text-anchor="middle"[^>]*>([^<]*)<', by_noise) == ["0.5", "2", "10"]
     samples = re.search(r'id="samples">(.*?)<h2>', document, re.DOTALL)[1]

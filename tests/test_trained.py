@@ -145,7 +145,7 @@ def test_an_autoregressive_bound_is_the_likelihood(tmp_path):
 def test_on_the_grammar_the_bound_is_above_the_law(name):
     """E[bound] >= E[-log q] >= E[-log p] of rows from p; and a trained network is nearer to it than 30 nats."""
     grammar = Grammar.load("grammar98")
-    rows = grammar.sample(np.random.default_rng(1), 256)
+    rows = grammar.sample(np.random.default_rng(1), 64)
     model = flowlm.load(ROOT / "checkpoints" / name)
     excess = model.log_prob_bound(model.tokenizer.decode_batch(rows)) + grammar.log_prob(rows)
     stderr = excess.std() / len(excess) ** 0.5
@@ -165,9 +165,14 @@ def test_texts_that_do_not_fit_a_row_are_named(models, tmp_path):
     for wrong in (fits, []):
         with pytest.raises(ValueError, match="texts is (one text: give a list of them|empty: give at least one)"):
             bound(wrong)
+    # A sentence of this corpus is a row; the tokens behind it are those that its rows have there.
+    everyday = {"data.name": "everyday", "data.tokenizer": "everyday_1000", "model.vocab_size": 1009, "data.length": 9}
+    model = flowlm.load(make_run(tmp_path / "everyday", "masked", tokenizer="everyday_1000", **everyday))
+    ids = [[model.tokenizer.start, *model.tokenizer.encode("I like it."), *[model.tokenizer.pad] * 4]]
+    np.testing.assert_array_equal(model.log_prob_bound(["I like it."]), model.log_prob_bound(np.array(ids)))
     # Where texts are laid end to end a row is full of text.
     packed = {"data.name": "sotu", "data.tokenizer": "chars", "model.vocab_size": 28, "data.length": 9}
-    bound = flowlm.load(make_run(tmp_path, "masked", tokenizer="chars", **packed)).log_prob_bound
+    bound = flowlm.load(make_run(tmp_path / "chars", "masked", tokenizer="chars", **packed)).log_prob_bound
     assert np.isfinite(bound(["eight ch"])).all()
     numbered = (
         r"texts\[0\], texts\[1\], texts\[2\], texts\[3\], texts\[4\] and 2 more of 7, 7, 7, 7, 7 tokens: .* exactly 8"

@@ -1,7 +1,7 @@
 """What a command is, and how its line is read: each has flags of its own, and no other flag is taken."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -33,6 +33,11 @@ class Flag(NamedTuple):
     def written(self) -> str:
         """As it is written on a line."""
         return f"--{self.name}={self.form}" if self.form else f"--{self.name}"
+
+    @property
+    def alone(self) -> str:
+        """As its value is written without its name."""
+        return self.form.replace(",", " ")
 
 
 def _flag(define, name: str, form: str, help: str, default: Any, *more: Any, is_output: bool = False) -> Flag:
@@ -113,13 +118,24 @@ class Command(NamedTuple):
         return next((flag for flag in self.flags if flag.name == name), None)
 
 
-def given(line: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(name, value) of the flags on a line; the value of one without `=` is the word behind it, or None if that is a flag."""
-    for i, word in enumerate(line):
+def given(line: Sequence[str], known: Container[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """(name, value) of the flags on a line; the value of one without `=` is the word behind it, or None if that is a flag.
+
+    Args:
+      known: names of flags whose value is the word behind them whatever it looks like.
+    """
+    words = iter(enumerate(line))
+    for i, word in words:
         if found := re.match("--?([A-Za-z][^=]*)(=?)(.*)", word, re.DOTALL):
             name, equals, value = found.groups()
-            behind = line[i + 1] if i + 1 < len(line) else "-"
-            yield name, value if equals else None if behind.startswith("-") else behind
+            behind = line[i + 1] if i + 1 < len(line) else None
+            if equals:
+                yield name, value
+            elif name in known:
+                next(words, None)
+                yield name, behind
+            else:
+                yield name, None if behind is None or behind.startswith("-") else behind
 
 
 def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) -> flags.FlagValues:
@@ -134,25 +150,22 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
         cannot be loaded, a setting that it has not, or something that the command needs and that is missing.
     """
     values = flags.FlagValues()
-    # The experiment comes first, because its settings are flags only when it is known which there are; the last that is named.
-    experiments = [word for word in line if re.match("--?config=", word)]
-    line = experiments[-1:] + [word for word in line if word not in experiments]
+    line = _experiment_first(line)
     for flag in command.flags:
         flag.define(values, line)
     for name in sorted(flags.FLAGS, key=len, reverse=True):
         if name not in values:  # a short name comes with its long one
             values[name] = flags.FLAGS[name]
-    mistakes.check_flags(command, list(given(line)), values, commands)
+    valued = {name for name in values if not values[name].boolean}
+    mistakes.check_flags(command, list(given(line, valued)), values, commands)
     places = _read(values, line)
     flags.FLAGS.mark_as_parsed()
     if places:
         _fill(command, values, places)
     missing = [command.flag(name) for name in command.needs if not values[name].value]
     if missing:
-        raise ValueError(
-            f"flowlm {command.name} needs {mistakes.listed([flag.written for flag in missing])}: "
-            f"see `flowlm {command.name} --help`"
-        )
+        told = [flag.written + f" (or {flag.alone} alone)" * (flag.name == command.place) for flag in missing]
+        raise ValueError(f"{command.name} needs {mistakes.listed(told)}: see `flowlm {command.name} --help`")
     return values
 
 
@@ -174,15 +187,25 @@ def configured(path: str, changes: Mapping[str, Any]) -> ConfigDict:
     return values.config
 
 
+def _experiment_first(line: Sequence[str]) -> list[str]:
+    """A line with the last experiment that it names before all else, because only then it is known which settings there are."""
+    experiments, others, words = [], [], iter(line)
+    for word in words:
+        if word in ("--config", "-config") and (behind := next(words, None)) is not None:
+            word = f"--config={behind}"
+        (experiments if re.match("--?config=", word) else others).append(word)
+    return experiments[-1:] + others
+
+
 def _fill(command: Command, values: flags.FlagValues, places: list[str]) -> None:
     """Gives words without a dash to the flag that they stand for. Raises ValueError: there is none, or they are too many."""
     if not command.place:
-        raise ValueError(f"flowlm {command.name} takes flags only, got {' '.join(places)}")
+        raise ValueError(f"{command.name} takes flags only, got {' '.join(places)}")
     if values[command.place].present:
         raise ValueError(f"give {' '.join(places)} or --{command.place}, not both")
     several = isinstance(values[command.place].parser, flags.ListParser)
     if len(places) > 1 and not several:
         raise ValueError(
-            f"flowlm {command.name} takes one {command.flag(command.place).form}, got {len(places)}: {' '.join(places)}"
+            f"{command.name} takes one {command.flag(command.place).form}, got {len(places)}: {' '.join(places)}"
         )
     setattr(values, command.place, places if several else places[0])

@@ -11,7 +11,7 @@ WEIGHTS = choice("weights", "which parameters of a .ckpt", "ema", ["ema", "live"
 def _export(values: FlagValues) -> None:
     steps, objective = step_counts(values, []), changed_objective(values)
     if len(steps) > 1:
-        raise ValueError("flowlm export takes one number of --steps")
+        raise ValueError("export takes one number of --steps")
 
     from flowlm.export import export
     from flowlm.sharding import Layout, make_mesh

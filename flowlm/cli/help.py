@@ -35,7 +35,8 @@ def of_command(command: Command) -> str:
     if command.flag("config"):
         parts.append(_entry("--config.KEY=VALUE", "a setting of the experiment; flowlm/config.py lists them"))
     if command.notes:
-        parts += ["", command.notes.strip()]
+        lines = command.notes.strip().splitlines()
+        parts += ["", *(textwrap.fill(line, WIDTH) if len(line) > WIDTH else line for line in lines)]
     return "\n".join(parts)
 
 
@@ -43,7 +44,7 @@ def _usage(command: Command) -> str:
     """The line as it is written: what is needed, then what may be left out, in brackets."""
     needed = [flag for flag in command.flags if flag.name in command.needs]
     others = [f"[{flag.written}]" for flag in command.flags if flag.name not in command.needs]
-    words = [flag.form if flag.name == command.place else flag.written for flag in needed]
+    words = [flag.alone if flag.name == command.place else flag.written for flag in needed]
     if command.flag("config"):
         words.append("[--config.KEY=VALUE ...]")
     # A blank inside of brackets must not break the line.
@@ -53,7 +54,7 @@ def _usage(command: Command) -> str:
 
 
 def _described(flag: Flag, place: str) -> str:
-    return _entry(flag.written, flag.help + (f"; or {flag.form} alone" if flag.name == place else ""))
+    return _entry(flag.written, flag.help + (f"; or {flag.alone} alone" if flag.name == place else ""))
 
 
 def _entry(written: str, told: str) -> str:

@@ -4,8 +4,14 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from absl.flags import FlagValues
 
 from flowlm import overrides
+
+if TYPE_CHECKING:
+    from flowlm.cli.command import Command
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
@@ -18,9 +24,18 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
 
 
+# What Python says of a value that it cannot read, and what is meant.
+MEANT = {
+    "invalid literal for int\\(\\) with base 10: .*": "not a whole number",
+    "could not convert string to float: .*": "not a number",
+}
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of absl or ml_collections says. A KeyError shows the repr of its message, at times a repr of a repr."""
     message = str(error.args[0] if error.args else error).replace("\\n", " ")
+    for said, meant in MEANT.items():
+        message = re.sub(said, meant, message)
     return " ".join(re.sub(r"[\\']", "", message).strip('"').split())
 
 
@@ -36,13 +51,15 @@ def unknown_command(name: str, names: Iterable[str]) -> str:
     return f"there is no command {name}: " + (f"did you mean {close}?" if close else "`flowlm --help` lists them")
 
 
-def check_flags(command, given: Sequence[tuple[str, str | None]], values, commands) -> None:
+def check_flags(
+    command: "Command", given: Sequence[tuple[str, str | None]], values: FlagValues, commands: Sequence["Command"]
+) -> None:
     """Checks the names of flags before any is read, for which an experiment would be loaded and jax imported.
 
     Args:
-      command: a cli.command.Command; commands: all of them.
       given: (name, value) of the flags on its line.
       values: the flags that are known.
+      commands: all, one of which a flag may belong to.
 
     Raises:
       ValueError: one is not the command's, or is no setting of its experiment; names what was meant. Or the experiment cannot be
@@ -80,9 +97,8 @@ def _setting(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if name in known:
         return name
-    ends = {
-        full.rpartition(".")[2]: full for full in sorted(known, key=lambda full: -full.count("."))
-    }  # of several the uppermost
+    deepest_first = sorted(known, key=lambda full: -full.count("."))
+    ends = {full.rpartition(".")[2]: full for full in deepest_first}  # of several that end so the uppermost
     last = name.rpartition(".")[2]
     close = last if last in ends else nearest(last, ends, 0.8)
     return ends.get(close) if close else None
@@ -96,7 +112,7 @@ def _objective_settings() -> set[str]:
     return {key for family in FAMILIES for key in objective(family)}
 
 
-def _unknown_flag(command, name: str, value: str | None, commands) -> str:
+def _unknown_flag(command: "Command", name: str, value: str | None, commands: Sequence["Command"]) -> str:
     """Says of a flag that is not the command's what was meant: a flag of its own, a setting, or a flag of another command."""
     wrong = f"--{name} is no flag of {command.name}"
     own = [flag.name for flag in command.flags]

@@ -7,7 +7,7 @@ from flowlm.cli.command import Command, experiment, output, switch, whole, words
 
 def _plan(values: FlagValues) -> None:
     if bool(values.topology) == values.device:
-        raise ValueError("flowlm plan needs either --topology=v5e:4x4,... or --device")
+        raise ValueError("plan needs either --topology=v5e:4x4,... or --device")
 
     from flowlm.plan import plan, plan_device
 
@@ -19,7 +19,7 @@ def _plan(values: FlagValues) -> None:
 
 PLAN = Command(
     "plan",
-    "what an experiment needs of a TPU slice, or of the device at hand",
+    "what an experiment needs of a TPU slice or a device",
     [
         experiment("the experiment"),
         words("topology", "CHIP:SHAPE,...", "TPU slices such as v5e:4x4; CHIP:SHAPE:N is N of them"),

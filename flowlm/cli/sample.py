@@ -12,6 +12,8 @@ from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, SAMPLER, SEED, chang
 
 def _sample(values: FlagValues) -> None:
     counts, objective = step_counts(values, [64]), changed_objective(values)
+    if values.json and values.delimiter is not None:
+        raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
     import flowlm
     from flowlm import storage
@@ -23,16 +25,16 @@ def _sample(values: FlagValues) -> None:
     written = []
     for steps in counts:
         drawn = model.draw(values.num, steps, values.seed, values.sampler)
-        _tell(
-            f"{drawn.sampler}, {_number(steps, 'step')}, seed {drawn.seed}: {_number(values.num, 'text')} in "
-            f"{drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
-        )
+        _tell(f"{drawn.sampler}, {_number(steps, 'step')}, seed {drawn.seed}")
         for line in _json_lines(drawn) if values.json else _lines(drawn.texts, values.delimiter):
             if out is None:
                 print(line)
             else:
                 written.append(f"{line}\n")
-        sys.stdout.flush()  # before what is told of the next
+        sys.stdout.flush()  # before what is told of them
+        _tell(
+            f"{_number(values.num, 'text')} in {drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
+        )
     if out is not None:
         out.write_text("".join(written), encoding="utf-8")
         _tell(f"in {out}")
@@ -59,9 +61,7 @@ def _lines(texts: list[str], delimiter: str | None) -> Iterator[str]:
         delimiter, taken = "---", {line for written in texts for line in written.split("\n")}
         while delimiter in taken:
             delimiter += "-"
-        _tell(
-            f"texts have line breaks, so a line {delimiter} ends each of them: --delimiter=WORDS sets another, --json has none"
-        )
+        _tell(f"texts have line breaks, so a line {delimiter} ends each: --delimiter=WORDS is another")
     for written in texts:
         yield written
         if delimiter is not None:
@@ -85,5 +85,5 @@ SAMPLE = Command(
     _sample,
     needs=("checkpoint",),
     place="checkpoint",
-    notes="How the texts were made, and how long it took, goes to standard error, so that they can be piped.",
+    notes="How the texts were made goes to standard error, so that they can be piped.",
 )

@@ -4,15 +4,18 @@ from pathlib import Path
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, flags_of_another, output, switch, text, whole, words
+from flowlm.cli.command import Command, flags_of_another, output, parse, switch, text, whole, words
+from flowlm.cli.train import TRAIN
 
 
 def _study(values: FlagValues) -> None:
     from flowlm import storage
     from flowlm.carry_out import carry_out
-    from flowlm.study import commands, load
+    from flowlm.study import commands, load, unfinished
 
     study, workdir, extra = load(values.study), storage.path(values.workdir), values.extra or []
+    for run in unfinished(study, workdir, extra, Path(values.results)):
+        parse(TRAIN, run.command[4:], [TRAIN])  # so that no run fails for its line when others are done
     if values.dry_run:
         for line in commands(study, workdir, extra, Path(values.results)):
             print(line)

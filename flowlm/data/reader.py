@@ -4,11 +4,13 @@ A row of the training stream is a function of (seed, index) alone, so neither pr
 and the state of a run's data is its step.
 """
 
+import contextlib
 import dataclasses
-import functools
+import io
 import os
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -150,12 +152,15 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             f"set --config.data.tokenizer={name}_1000"
         )
     builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
-    make = functools.partial(
-        builder_class,
-        data_dir=storage.mirror(data_dir) / "tfds",
-        config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
-        file_format="array_record",
-    )
+
+    def make() -> tfds.core.DatasetBuilder:
+        with _less_said():  # that each set has a configuration of its own
+            return builder_class(
+                data_dir=storage.mirror(data_dir) / "tfds",
+                config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
+                file_format="array_record",
+            )
+
     builder = make()
     if not builder.data_path.exists():
         # Rows are read from the local disk: array_record knows no buckets. What one host prepared is there for all.
@@ -184,12 +189,25 @@ def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) 
         raise ValueError(f"length {length}: rows of {name!r} have {law.length + 1} ids, one start token included")
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    logging.info("Preparing %s (on first use only).", builder.data_path)
+@contextlib.contextmanager
+def _less_said() -> Iterator[None]:
+    """Leaves out what tfds warns of, which nobody can act on."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
     try:
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    config = builder.builder_config
+    print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
+    print(f"  {builder.data_path}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints of sizes it does not know
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except OSError:
         # tfds fails at its final rename where another process came first; that one's set is the same.
         if not builder.data_path.exists():
             raise
-    logging.info("Prepared %s.", builder.data_path)
