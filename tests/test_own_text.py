@@ -400,7 +400,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "texts").mkdir()
     assert "prepare needs --path" in error_of("prepare", "--source=jsonl")
-    assert "unknown --source 'pdf': choose one of ['textfiles', 'jsonl']" in bad(tmp_path, "pdf")
+    assert "--source=pdf: value should be one of <textfiles|jsonl>" in bad(tmp_path, "pdf")
     assert f"no *.jsonl under {tmp_path / 'texts'}" in bad(tmp_path)
     assert "unknown tokenizer 'words'" in bad(tmp_path, tokenizer="words")
     for size in ("256", "4k", "", "-1"):
