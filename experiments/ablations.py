@@ -9,7 +9,7 @@
 
 On the CPU a flow of a sweep takes 1,200 steps of the grammar's experiment (4 minutes) and a flow map 1,500 (5 to 12 by its
 target), distilled from one flow of 3,600; sweeps in one --workdir share it, and `teacher` a point with `target`. There V < D,
-so the embedded warp is the ambient one. `vocabulary_cpu` is on the quickstart's speeches,
+so the embedded warp is the ambient one. `vocabulary_cpu` is on the speeches,
 for the grammar has one vocabulary. At the paper's size the samples are judged by hf:gpt2-large. None was run at that size.
 
 `loss=velocity` weighs the squared error of the posterior by 1 / (1 - t)^2, which makes it the squared error of the velocity. The
@@ -53,7 +53,7 @@ CPU = Size(
     ONCE | FEW | {"steps": 1500, "evaluation.final_samples": 1024},
     ("grammatical", "nll_minus_entropy", "distinct_rows", "entropy"),
     (
-        "experiments/quickstart.py",
+        "experiments/speeches.py",
         vocabularies({"sotu_letters_112": 112, "sotu_bpe_512": 512, "sotu_bpe_1024": 1024, "sotu_bpe_4096": 4096}),
         ONCE | {"steps": 1200},
         TEXT,

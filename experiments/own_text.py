@@ -1,4 +1,4 @@
-"""Text of your own, with the quickstart's network and budget: about 10 minutes on 2 CPU cores.
+"""Text of your own, with the network and budget of speeches.py: about 10 minutes on 2 CPU cores.
 
     flowlm prepare --source=textfiles --path=TEXTS --tokenizer=bpe:512 --length=32 --out=DATA
     flowlm train --config=experiments/own_text.py:DATA --workdir=DIR

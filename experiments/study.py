@@ -5,7 +5,7 @@
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
 `grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, three seeds of teacher and student: about
-8 hours on 2 CPU cores, 20 minutes on a card with 16 cores. `text`: the quickstart's speeches and network, 6,000 steps and 3,000 of
+8 hours on 2 CPU cores, 20 minutes on a card with 16 cores. `text`: the speeches and their network, 6,000 steps and 3,000 of
 distillation, a little longer. `tuning`, `text_tuning`: about an hour each. All go on where they were when run again. Every
 sampler's knob is swept, and figures are given at equal diversity too: on the grammar -log p minus the entropy, on text the
 samples' entropy.
@@ -22,7 +22,7 @@ from flowlm.study import Run, Study
 
 SEEDS = (0, 1, 2)
 ROUNDS = 5
-GRAMMAR, QUICKSTART, LM1B = (f"experiments/{name}.py" for name in ("grammar", "quickstart", "lm1b_gpu"))
+GRAMMAR, SPEECHES, LM1B = (f"experiments/{name}.py" for name in ("grammar", "speeches", "lm1b_gpu"))
 BELOW = (0.0, 0.15)  # a sample may be as much less diverse than real text
 ONCE = {"evaluation.every": 100_000}
 # Knobs of samplers that draw tokens, on the grammar; `greedy` takes the likeliest ones in the last step.
@@ -150,7 +150,7 @@ def on_text(
 
 def text() -> Study:
     # Without its curriculum uniform diffusion was better on the grammar.
-    return on_text(QUICKSTART, training=6000, distillation=3000, curriculum=0, samples=256, seeds=SEEDS)
+    return on_text(SPEECHES, training=6000, distillation=3000, curriculum=0, samples=256, seeds=SEEDS)
 
 
 def text_tuning() -> Study:
@@ -161,14 +161,14 @@ def text_tuning() -> Study:
     mapped = alone | {"steps": 1000, "evaluation.steps": (1, 2)}
     own = ("autoregressive", "masked", "uniform", "flow", "flow_map", "sdtt_32", "dcd_32")
     runs = [run for run in text().runs if run.name in own]
-    student = f"{QUICKSTART}:flow_map"
+    student = f"{SPEECHES}:flow_map"
     for value in (1e-3, 2e-3, 4e-3):
         for name in ("masked", "uniform"):
-            runs.append(Run(f"{name}_rate{value:g}", f"{QUICKSTART}:{name}", trained | {rate: value}))
+            runs.append(Run(f"{name}_rate{value:g}", f"{SPEECHES}:{name}", trained | {rate: value}))
     for name, teacher in (("sdtt", "masked"), ("dcd", "uniform")):
         for value in (5e-4, 4e-3):
             more = {"count": 1, "suffix": f"_rate{value:g}", "seeds": (0,)}
-            runs += rounds(QUICKSTART, name, teacher, 600, students | {rate: value}, **more)
+            runs += rounds(SPEECHES, name, teacher, 600, students | {rate: value}, **more)
     less = ({"noise_scale": 0.55},)
     for name, settings in (
         ("1000", {}),

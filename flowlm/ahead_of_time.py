@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flowlm import evaluation, hlo, sharding, train_state
+from flowlm.assembly import abstract_state, build, jit_step
 from flowlm.costs import CHIPS, Chip, count_flops, roofline
-from flowlm.experiment import abstract_state, build, jit_step
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.dense_flow import DenseFlow
 

@@ -156,7 +156,7 @@ def _settings(family: str) -> dict:
         accumulation=Number(1, "[1, inf)"),  # microbatches it is cut into
         ema_decay=Number(0.999, "[0, 1]"),
         prior="gaussian",  # gaussian | dirichlet
-        time_warp="ambient",  # ambient | embedded | identity
+        time_warp="ambient",  # ambient | embedded | between | identity
         data=dict(name="sotu", tokenizer="sotu_bpe_512", length=Number(32, "[2, inf)"), dir="~/.cache/flowlm"),
         model=_model("tiny"),
         objective=_objective(family),

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flowlm import storage
+from flowlm.judges import shown
 from flowlm.metrics import read_metrics
 
 COLUMNS = 4
@@ -32,7 +33,7 @@ def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, fi
             named = {"label": plain(label) or None, "color": colours[label]}
             shared[plain(label)] = axes.plot(x, y, marker=marker, markersize=3, **named)[0]
         finish(axes, panel)
-        axes.set_title(plain(panel.replace("_", " ")), fontsize=9)
+        axes.set_title(plain(shown(panel)), fontsize=9)
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=8)
         if any(lines) and len(labels) <= MOST:

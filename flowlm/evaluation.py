@@ -6,8 +6,10 @@ Metrics are one flat dict:
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
+    samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
 """
 
+import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,13 +18,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from flowlm import progress
+from flowlm.assembly import Experiment
 from flowlm.data import Dataset, naive
-from flowlm.experiment import Experiment
 from flowlm.panel import MAX_ROWS, Panel
 from flowlm.processes import check_stopped, gathered
 from flowlm.results import Evaluation
@@ -30,35 +32,59 @@ from flowlm.sharding import Layout
 from flowlm.train_state import EVALUATION, SAMPLE, purpose_key
 
 ROWS = 256  # samples of one call
+MEANINGS = {"seconds_per_100": "what drawing 100 samples took, without compiling"}
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
 def samplers(family) -> dict[str, object]:
-    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs."""
+    """The family's samplers by name: the plain one (`euler`, `map`), and what it is set to where that differs.
+
+    A name has no blanks, so that it can be given to `--sampler` as it stands: `map-noise0.4`, `ancestral-temp0.55-noise0.8`.
+    """
     if not hasattr(family, "sample"):
         return {}
     if hasattr(family, "sampler"):
         return {family.sampler: family}
-    scale = f" noise {family.noise_scale:g}" if family.noise_scale != 1 else ""
+    scale = f"-noise{family.noise_scale:g}" if family.noise_scale != 1 else ""
     if not hasattr(family, "eta"):
         return {"map": replace(family, noise_scale=1.0)} | {f"map{scale}": family}
     out = {"euler": replace(family, eta=0.0, temperature=None, noise_scale=1.0)}
-    name = "ancestral" if family.eta == 1 else f"eta {family.eta:g}" if family.eta else "euler"
+    name = "ancestral" if family.eta == 1 else f"eta{family.eta:g}" if family.eta else "euler"
     if family.temperature is not None:
-        name += f" temperature {family.temperature:g}"
+        name += f"-temp{family.temperature:g}"
     return out | {name + scale: family}
 
 
-class Sampler:
-    """Draws samples of one (family, number of steps), ROWS at a time, sharded over the mesh.
+def named_sampler(family, name: str | None = None) -> tuple[str, object]:
+    """(name, sampler) of the family; without a name the one that is set. Raises ValueError: it has none of that name, or none."""
+    choices = samplers(family)
+    if not choices:
+        raise ValueError(f"a run of the family {type(family).__name__} writes no samples: name another run")
+    name = name or next(reversed(choices))
+    if name not in choices:
+        (near,) = difflib.get_close_matches(name, choices, 1, cutoff=0)
+        raise ValueError(f"no sampler {name!r}: there are {', '.join(choices)}; did you mean {near}?")
+    return name, choices[name]
 
-    `rows` are what one call draws, `trace`(prepared params, key) its program. `seconds` is what the last draw of 100 samples
-    took, compilation apart.
+
+class Sampler:
+    """Draws samples of one (family, number of steps), `rows` in a call, sharded over the mesh.
+
+    A row is made of noise that depends on the key, the call and the row's number in it alone. So the first rows are the same
+    whatever `rows` is, but for the last digits of logits that are computed in batches of other sizes.
+
+    Args:
+      rows: samples of one call; rounded up to a multiple of the mesh's devices.
+
+    Attributes:
+      rows: what one call draws.
+      trace: (prepared params, key) -> its program.
+      compile_seconds, draw_seconds: of the last draw, each without the other.
+      seconds: what 100 samples took in it, compilation apart.
     """
 
-    def __init__(self, net, family, steps: int, layout: Layout):
-        rows = -(-ROWS // layout.devices) * layout.devices
-        self.rows = rows
+    def __init__(self, net, family, steps: int, layout: Layout, rows: int = ROWS):
+        self.rows = rows = -(-rows // layout.devices) * layout.devices
         sample = lambda params, key: family.sample(net, params, key, rows, steps)
         self._sample = layout.jit(sample, out_shardings=layout.rows)
         self.trace = self._sample.trace
@@ -69,18 +95,32 @@ class Sampler:
         """Raises ValueError where the family cannot sample so. Of the parameters only shapes are read, and nothing is compiled."""
         jax.eval_shape(self._sample, jax.eval_shape(self._prepare, params), key)
 
-    def __call__(self, params, key: jax.Array, num: int) -> np.ndarray:
-        """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls."""
-        params = self._prepare(params)
+    def calls(self, num: int) -> int:
+        """How many calls draw `num` samples."""
+        return -(-num // self.rows)
+
+    def __call__(
+        self, params, key: jax.Array, num: int, begin: Callable[[str], None] = lambda what: None
+    ) -> np.ndarray:
+        """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls.
+
+        begin: is told that a call comes next.
+        """
+        begin("sampling")  # compiling is part of the first call
+        asked = time.perf_counter()
+        params = jax.block_until_ready(self._prepare(params))
         if self._compiled is None:
             self._compiled = self.trace(params, key).lower().compile()
-        calls = -(-num // self.rows)
+        calls = self.calls(num)
         start = time.perf_counter()
         parts = []
         for i in range(calls):
             check_stopped()
+            if i:
+                begin("sampling")
             parts.append(gathered(self._compiled(params, jax.random.fold_in(key, i))))
-        self.seconds = 100 * (time.perf_counter() - start) / (calls * self.rows)
+        self.compile_seconds, self.draw_seconds = start - asked, time.perf_counter() - start
+        self.seconds = 100 * self.draw_seconds / (calls * self.rows)
         return np.concatenate(parts)[:num]
 
 
@@ -102,6 +142,21 @@ def on_rows(layout: Layout, net, fn: Callable) -> Callable:
         return jax.lax.with_sharding_constraint(values, NamedSharding(layout.mesh, P()))
 
     return layout.jit(run)
+
+
+def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, *args) -> np.ndarray:
+    """`on_rows` over rows [N, L], `size` of them in a call, with a key of its own for each call: [N].
+
+    Raises processes.Stopped before the first call.
+    """
+    check_stopped()
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return np.concatenate([gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)])
+
+
+def _about(begin: Callable[[str], None], what: str) -> Callable[[str], None]:
+    """`begin` for parts that are about the same thing."""
+    return lambda part: begin(f"{what}: {part}")
 
 
 class Evaluator:
@@ -141,6 +196,7 @@ class Evaluator:
         for sampler in self._samplers.values():
             sampler.check(jax.eval_shape(net.init, key), key)
         self._panel = Panel(dataset, settings.language_models, data_dir, layout)
+        self._told = self._panel.notes, self._panel.main, self._panel.meanings | MEANINGS
         if samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
@@ -164,29 +220,53 @@ class Evaluator:
 
     def __call__(self, params, step: int, num_samples: int) -> Evaluation:
         """Raises processes.Stopped, in all processes alike, between two calls of a sampler, two judges or two likelihoods."""
-        metrics = {} if self._samples_only else self._likelihood(params)
+        with progress.parts(self._parts(num_samples)) as begin:
+            return self._evaluate(params, step, num_samples, begin)
+
+    def _parts(self, num_samples: int) -> int:
+        """In how many parts an evaluation is done."""
+        count = sum(sampler.calls(num_samples) + len(self._panel) for sampler in self._samplers.values())
+        if self._samples_only:
+            return count
+        likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
+        return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
+
+    def _naives(self) -> dict[str, Callable]:
+        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
+
+    def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
+        metrics = {} if self._samples_only else self._likelihood(params, begin)
         texts = {}
         for name, sampler in self._samplers.items():
-            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples)
-            texts[name], scores = self._panel.judge(ids)
+            taken = name.rpartition("@")[2]
+            about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == '1' else 's'}")
+            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about)
+            texts[name], scores = self._panel.judge(ids, about)
             scores["seconds_per_100"] = sampler.seconds
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
+        notes, *more = self._told
         if self._samples_only:
-            return Evaluation(step, metrics, texts, notes=self._panel.notes)
+            return Evaluation(step, metrics, texts, {}, notes, *more)
         # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in naive.SAMPLERS.items()}
+        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
-            texts[name], scores = self._panel.judge(ids)
+            texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
             metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
-        return Evaluation(step, metrics, texts, self._follow(params, step), self._panel.notes)
+        if (held_out := len(texts["held_out"])) < num_samples:
+            notes = (
+                *notes,
+                f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
+            )
+        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
 
-    def _follow(self, params, step: int) -> dict[str, list]:
+    def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
         out = {}
         for name, follow in self._trajectories.items():
             check_stopped()
+            begin(f"following {FOLLOWED} samples of {name}")
             ids = gathered(follow(params, key, FOLLOWED, int(name.rpartition("@")[2]))).swapaxes(0, 1)
             pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
@@ -194,25 +274,17 @@ class Evaluator:
 
     def _reference_rows(self, num: int) -> np.ndarray:
         split = self._dataset.test
-        if len(split) < num:
-            logging.warning(
-                "%d samples are judged beside only %d held-out rows: distinct-n compares unfairly", num, len(split)
-            )
         return split.shuffled(self._seed)(0, min(num, len(split)))
 
-    def _likelihood(self, params) -> dict[str, float]:
+    def _likelihood(self, params, begin: Callable[[str], None]) -> dict[str, float]:
         """Cross-entropies on the grid of tau and the bound, over the held-out rows. The same noise at every call."""
         metrics: dict[str, float] = {}
         key = purpose_key(self._seed, 0, EVALUATION)
         count, size = len(self._held_out), self._settings.held_out_batch
-        parts = [self._held_out[i : i + size] for i in range(0, count, size)]
 
         def of_rows(name: str, *args) -> np.ndarray:
-            check_stopped()
-            fn = self._of_rows[name]
-            return np.concatenate(
-                [gathered(fn(params, ids, jax.random.fold_in(key, i), *args)) for i, ids in enumerate(parts)]
-            )
+            begin(f"{count:,} held-out rows: likelihood")
+            return in_parts(self._of_rows[name], params, self._held_out, size, key, *args)
 
         for name, metric in (("denoising", "cross_entropy"), ("context_free", "context_free")):
             if name in self._of_rows:

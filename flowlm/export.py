@@ -25,9 +25,9 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from flowlm import integrity, reference, run_directory, storage
+from flowlm.assembly import Trained, load_trained
 from flowlm.checkpoint import save_params
-from flowlm.evaluation import samplers
-from flowlm.experiment import Trained, load_trained
+from flowlm.evaluation import named_sampler
 from flowlm.inspection import inspect, restore
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
@@ -136,11 +136,8 @@ def _safetensors(run: Trained, params, dtype: str) -> dict[str, bytes]:
 
 
 def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None) -> dict[str, bytes]:
-    net, choices = run.experiment.net, samplers(run.experiment.family)
-    name = sampler or next(reversed(choices), None)
-    if name not in choices:
-        raise ValueError(f"unknown --sampler {name!r}: the family {run.config.objective.family} has {list(choices)}")
-    family, has_noise = choices[name], hasattr(run.experiment.family, "prior")
+    net, (_, family) = run.experiment.net, named_sampler(run.experiment.family, sampler)
+    has_noise = hasattr(family, "prior")
 
     def sample(weights, seed, rows):
         tree = restore(weights)

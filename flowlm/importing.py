@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 from flowlm import integrity, run_directory, storage, tokenizers
+from flowlm.assembly import build, load_trained
 from flowlm.checkpoint import save_params
-from flowlm.experiment import build, load_trained
 from flowlm.reference import BARE, MODULES, OUTPUT, from_reference
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from rich.table import Table
+from rich.table import Column, Table
 
 from flowlm import importing, integrity, run_directory, storage
+from flowlm.assembly import load_trained
 from flowlm.checkpoint import has_params
 from flowlm.config import flat
-from flowlm.experiment import load_trained
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 from flowlm.terminal import console
@@ -71,15 +71,15 @@ def _programs(path) -> Inspected:
 def show(found: Inspected) -> None:
     """Prints what it is, every setting, every array, and the checksum of their values."""
     arrays = flatten_dict(found.params, sep="/")
-    settings = Table("setting", "value", title="Settings")
+    settings = Table("setting", Column("value", overflow="fold"), title="Settings")
     for key, value in flat(found.config.to_dict()).items():
         settings.add_row(key, str(value))
-    table = Table("parameter", "shape", title="Parameters")
-    for column in ("numbers", "root mean square"):
+    table = Table(Column("parameter", overflow="fold"), Column("shape", no_wrap=True), title="Parameters")
+    for column in ("numbers", "rms"):
         table.add_column(column, justify="right")
     for name, array in sorted(arrays.items()):
         values = np.asarray(array, np.float32)
         table.add_row(name, str(values.shape), f"{values.size:,}", f"{np.sqrt(np.mean(values**2)):.4g}")
-    console(120).print(settings, table)
+    console().print(settings, table)
     print(f"{found.kind}\nfamily      {found.config.objective.family}\nstep        {found.step}")
     print(f"parameters  {sum(a.size for a in arrays.values()):,}\nchecksum    {checksum(found.params)}")

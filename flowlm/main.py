@@ -3,12 +3,13 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from logging import Formatter
 from typing import NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files, signals, terminal
+from flowlm import open_files, platforms, signals, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
@@ -68,9 +69,15 @@ def carry_out(call: Call) -> None:
     """Does what a command says. What goes wrong ends the process with one line; --verbosity=1 shows where."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
+        logging.get_absl_handler().setFormatter(
+            Formatter("%(message)s")
+        )  # whoever reads a warning seeks no line of code
     try:
         _check_outputs(call)
         call.command.run(call.values)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        terminal.end_without_reader()
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         logging.debug("%s", traceback.format_exc())
         _fail(error)
@@ -90,6 +97,7 @@ def run() -> None:
     signals.listen()
     terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
+    platforms.leave_out_absent_tpu()
     app.run(carry_out, flags_parser=read)
 
 

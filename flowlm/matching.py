@@ -8,6 +8,7 @@ diversities and values are drawn anew within their standard errors, and the inte
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,9 +66,9 @@ def matched(
     """
     curves: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        sampler = record["sampler"].split(" ")[0]
+        sampler = re.split("[- ]", record["sampler"])[0]  # earlier releases wrote a blank before a setting
         method = f"{record['method']}, {sampler}" if sampler else record["method"]
-        curves[method, record["steps"] or ""][record["seed"]].append(record)
+        curves[method, record["sampling_steps"] or ""][record["seed"]].append(record)
     return {
         cell: [
             _at([_unbeaten(rows, metrics[0], diversity) for rows in seeds.values()], metric, target, diversity)

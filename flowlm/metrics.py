@@ -37,7 +37,8 @@ class MetricWriter:
         self._lines.append({"step": int(step)} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, float(value), int(step))
+                if math.isfinite(value):  # of others TensorBoard draws nothing, and warns at each
+                    self._board.add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
         self._lines.close()

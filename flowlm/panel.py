@@ -1,5 +1,6 @@
 """The judges of a run: which there are, what each is shown of a sample, and that they work before anything is trained."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowlm import processes, storage
+from flowlm.assembly import load_trained
 from flowlm.data import Dataset
-from flowlm.experiment import load_trained
 from flowlm.judges import Judge, hugging_face, mauve, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
 from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.sharding import Layout
@@ -83,13 +85,21 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
 
 
 def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: counts always; the grammar's exact law, or a 5-gram character model and a word list."""
+    """The judges that fit the data: first its own, then counts, always.
+
+    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
+    """
     start = dataset.tokenizer.start
     held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
     if dataset.grammar is not None:
-        return [Statistics(None, start), GrammarJudge(dataset.grammar, start), NGrams(held_out, start)]
+        return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
     text = dataset.train.text(MAX_CHARS)
-    return [Statistics(frozenset(words(text)), start), KneserNey.fit(text), NGrams(held_out, start)]
+    if dataset.sentences:
+        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
+        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
+        own = Sentences(whole(dataset.train), unseen, start, pad)
+        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
+    return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
 
 
 class Panel:
@@ -97,6 +107,8 @@ class Panel:
 
     Attributes:
       notes: what a reader of their metrics must know, a sentence each.
+      main: the metrics to read first: of the data's own judge, of the pretrained ones, and of those that count.
+      meanings: {metric: what it is}.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: a judge cannot be made (`make_language_models`), or cannot read the data.
@@ -121,14 +133,28 @@ class Panel:
                 raise ValueError(f"the judge {name!r} cannot read this run's text: {error}") from error
         self._counting = make_judges(dataset)
         score_all(self._counting, rows, self._tokenizer.decode_batch(rows))
+        ordered = [*self._counting[:1], *self._pretrained, *self._counting[1:]]
+        self.main = tuple(metric for judge in ordered for metric in getattr(judge, "main", ()))
+        self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))
 
-    def judge(self, ids: np.ndarray) -> tuple[list[str], dict[str, float]]:
+    def __len__(self) -> int:
+        """The number of judges."""
+        return len(self._counting) + len(self._pretrained)
+
+    def judge(
+        self, ids: np.ndarray, begin: Callable[[str], None] = lambda what: None
+    ) -> tuple[list[str], dict[str, float]]:
         """Rows as text, and what all judges say of them; only the pretrained ones read where a document ends.
 
-        Raises processes.Stopped between two judges.
+        begin: is told which judge comes next. Raises processes.Stopped between two judges.
         """
-        texts, scores = self._tokenizer.decode_batch(ids), {}
+        texts, scores, numbers = self._tokenizer.decode_batch(ids), {}, itertools.count(1)
+
+        def before() -> None:
+            processes.check_stopped()
+            begin(f"judge {next(numbers)} of {len(self)}")
+
         for judges, read in ((self._counting, texts), (self._pretrained, with_breaks(self._tokenizer, ids))):
-            scores |= score_all(judges, ids, read, processes.check_stopped)
+            scores |= score_all(judges, ids, read, before)
         return texts, scores

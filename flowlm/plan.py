@@ -26,8 +26,8 @@ from flowlm.ahead_of_time import (
     total,
     trace_step,
 )
+from flowlm.assembly import build
 from flowlm.costs import EFFICIENCY, forward_flops
-from flowlm.experiment import build
 from flowlm.objectives.flow import Flow
 from flowlm.plan_tables import GIB, show
 

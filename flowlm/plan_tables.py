@@ -77,7 +77,7 @@ def show(report: Mapping, out: str | None) -> None:
         table.add_column(name, justify="left" if name == names[0] else "right")
     for label, cells in rows:
         table.add_row(label, *(cell.strip("*") for cell in cells))
-    screen = console()
+    screen = console(200)
     screen.print(table)
     screen.print(
         f"Times are an estimate: the largest of the three times at published peaks, divided by an efficiency of {EFFICIENCY}."

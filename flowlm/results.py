@@ -1,19 +1,16 @@
-"""What an evaluation found: the files it leaves in a directory, and how they are shown and compared."""
+"""What an evaluation found: the files it leaves in a directory, and how several are shown together."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
-from flowlm import storage
+from flowlm import run_directory, storage, tables
 from flowlm.curves import draw_evaluation
-from flowlm.terminal import console
 
-UNSHOWN = ("ngram_distance_1", "ngram_distance_3", "ngram_distance_5")  # in evaluation.json all the same
 SHOWN = 16  # samples of each kind in samples.txt
+PRINTED = 2  # of those at the terminal
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,7 @@ class Evaluation:
     metrics: as evaluation.py lists them. texts: {sampler@steps: samples as text}.
     trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
     notes: what a reader of the metrics must know, a sentence each.
+    main: the judges' metrics to read first. meanings: {metric of a judge: what it is}.
     """
 
     step: int
@@ -29,81 +27,39 @@ class Evaluation:
     texts: dict[str, list[str]]
     trajectories: dict[str, list] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    main: Sequence[str] = ()
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
-    def save(self, directory) -> None:
-        """Writes samples.txt, trajectories.json, evaluation.json and evaluation.png; each file appears whole."""
+    def record(self) -> dict:
+        """What evaluation.json holds."""
+        return {
+            "step": self.step,
+            "metrics": {k: v if np.isfinite(v) else None for k, v in self.metrics.items()},
+            "samples": {name: texts[0] for name, texts in self.texts.items()},
+            "main": list(self.main),
+            "meanings": dict(self.meanings),
+            **({"notes": list(self.notes)} if self.notes else {}),
+        }
+
+    def save(self, directory, run=None) -> None:
+        """Writes samples.txt, trajectories.json, evaluation.json and evaluation.png; each file appears whole.
+
+        run: the run directory that was evaluated, if it is another one.
+        """
         directory = storage.path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
         storage.write(directory / "samples.txt", "\n".join(blocks))
         storage.write(directory / "trajectories.json", json.dumps(self.trajectories) + "\n")
-        report = {
-            "step": self.step,
-            "metrics": {k: v if np.isfinite(v) else None for k, v in self.metrics.items()},
-            "samples": {name: texts[0] for name, texts in self.texts.items()},
-        }
-        if self.notes:
-            report["notes"] = list(self.notes)
+        record = self.record() | {"data": run_directory.data_name(run or directory)}
         # After the others, because a directory with an evaluation.json counts as evaluated.
-        storage.write(directory / "evaluation.json", json.dumps(report, indent=2) + "\n")
+        storage.write(directory / "evaluation.json", json.dumps(record, indent=2) + "\n")
         draw_evaluation(directory)
 
-    def show(self) -> None:
-        """Prints three tables: time grid, likelihood, samples; and two samples of each kind."""
-        screen = console()
-        for table in self._tables():
-            screen.print(table)
-        for name, texts in self.texts.items():
-            screen.print(Text(name, style="bold"), *(f"  {t}" for t in texts[:2]), sep="\n")
-
-    def _tables(self) -> list[Table]:
-        held = {k.removeprefix("held_out/"): v for k, v in self.metrics.items() if k.startswith("held_out/")}
-        grid = Table(title=f"Held-out nats per token at step {self.step}")
-        taus = sorted({k.split("@")[1] for k in held if "@" in k}, key=float)
-        for column in ("tau", *taus, "mean"):
-            grid.add_column(column, justify="right")
-        for row in ("cross_entropy", "context_free"):
-            if row in held:
-                grid.add_row(row.replace("_", " "), *(f"{held[f'{row}@{t}']:.3f}" for t in taus), f"{held[row]:.3f}")
-        tables = [grid] if taus else []
-        if "bound_nats_per_token" in held:
-            bound = Table(title="Likelihood bound")
-            bound.add_column("nats per token", justify="right")
-            bound.add_column("bits per token", justify="right")
-            nats, bits = ("bound_nats_per_token", "bound_bits_per_token")
-            bound.add_row(*(f"{held[k]:.3f} ± {held[f'{k}_stderr']:.3f}" for k in (nats, bits)))
-            tables.append(bound)
-        return [*tables, judged_table({"": self.metrics}, notes=self.notes)]
-
-
-def judged_table(
-    runs: Mapping[str, Mapping[str, float]],
-    samples: Mapping[str, Mapping[str, str]] | None = None,
-    notes: Sequence[str] = (),
-) -> Table:
-    """One line for each sampler of each run, tokens without a model and held-out rows last; with one sample of each if given.
-
-    Args:
-      runs: {name of the run: metrics of an evaluation}. samples: {name of the run: {sampler: text}}. notes: go below the table.
-    """
-    lines: dict[tuple[str, str], dict[str, float]] = {}
-    for run, metrics in runs.items():
-        for key, value in metrics.items():
-            if key.startswith("samples/"):
-                _, name, metric = key.split("/")
-                lines.setdefault((run if "@" in name else "", name), {})[metric] = value
-    columns = [m for m in next(iter(lines.values()), {}) if not m.endswith("_stderr") and m not in UNSHOWN]
-    table = Table(title="Samples before the judges", caption="\n".join(notes) or None)
-    table.add_column("sampler @ steps")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    if samples is not None:
-        table.add_column("one sample", overflow="fold")
-    for (run, name), row in sorted(lines.items(), key=lambda line: "@" not in line[0][1]):
-        show = lambda v: "" if v is None else f"{v:.3f}"
-        text = [] if samples is None else [samples[run or next(iter(samples))].get(name, "")]
-        table.add_row(f"{run} {name}".strip().replace("_", " "), *(show(row.get(c)) for c in columns), *text)
-    return table
+    def show(self, wide: bool = False) -> None:
+        """Prints the held-out likelihood, the judges' table with all columns if `wide`, and two samples of each kind."""
+        tables.print_likelihood(self.metrics, self.step)
+        tables.print_samples({"": self.record()}, {"": {k: v[:PRINTED] for k, v in self.texts.items()}}, wide)
 
 
 def read(directory) -> dict:
@@ -114,9 +70,49 @@ def read(directory) -> dict:
     return storage.read_json(path)
 
 
-def compare(directories: Sequence[str]) -> None:
-    """Prints one table of the samples of several evaluated runs. Raises FileNotFoundError, ValueError as `read`."""
-    found = {storage.path(directory).name: read(directory) for directory in directories}
-    metrics, samples = ({name: report[key] for name, report in found.items()} for key in ("metrics", "samples"))
-    notes = dict.fromkeys(f"{name}: {note}" for name, report in found.items() for note in report.get("notes", ()))
-    console().print(judged_table(metrics, samples, tuple(notes)))
+def short_names(directories: Sequence[str]) -> dict[str, str]:
+    """{directory: as little of its end as tells it from the others}; a directory that is given twice is there once."""
+    names: dict[tuple[str, ...], str] = {}
+    for name in directories:
+        names.setdefault(storage.path(name).resolve().parts, name)
+    depth = 1
+    while len({path[-depth:] for path in names}) < len(names):
+        depth += 1
+    return {name: "/".join(path[-depth:]) for path, name in names.items()}
+
+
+def lines_of_samples(directory, num: int) -> dict[str, list[str]]:
+    """{sampler@steps or held_out: the first `num` lines of its samples}, of each run's sampler as it is set, and of real rows.
+
+    Raises FileNotFoundError: the directory has no samples.txt.
+    """
+    path = storage.path(directory) / "samples.txt"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no samples.txt: run `flowlm evaluate --checkpoint={directory}`")
+    blocks = path.read_text("utf-8").removeprefix("== ").split("\n== ")
+    every = {
+        name: [line for line in rest.split("\n") if line][:num] for name, _, rest in (b.partition("\n") for b in blocks)
+    }
+    # Of the samplers with as many steps the plain one stands first.
+    as_set = {name.rpartition("@")[2]: name for name in every if "@" in name}
+    return {name: every[name] for name in (*as_set.values(), "held_out") if name in every}
+
+
+def compare(directories: Sequence[str], wide: bool = False, samples: int | None = None) -> None:
+    """Prints the samples' metrics of several evaluated runs, a table for each set of data, and a sample of each kind.
+
+    samples: so many lines of the samplers as they are set and of real rows, in place of one sample of each kind.
+
+    Raises FileNotFoundError, ValueError as `read` and `lines_of_samples`.
+    """
+    by_data: dict[str | None, dict[str, dict]] = {}
+    lines = {}
+    for directory, name in short_names(directories).items():
+        record = read(directory)
+        if samples is not None:
+            lines[name] = lines_of_samples(directory, samples)
+        by_data.setdefault(record.get("data") or run_directory.data_name(directory), {})[name] = record
+    for number, (data, runs) in enumerate(by_data.items()):
+        texts = {run: lines.get(run) or {k: [v] for k, v in record["samples"].items()} for run, record in runs.items()}
+        title = f"Samples before the judges{f': {data}' if data else ''}"
+        tables.print_samples(runs, texts, wide, f"\n{title}" if number else title)

@@ -80,6 +80,20 @@ def content_of_data(config: ConfigDict) -> str | None:
     return _digest(json.dumps(json.loads(manifest.read_text()) | {"path": ""}, sort_keys=True))
 
 
+def data_name(directory) -> str | None:
+    """What the rows of a run are, wherever they lie: runs with one name were judged beside the same text. None: no run is here."""
+    directory = storage.path(directory)
+    told = storage.read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    if "data" not in told:
+        return None
+    data = told["data"]
+    name = f"{data['name']}, {data['tokenizer']}"
+    if data["name"] == "own_text":  # its settings are places
+        content = known_content(directory, ConfigDict({"data": data}), "data.dir")
+        name = f"own_text {content[:8] if content else data['dir']}"
+    return f"{name}, rows of {data['length']}"
+
+
 INPUTS = ("teacher", "init_from", "data.dir")  # settings that name places
 
 

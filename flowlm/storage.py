@@ -96,6 +96,19 @@ def check_writable(directory: str | os.PathLike) -> None:
         raise ValueError(f"nothing can be written to {above}: give another place")
 
 
+def check_writable_file(file: epath.Path) -> None:
+    """Raises ValueError where a file cannot be written: it is a directory, or its directory is not there or cannot be written."""
+    if in_bucket(file):
+        return
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory, where a file is wanted: give the path of a file")
+    if not file.parent.exists():
+        raise ValueError(f"there is no directory {file.parent} for {file.name}: make it first")
+    check_writable(file.parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ValueError(f"{file} cannot be written: give another place")
+
+
 def write(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):

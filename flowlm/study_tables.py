@@ -9,6 +9,7 @@ import numpy as np
 
 from flowlm import storage
 from flowlm.curves import draw_panels
+from flowlm.judges import shown
 from flowlm.matching import Point, matched
 from flowlm.study import Run, Study, kept_file, setting_name
 
@@ -48,15 +49,21 @@ def gather(study: Study, kept: Path) -> list[dict]:
             if setting and sampler in plain and _same(values, plain[sampler]):
                 continue  # the setting does not touch this sampler
             name, _, steps = sampler.partition("@")
-            record = {"method": run.name, "seed": seed, "setting": setting, "sampler": name, "steps": int(steps or 0)}
+            record = {
+                "method": run.name,
+                "seed": seed,
+                "setting": setting,
+                "sampler": name,
+                "sampling_steps": int(steps or 0),
+            }
             records.append(record | (bound if steps else {}) | values)
     references: dict[str, dict] = {}
     for record in records:
-        if record["steps"] == 0:
+        if record["sampling_steps"] == 0:
             # Not every run asks all judges: what the first one lacks is of a later one.
             name = record["sampler"]
             references[name] = record | {"method": name, "sampler": ""} | references.get(name, {})
-    return [record for record in records if record["steps"]] + list(references.values())
+    return [record for record in records if record["sampling_steps"]] + list(references.values())
 
 
 def write(study: Study, kept: Path, results: Path) -> None:
@@ -77,11 +84,12 @@ def write(study: Study, kept: Path, results: Path) -> None:
     for record in (record for record in records if not (record["setting"] and study.matched)):
         method = f"{record['method']} {record['setting']}".strip()
         name = f"{method}, {record['sampler']}" if record["sampler"] else method
-        cells[name, record["steps"] or ""].append(record)
-    table = {cell: [shown(group, metric) for metric in study.metrics] for cell, group in cells.items()}
+        cells[name, record["sampling_steps"] or ""].append(record)
+    table = {cell: [mean_and_spread(group, metric) for metric in study.metrics] for cell, group in cells.items()}
     rows = [[name, steps, len(cells[name, steps]), *values] for (name, steps), values in table.items()]
     (results / "study.md").write_text(
-        "\n".join(markdown(["method", "steps", "seeds", *map(_title, study.metrics)], rows)) + "\n", encoding="utf-8"
+        "\n".join(markdown(["method", "sampling steps", "seeds", *map(shown, study.metrics)], rows)) + "\n",
+        encoding="utf-8",
     )
 
     (results / "study_grid.md").write_text("\n".join(grids(study.metrics, table)), encoding="utf-8")
@@ -89,7 +97,7 @@ def write(study: Study, kept: Path, results: Path) -> None:
         held_out = next(record[study.diversity] for record in records if record["method"] == "held_out")
         lines = []
         for below in study.below:
-            name = study.diversity.replace("_", " ")
+            name = shown(study.diversity)
             lines += [f"At {name} {held_out - below:.3f} nats, {below:g} below that of held-out rows.", ""]
             points = matched(records, study.matched, held_out - below, study.diversity)
             texts = {cell: [_text(point, held_out - below) for point in row] for cell, row in points.items()}
@@ -123,21 +131,17 @@ def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], t
             for metric, point in zip(study.matched, row, strict=True):
                 if point is not None and abs(point.diversity - target) < NEAR:
                     panels[metric][name].append((steps, point.value))
-    label = f"sampling steps, at {study.diversity.replace('_', ' ')} {target:.2f} nats"
+    label = f"sampling steps, at {shown(study.diversity)} {target:.2f} nats"
     draw_panels(path, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
 
 
-def shown(group: Sequence[dict], metric: str) -> str:
+def mean_and_spread(group: Sequence[dict], metric: str) -> str:
     """Mean ± spread of the records of one cell: over seeds their standard deviation, of one seed the samples' standard error."""
     values = np.array([record[metric] for record in group if record.get(metric) is not None], float)
     if not len(values):
         return "-"
     spread = values.std(ddof=1) if len(values) > 1 else group[0].get(f"{metric}_stderr")
     return f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-
-def _title(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
@@ -155,7 +159,7 @@ def grids(metrics: Sequence[str], table: Mapping[tuple, Sequence[str]]) -> list[
     for i, metric in enumerate(metrics):
         # Real text and the naive samplers take no steps.
         rows = [[name, *(table.get((name, n), table.get((name, ""), nothing))[i] for n in steps)] for name in names]
-        lines += [*markdown([_title(metric), *steps], rows), ""]
+        lines += [*markdown([shown(metric), *steps], rows), ""]
     return lines
 
 

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+WIDTH = 80  # columns where there is no terminal
+# What a shell says of a process whose reader has gone, such as that in front of `| head`.
+READER_GONE = 141
 
-def console(width: int = 200) -> Console:
-    """A console that reads no markup and no emoji codes in what it shows, `width` columns wide where there is no terminal."""
-    return Console(width=None if Console().is_terminal else width, markup=False, emoji=False, highlight=False)
+
+def console(width: int = WIDTH, least: int = 0) -> Console:
+    """A console that reads no markup and no emoji codes in what it shows.
+
+    Args:
+      width: columns where there is no terminal. least: columns that it has in any case; a narrower terminal breaks the lines.
+    """
+    here = Console()
+    columns = max(here.width if here.is_terminal else width, least)
+    return Console(width=columns, markup=False, emoji=False, highlight=False)
 
 
 def replace_what_cannot_be_printed() -> None:
@@ -18,6 +28,12 @@ def replace_what_cannot_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def end_without_reader() -> None:
+    """Ends the process because nobody reads its standard output any more, without a word about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it ends
+    sys.exit(READER_GONE)
 
 
 def command() -> str:

@@ -10,8 +10,10 @@ with I_t = (1 - t) x0 + t x1, so tau(0) = 0, tau(1) = 1 and uniform tau spends e
                  (the event is max_{v != y} x0_v - x0_y <= r; the sum is exact but cancels for large V, the integral does not)
 
 `ambient` is the paper's. Where V > D the network sees only the projection z = x @ E, which keeps about D / V of a token's
-signal power: `embedded` scales r by sqrt(min(1, D / V)). Both are pure functions of (prior, V, D), tabulated once on the
-host with knots in t and interpolated inside jit. `identity` is tau = t: no warp, for the ablation.
+signal power: `embedded` scales r by sqrt(min(1, D / V)). That is right for tokens whose embeddings are of one length; a network
+makes those of frequent ones longer, which are then read early, and rare ones late: `between` takes the root of that scale, halfway
+in its logarithm. All are pure functions of (prior, V, D), tabulated once on the host with knots in t and interpolated inside jit.
+`identity` is tau = t: no warp, for the ablation.
 """
 
 import dataclasses
@@ -24,7 +26,9 @@ import numpy as np
 from scipy.special import gammaln, log_ndtr
 
 KNOTS = 4097
-KINDS = ("ambient", "embedded", "identity")
+# What r is scaled by, of the share D / V of the signal's power.
+_SCALES = {"ambient": lambda share: 1.0, "embedded": math.sqrt, "between": lambda share: math.sqrt(math.sqrt(share))}
+KINDS = (*_SCALES, "identity")
 
 
 def _gaussian_q(ratio: np.ndarray, vocab: int) -> np.ndarray:
@@ -79,7 +83,8 @@ class TimeWarp:
 
     Attributes:
       prior: `gaussian` or `dirichlet`.
-      kind: `ambient` (the paper's), `embedded` (what is left of the signal after projection to D dimensions) or `identity`.
+      kind: `ambient` (the paper's), `embedded` (what is left of the signal after projection to D dimensions), `between` them, or
+        `identity`.
       vocab: V. width: D.
     """
 
@@ -102,8 +107,7 @@ class TimeWarp:
         if self.kind == "identity":
             ends = np.array([0.0, 1.0], np.float32)
             return ends, ends, np.ones(2, np.float32)
-        scale = 1.0 if self.kind == "ambient" else math.sqrt(min(1.0, self.width / self.vocab))
-        return _table(self.prior, self.vocab, scale)
+        return _table(self.prior, self.vocab, _SCALES[self.kind](min(1.0, self.width / self.vocab)))
 
     def tau(self, t: jax.Array) -> jax.Array:
         """Warped time of interpolation time t, both in [0, 1]."""

@@ -10,8 +10,9 @@ import tokenizers
 from etils import epath
 
 START_TOKENS = ("<|start|>", "[CLS]", "<|endoftext|>")
+PAD = "[PAD]"
 # A file may hold these without calling them special; the library would then find them in a text.
-_CONTROL = (*START_TOKENS, "[PAD]", "[SEP]", "[MASK]")
+_CONTROL = (*START_TOKENS, PAD, "[SEP]", "[MASK]")
 # No text spells it, because it is longer than a character and U+FDD0 is none.
 _LOST = "\ufdd0lost"
 

@@ -35,7 +35,7 @@ class Tokenizer:
     def with_pad(self) -> "Tokenizer":
         """The same with one more id, of a token [PAD] that no text has and that is not decoded."""
         model = tokenizers.Tokenizer.from_str(self.json)
-        model.add_special_tokens(["[PAD]"])
+        model.add_special_tokens([tokenizer_files.PAD])
         return Tokenizer(model.to_str())
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -71,6 +71,11 @@ class Tokenizer:
     def start(self) -> int:
         """Id of the start token."""
         return self._model.token_to_id(tokenizer_files.start_token(self._model))
+
+    @property
+    def pad(self) -> int | None:
+        """Id of the token [PAD], None where there is none."""
+        return self._model.token_to_id(tokenizer_files.PAD)
 
     @property
     def unknown(self) -> str | None:

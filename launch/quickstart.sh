@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
-# From a fresh machine to a flow language model, its one-step flow map, and both before the judges.
+# From a fresh machine to a flow language model of short English sentences, its one-step flow map, and both before the judges.
 # usage: bash launch/quickstart.sh [WORKDIR [--config.key=value ...]]
 set -euo pipefail
+case ${1:-} in
+    -h | --help)
+        sed -n '2,3s/^# //p' "$0"
+        echo "WORKDIR is runs/quickstart by default; a run found there is taken up where it was. Settings: flowlm/config.py."
+        exit ;;
+    -*) echo "The first argument is a directory, not ${1}: bash launch/quickstart.sh WORKDIR ${1}" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 workdir=${1:-runs/quickstart}
 shift || true
@@ -12,6 +19,13 @@ flowlm() { .venv/bin/flowlm "$@"; }
 flowlm train --config=experiments/quickstart.py --workdir="$workdir/flow" "$@"
 flowlm train --config=experiments/quickstart.py:flow_map --config.teacher="$workdir/flow" --workdir="$workdir/flow_map" "$@"
 echo
-flowlm compare --runs="$workdir/flow,$workdir/flow_map"
-echo "Run directories: $workdir/flow and $workdir/flow_map (config.json, checkpoints/, metrics.jsonl, curves.png, evaluation.json, samples.txt)"
-echo "More text:       .venv/bin/flowlm sample --checkpoint=$workdir/flow_map --steps=1"
+flowlm compare "$workdir/flow" "$workdir/flow_map" --samples=8
+cat <<END
+
+Files of a run, in $workdir/flow and $workdir/flow_map:
+  samples.txt, evaluation.json, evaluation.png, curves.png, metrics.jsonl, config.json, checkpoints/
+Next:
+  .venv/bin/flowlm sample --checkpoint=$workdir/flow_map --steps=1 --num=20
+  .venv/bin/flowlm report $workdir --out=$workdir/report
+  .venv/bin/flowlm train --config=experiments/grammar.py --workdir=runs/grammar
+END

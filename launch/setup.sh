@@ -19,12 +19,23 @@ lock=${LOCKED:+requirements/${set//,/+}.txt}
     echo "There is no $lock: make it by \`bash requirements/lock.sh $set\`, or leave out LOCKED." >&2
     exit 1
 }
+# A line now and then of what pip does; it would write hundreds, or with --quiet none for minutes.
+told() {
+    awk 'function say(text) { print text; fflush() }
+        /^Collecting/ { sub(/[^A-Za-z0-9_.-].*/, "", $2); if (++count % 10 == 0) say("  " count " packages fetched, " $2 " the last") }
+        /^Installing collected packages/ { say("  unpacking") }'
+}
 stamp=.venv/.flowlm-installed-$set${lock:+-locked}
 if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ] || [ "${lock:-setup.cfg}" -nt "$stamp" ]; then
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
-    [ -z "$lock" ] || "${pip[@]}" --requirement "$lock"
-    "${pip[@]}" ${lock:+--no-deps} --editable ".${extras:+[$extras]}"
+    [ -x .venv/bin/python ] || {
+        echo "making .venv"
+        "$python" -m venv .venv
+    }
+    echo "installing flowlm${extras:+ with $extras} and what it needs, about 2 minutes"
+    export PYTHONUNBUFFERED=1
+    pip=(.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off)
+    [ -z "$lock" ] || "${pip[@]}" --requirement "$lock" | told
+    "${pip[@]}" ${lock:+--no-deps} --editable ".${extras:+[$extras]}" | told
     touch "$stamp"
     echo "flowlm is in .venv: source .venv/bin/activate, or call it .venv/bin/flowlm"
 fi

@@ -12,8 +12,7 @@ import pytest
 from command_line import error_of, flowlm
 from toy import run_config
 
-from flowlm import experiment as experiments
-from flowlm import run_directory
+from flowlm import assembly, run_directory
 from flowlm.data import reader
 from flowlm.tokenizers import shipped
 
@@ -30,7 +29,7 @@ def nothing_expensive(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reader, "_prepare", expensive)
-    for name in ("train.Checkpoints", "evaluation.Sampler", "evaluation.Evaluator", "bench._run", "bench._child"):
+    for name in ("training.Checkpoints", "evaluation.Sampler", "evaluation.Evaluator", "bench._run", "bench._child"):
         monkeypatch.setattr(f"flowlm.{name}", expensive)
     return tmp_path / "data"
 
@@ -98,7 +97,7 @@ FLAGS = {
     "sample {empty} --objective=eta": "--objective takes KEY=VALUE,..., got 'eta'",
     "sample {grammar} --objective=heat=1": "has no 'heat': it has ... gamma",
     "sample {grammar} --objective=gamma=hot": "objective.gamma cannot be 'hot': it is a float, 0.0 there",
-    "sample {grammar} --sampler=maps": "unknown --sampler 'maps': choose one of ['map",
+    "sample {grammar} --sampler=maps": "no sampler 'maps': there are map, map-noise0.5; did you mean map?",
 }
 
 NUMBERS = {
@@ -362,6 +361,6 @@ def test_a_run_without_checkpoints(data_dir, tmp_path):
 
 def test_sampling_takes_a_step():
     config = run_config("")
-    experiment = experiments.build(config, 99)
+    experiment = assembly.build(config, 99)
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         experiment.family.sample(experiment.net, {"embedding": jnp.zeros((99, 32))}, jax.random.key(0), 4, 0)

@@ -11,10 +11,10 @@ from command_line import flowlm
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm.experiment import load_trained
+from flowlm.assembly import load_trained
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 
 def losses(workdir):
@@ -65,7 +65,7 @@ def test_a_run_is_evaluated_with_another_sampler(data_dir, tmp_path):
     )
     assert told.status == 0, told.err
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
-    assert "samples/ancestral temperature 0.5 noise 0.25@2/entropy" in metrics
+    assert "samples/ancestral-temp0.5-noise0.25@2/entropy" in metrics
     assert (tmp_path / "run/evaluation.json").read_bytes() == kept
     for change, message in (
         ({"heat": 1}, "has no 'heat': it has eta, family"),

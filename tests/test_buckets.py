@@ -15,13 +15,13 @@ import pytest
 from toy import run_config, train_only
 
 from flowlm import report, results, storage
+from flowlm.assembly import load_trained
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset, packing
 from flowlm.data.prepare import prepare
-from flowlm.experiment import load_trained
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 # Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.
 for _package in ("gcsfs", "gcp_storage_emulator"):
@@ -69,7 +69,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
         assert (storage.path(there) / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     results.compare([there])
-    assert "flow euler@1" in capsys.readouterr().out
+    assert "flow euler@1\n" in capsys.readouterr().out
     report.write([f"{BUCKET}/runs"], f"{BUCKET}/report")
     assert names_in(f"{BUCKET}/report") == ["index.html", "runs.csv", "runs.md"]
     rows = list(csv.DictReader((storage.path(BUCKET) / "report/runs.csv").read_text().splitlines()))

@@ -16,8 +16,7 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import experiment as experiments
-from flowlm import integrity
+from flowlm import assembly, integrity
 from flowlm.checkpoint import Checkpoints
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
@@ -78,7 +77,7 @@ def contents(directory):
 
 
 def abstract_state(config):
-    return experiments.abstract_state(experiments.build(config, 99), Layout(make_mesh(data=1)))
+    return assembly.abstract_state(assembly.build(config, 99), Layout(make_mesh(data=1)))
 
 
 # --- stopped and killed ------------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ def test_reading_a_run_changes_nothing_on_disk(workdir, config):
     _truncate("*")(workdir / "checkpoints/6")
     (workdir / "checkpoints/9.orbax-checkpoint-tmp").mkdir()
     before = contents(workdir)
-    run = experiments.load_trained(workdir, Layout(make_mesh(data=1)))
+    run = assembly.load_trained(workdir, Layout(make_mesh(data=1)))
     assert run.step == 3
     assert contents(workdir) == before
     saved = ocp.load(workdir / "checkpoints/3")["ema"]
@@ -244,7 +243,7 @@ def test_a_run_under_other_odd_names(config, tmp_path):
     config.steps = 3
     for name in ("lr=1e-3,b", "a b#{c}%20"):
         train_only(config, tmp_path / name)
-        assert experiments.load_trained(tmp_path / name, Layout(make_mesh(data=1))).step == 3
+        assert assembly.load_trained(tmp_path / name, Layout(make_mesh(data=1))).step == 3
 
 
 # --- changed -----------------------------------------------------------------------------------------------------
@@ -356,14 +355,14 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path):
 def test_parameters_that_diverge_are_never_saved(uninterrupted, workdir, config, monkeypatch):
     """The update to state 6 ruins it, while the loss and the gradient of that step are still finite."""
     shutil.rmtree(workdir / "checkpoints/6")
-    make_schedule = experiments.make_schedule
+    make_schedule = assembly.make_schedule
 
     def ruinous(*arguments):
         schedule = make_schedule(*arguments)
         return lambda count: jnp.where(count == 5, 1e30, schedule(count))
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments, "make_schedule", ruinous)
+        patch.setattr(assembly, "make_schedule", ruinous)
         with pytest.raises(FloatingPointError, match="at step 6: the last good checkpoint is step 3"):
             train_only(config, workdir)
     assert steps_in(workdir / "checkpoints") == [3]

@@ -12,8 +12,7 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import network, perturbed, run_config, train_only
 
-from flowlm import experiment as experiments
-from flowlm import run_directory, train_state
+from flowlm import assembly, run_directory, train_state
 from flowlm.metrics import read_metrics
 from flowlm.results import Evaluation, compare
 from flowlm.sharding import Layout, make_mesh
@@ -58,9 +57,9 @@ def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     """The same logits to the last bit, whatever the second time; and training would move what was zero."""
     config = run_config(data_dir, "flow_map", **{"teacher": str(teacher), "model.preview": preview})
     layout = Layout(make_mesh(data=1))
-    student = experiments.build(config, 99)
-    params = experiments.load_teacher(config, shipped("grammar98"), student, layout).flow
-    run = experiments.load_trained(teacher, layout)
+    student = assembly.build(config, 99)
+    params = assembly.load_teacher(config, shipped("grammar98"), student, layout).flow
+    run = assembly.load_trained(teacher, layout)
     theirs = run.experiment.net
     z = jax.random.normal(jax.random.key(0), (4, 19, 32)) @ jnp.diag(jnp.linspace(0.1, 1, 32))
     tau = jnp.array([0.0, 0.3, 0.6, 0.9])
@@ -215,7 +214,7 @@ WRONG = {
 @pytest.mark.parametrize("changes", WRONG, ids=", ".join)
 def test_settings(changes, teacher, data_dir, tmp_path, monkeypatch):
     """One clear error before anything is written."""
-    monkeypatch.setattr("flowlm.train.Checkpoints", None)
+    monkeypatch.setattr("flowlm.training.Checkpoints", None)
     config = run_config(data_dir, "flow_map", teacher=str(teacher))
     for change in changes:
         key, _, text = change.partition("=")
@@ -264,13 +263,18 @@ def test_compare_shows_every_sampler_of_every_run_once(tmp_path, capsys):
     error = error_of("compare", f"--runs={tmp_path}/flow,{tmp_path}/nothing")
     assert f"{tmp_path}/nothing has no evaluation.json: run `flowlm evaluate" in error
     compare([str(tmp_path / "flow"), str(tmp_path / "flow_map")])
-    rows = [
-        [c.strip() for c in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.split() for line in lines[3:10]] == [
+        ["flow"],
+        ["map@1", "1.125"],
+        ["map@2", "2.250"],
+        ["flow_map"],
+        ["map@1", "2.375"],
+        ["map@2", "4.750"],
+        ["held", "out", "3.250"],
     ]
-    assert rows == [
-        ["flow map@1", "1.125", "flow wrote this"],
-        ["flow map@2", "2.250", "and this"],
-        ["flow map map@1", "2.375", "flow_map wrote this"],
-        ["flow map map@2", "4.750", "and this"],
-        ["held out", "3.250", "a king"],
+    assert [line for line in lines[10:] if line] == [
+        *("flow map@1", "flow wrote this", "flow map@2", "and this"),
+        *("held out", "a king"),
+        *("flow_map map@1", "flow_map wrote this", "flow_map map@2", "and this"),
     ]

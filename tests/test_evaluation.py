@@ -1,5 +1,6 @@
 """An evaluation: what is read, what is judged, on which devices, and what must be found before anything is trained."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,16 +16,15 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config
 
-from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study
-from flowlm import train as training
+from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training
+from flowlm.assembly import build, load_trained
 from flowlm.data import open_dataset
 from flowlm.evaluation import Evaluator, on_rows
-from flowlm.experiment import build, load_trained
 from flowlm.export import export
 from flowlm.judges.language_model import LanguageModel
 from flowlm.results import Evaluation
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +65,9 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
     config = run_config(data_dir)
     data = opened(config)
     splits = {name: Rows(getattr(data, name), token) for token, name in enumerate(("train", "validation", "test"), 3)}
-    dataset = SimpleNamespace(**{name: getattr(data, name) for name in ("tokenizer", "length", "grammar")}, **splits)
+    dataset = SimpleNamespace(
+        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")}, **splits
+    )
     word = {name: data.tokenizer.decode([token]) for token, name in enumerate(("train", "validation", "test"), 3)}
     assert len(set(word.values())) == 3
     referred, judged = {}, []
@@ -288,7 +290,7 @@ def test_what_users_and_models_wrote_is_shown_as_it_stands(tmp_path, capsys):
     results.compare([str(directory)])
     printed = capsys.readouterr().out
     assert f"  {MARKUP}\n" in printed
-    assert printed.count("[i]judge nats") == 2 and "a [note]" in printed
+    assert printed.count("[i]judge  $judge^") == 2 and "a [note]" in printed
     assert "run[1] [b]$x$" in printed and "run[1] [b]$x$: a [note]" in printed
     assert (directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert MARKUP in (directory / "samples.txt").read_text("utf-8")
@@ -395,10 +397,29 @@ def test_an_evaluation_asks_between_samplers_and_judges(data_dir, monkeypatch):
     for module in (evaluation, processes):
         monkeypatch.setattr(module, "check_stopped", lambda: asked.append(len(asked)))
     params = build(config, 99).net.init(jax.random.key(0))
+    totals, begun = [], []
+
+    @contextlib.contextmanager
+    def parts(total):
+        totals.append(total)
+        yield begun.append
+
+    monkeypatch.setattr(evaluation.progress, "parts", parts)
     evaluator(params, 1, 300)
     # Two cross-entropies at two times and a bound; two samplers of two calls; three judges of two samplers and three references;
     # and a trajectory of each sampler.
     assert len(asked) == 2 * 2 + 1 + 2 * 2 + 3 * (2 + 3) + 2
+    # Before each of them the bar is told what comes.
+    assert totals == [len(asked)] == [len(begun)]
+    assert begun[4:10] == [
+        "16 held-out rows: likelihood",
+        *["300 rows at 1 step: sampling"] * 2,
+        *(f"300 rows at 1 step: judge {i} of 3" for i in (1, 2, 3)),
+    ]
+    assert begun[-5:] == [
+        *(f"300 held-out rows: judge {i} of 3" for i in (1, 2, 3)),
+        *(f"following 2 samples of {name}@1" for name in ("euler", "ancestral")),
+    ]
 
     def stop():
         raise processes.Stopped

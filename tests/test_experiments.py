@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from flowlm import checkpoint, models, objectives, optimizers, tokenizers
+from flowlm.assembly import abstract_state, build, jit_step
 from flowlm.config import defaults
 from flowlm.data.grammar import Grammar, shipped_names
-from flowlm.experiment import abstract_state, build, jit_step
 from flowlm.sharding import Layout, check_batch, make_mesh
 from flowlm.train_state import Teacher, make_step
 
@@ -29,7 +29,7 @@ ARGUMENTS = {
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
-    "quickstart": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
+    **dict.fromkeys(("quickstart", "speeches"), ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd")),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 

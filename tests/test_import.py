@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config
 
 from flowlm import evaluation, importing
-from flowlm.experiment import build, load_teacher, load_trained
+from flowlm.assembly import build, load_teacher, load_trained
 from flowlm.export import export
 from flowlm.reference import from_reference, to_reference
 from flowlm.sharding import Layout, make_mesh

@@ -92,7 +92,12 @@ case "$1" in
 esac
 case "$2" in
 venv) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-pip) echo "$@" >> pip.log ;;
+pip)
+    echo "$@" >> pip.log
+    [ -z "$FAILS" ] || { echo "ERROR: no such package" >&2; exit 1; }
+    for i in 1 2 3 4 5 6 7 8 9 10 11; do echo "Collecting package$i<2,>=1 (from flowlm==0.1.0)"; done
+    echo "Installing collected packages: many"
+    ;;
 esac
 """
 
@@ -111,10 +116,9 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def setup(checkout, *extras, **environment):
-    """What pip is asked for, line by line. Raises CalledProcessError."""
-    (checkout / "pip.log").write_text("")
-    subprocess.run(
+def run_setup(checkout, *extras, **environment):
+    """The script, finished. Raises CalledProcessError."""
+    return subprocess.run(
         ["bash", "launch/setup.sh", *extras],
         cwd=checkout,
         env=os.environ | {"PYTHON": "./python", "LOCKED": ""} | environment,
@@ -122,8 +126,29 @@ def setup(checkout, *extras, **environment):
         capture_output=True,
         text=True,
     )
+
+
+def setup(checkout, *extras, **environment):
+    """What pip is asked for, line by line. Raises CalledProcessError."""
+    (checkout / "pip.log").write_text("")
+    run_setup(checkout, *extras, **environment)
     said = (checkout / "pip.log").read_text().splitlines()
-    return [line.removeprefix("-m pip install --quiet --disable-pip-version-check ") for line in said]
+    return [line.removeprefix("-m pip install --disable-pip-version-check --progress-bar off ") for line in said]
+
+
+def test_installation_says_what_it_does_and_a_failure_of_pip_is_one_of_its_own(checkout):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_setup(checkout, FAILS="yes")
+    assert error.value.stderr == "ERROR: no such package\n" and not list((checkout / ".venv").glob(".flowlm*"))
+    assert run_setup(checkout, "dev").stdout.splitlines() == [
+        "installing flowlm with dev and what it needs, about 2 minutes",
+        "  10 packages fetched, package10 the last",
+        "  unpacking",
+        "flowlm is in .venv: source .venv/bin/activate, or call it .venv/bin/flowlm",
+    ]
+    shutil.rmtree(checkout / ".venv")
+    assert run_setup(checkout).stdout.startswith("making .venv\ninstalling flowlm and what it needs, about 2 minutes\n")
+    assert run_setup(checkout).stdout == ""
 
 
 def test_a_locked_set_is_installed_from_its_lock_alone_and_again_when_that_changes(checkout):

@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from flowlm.judges import mean_with_stderr, score_all
+from flowlm.judges import mean_with_stderr, score_all, shown
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.language_model import LanguageModel
+from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, distinct_share, entropies, longest_repeats, self_bleu, words
 
 TEXT = (
@@ -47,6 +50,48 @@ def test_pooled_mean_and_its_standard_error():
 
     assert all(math.isnan(x) for x in mean_with_stderr("m", [0, 0], [0, 0]).values())
     assert math.isnan(mean_with_stderr("m", [2.0])["m_stderr"])
+
+
+def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics():
+    rows = np.array([[START, 1, 2, 1, 2, 3], [START, 3, 3, 1, 4, 5]])
+    texts = ["aaa bbb ccc", "bbb ccc ddd"]
+    judges = [
+        (Statistics(frozenset(["bbb"]), START), ("entropy", "distinct_rows", "distinct_2")),
+        (KneserNey.fit(TEXT), ("nats_per_char",)),
+        (NGrams(rows, START), ("ngram_distance_2",)),
+        (Sentences(rows[:1], rows[1:], START, 0), ("found", "copied")),
+        (GrammarJudge(Coins(), START), ("grammatical", "nll_minus_entropy")),
+        (
+            LanguageModel("smollm2", lambda texts: [[1]] * len(texts), lambda ids: np.ones((len(ids), 8)), 0, 8),
+            ("smollm2_nats_per_token",),
+        ),
+    ]
+    for judge, main in judges:
+        scores = judge.score(rows[:, :4] if isinstance(judge, GrammarJudge) else rows, texts)
+        metrics = [metric for metric in scores if not metric.endswith("_stderr")]
+        assert set(metrics) == set(judge.meanings) >= set(judge.main) and judge.main == main
+        assert all(len(f"{shown(metric)}  {meaning}") <= 80 for metric, meaning in judge.meanings.items())
+
+
+def test_many_texts_are_read_each_from_its_own_beginning():
+    model = KneserNey.fit(TEXT)
+    texts = ["The public credit.", "", "a", "xyz is new", TEXT[:40]]
+    for text, found in zip(texts, model.log_probs(texts), strict=True):
+        np.testing.assert_array_equal(found, model.log_prob(text))
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("nats_per_char", "nats / char"),
+        ("nll_minus_entropy", "nll - entropy"),
+        ("distinct_rows", "distinct rows"),
+        ("smollm2_nats_per_token", "smollm2 nats / token"),
+        ("seconds_per_100", "seconds / 100"),
+    ],
+)
+def test_a_metric_as_people_read_it(metric, name):
+    assert shown(metric) == name
 
 
 def test_score_all_keeps_order_and_refuses_clashes():
@@ -236,7 +281,7 @@ def test_a_large_alphabet_takes_a_lower_order():
     np.testing.assert_allclose(model.log_prob(held_out), slow.log_prob(held_out), rtol=1e-10)
     count = len(set(text))
     assert count > 6207
-    assert model.note.startswith("nats per char is of a 4-gram model, not a 5-gram one: 6,2")
+    assert model.note.startswith("nats / char is of a 4-gram model, not a 5-gram one: 6,2")
     assert f"{count:,} different characters" in model.note
 
 

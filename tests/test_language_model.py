@@ -6,13 +6,13 @@ import pytest
 from toy import run_config, train_only
 
 from flowlm import panel
+from flowlm.assembly import load_trained
 from flowlm.data import open_dataset
-from flowlm.experiment import load_trained
 from flowlm.judges import mauve, smollm2
 from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
-from flowlm.train import train
+from flowlm.training import train
 
 END = 0
 
@@ -218,6 +218,6 @@ def test_a_run_of_ours_judges_by_its_own_likelihood(data_dir, tmp_path):
 )
 def test_a_missing_judge_is_an_error_before_the_training(name, error, message, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "path_in", lambda data_dir: tmp_path / "nothing")
-    monkeypatch.setattr("flowlm.train.MetricWriter", None)
+    monkeypatch.setattr("flowlm.training.MetricWriter", None)
     with pytest.raises(error, match=message):
         train(run_config(data_dir, **{"evaluation.language_models": (name,)}), str(tmp_path / "run"))

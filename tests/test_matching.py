@@ -30,7 +30,7 @@ def test_the_error_counts_values_and_diversities():
 @pytest.mark.parametrize(("metric", "kept"), [("grammatical", 0.5), ("nats_per_char", 0.3)])
 def test_which_of_two_settings_of_one_diversity_is_the_better_one(metric, kept):
     """More grammatical rows are better, and fewer nats."""
-    record = {"method": "m", "seed": 0, "sampler": "map", "steps": 1, "nll_minus_entropy": -0.7}
+    record = {"method": "m", "seed": 0, "sampler": "map", "sampling_steps": 1, "nll_minus_entropy": -0.7}
     rows = [record | {metric: value} for value in (0.3, 0.5)]
     (point,) = matched(rows, [metric], -0.7, "nll_minus_entropy")["m, map", 1]
     assert point[:2] == (-0.7, kept)

@@ -10,8 +10,8 @@ import pytest
 import toy
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from flowlm.assembly import build
 from flowlm.config import defaults
-from flowlm.experiment import build
 from flowlm.models import PREVIEW, PRIOR_SCALE, dit
 from flowlm.models.attention import attention
 from flowlm.sharding import make_layout, make_mesh

@@ -18,8 +18,8 @@ from toy import run_config
 
 from flowlm import ahead_of_time, plan
 from flowlm.ahead_of_time import needed_memory, parse_topology, trace_step
+from flowlm.assembly import abstract_state, build
 from flowlm.costs import CHIPS, EFFICIENCY, forward_flops
-from flowlm.experiment import abstract_state, build
 from flowlm.plan import RESOLUTION, device_need, largest_batch, plan_device
 from flowlm.sharding import Layout, make_mesh
 

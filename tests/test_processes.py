@@ -18,11 +18,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import experiment_file, run_config, train_only
 
 from flowlm import processes, run_directory, sharding
-from flowlm.experiment import abstract_state, build
+from flowlm.assembly import abstract_state, build
 from flowlm.metrics import read_metrics
 from flowlm.profiling import parse_steps
 from flowlm.sharding import Layout, make_mesh
-from flowlm.train import train
+from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds until a test gives up; on an idle machine none waits a tenth of it
@@ -124,7 +124,7 @@ def test_two_processes_are_one(start, tmp_path, data_dir):
         if name.startswith("held_out/"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
     assert (two / "samples.txt").read_text() == (one / "samples.txt").read_text()
-    assert "in 2 processes" in told(two) and "Held-out nats per token" in told(two)
+    assert "in 2 processes" in told(two) and "Held-out nats / token" in told(two)
     assert "step" not in told(two, 1) and "nats" not in told(two, 1)
     assert "compiled anew" not in told(two) + told(two, 1)
     assert list((two / "profile").rglob("*.xplane.pb"))

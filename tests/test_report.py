@@ -17,7 +17,7 @@ from flowlm import report
 from flowlm.data import open_dataset
 from flowlm.objectives import make_family
 from flowlm.time_warp import TimeWarp
-from flowlm.train import train
+from flowlm.training import train
 
 NASTY = "</script><b id=nasty>&\"'"
 
@@ -62,26 +62,99 @@ def test_runs_as_they_are(runs, tmp_path, capsys):
     report.write([str(runs)], str(tmp_path / "out"))
     with (tmp_path / "out/runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    told = [(r["run"], r["status"], r["step"], r["sampler"], r["sampling_steps"], r["entropy"]) for r in rows]
+    told = [
+        tuple(r[k] for k in ("run", "status", "training_step", "sampler", "sampling_steps", "entropy")) for r in rows
+    ]
     assert told == [
         ("begun", "begun", "0", "", "", ""),
         ("finished/seed0", "finished", "20", "map", "1", "1.25"),
         ("finished/seed0", "finished", "20", "map", "4", "2.5"),
-        ("finished/seed0", "finished", "20", "held_out", "", "3.0"),
         ("finished/seed0", "finished", "20", "map gamma=0.5", "1", "7.0"),
         ("training", "25 %", "5", "", "", ""),
+        ("", "", "", "held_out", "", "3.0"),
     ]
     # Only settings that differ are columns, and each as it was set.
-    assert [r["model.input"] for r in rows] == ["both", "raw", "raw", "raw", "raw", "both"]
-    assert rows[0]["ema_decay"] == "0.9999" and not {"seed", "steps"} & set(rows[0])
-    assert [r["loss"] for r in rows] == ["", "1.0", "1.0", "1.0", "1.0", "1.75"]
+    assert [r["model.input"] for r in rows] == ["both", "raw", "raw", "raw", "both", ""]
+    assert rows[0]["ema_decay"] == "0.9999" and not {"seed", "training_steps", "steps"} & set(rows[0])
+    assert [r["loss"] for r in rows] == ["", "1.0", "1.0", "1.0", "1.75", ""]
     lines = (tmp_path / "out/runs.md").read_text().splitlines()
-    head = ("run", "status", "step", "model.input", "ema_decay", "loss", "held out cross entropy")
+    head = ("run", "status", "training step", "model.input", "ema_decay", "loss", "held out cross entropy")
     assert lines[0] == f"| {' | '.join((*head, 'sampler', 'sampling steps', 'entropy'))} |"
     assert lines[3] == "| finished/seed0 | finished | 20 | raw |  | 1.000 | 0.500 | map | 1 | 1.250 ± 0.125 |"
-    assert lines[-1] == "| training | 25 % | 5 | both |  | 1.750 |  |  |  |  |"
+    assert lines[-2] == "| training | 25 % | 5 | both |  | 1.750 |  |  |  |  |"
+    assert lines[-1] == "|  |  |  |  |  |  |  | held_out |  | 3.000 ± 0.125 |"
     printed = capsys.readouterr().out
-    assert "3 runs" in printed and "1.250 ± 0.125" in printed
+    assert printed.startswith("3 runs\n") and max(map(len, printed.splitlines()[:-1])) <= 80
+    said = [line.split() for line in printed.splitlines()]
+    assert ["training", "25", "%", "5", "1.750"] in said and ["begun", "begun", "0"] in said
+    assert ["map@1", "1.250"] in said and ["held", "out", "3.000"] in said
+
+
+def told(path, data, **settings):
+    """A finished run of a name on the data, with its settings, whose map in one step has the entropy 2."""
+    metrics = {"samples/map@1/entropy": 2.0, "samples/held_out/entropy": 3.0}
+    where = {"name": data, "tokenizer": data, "length": 8, "dir": str(path)}
+    make_run(path, {"data": where, **settings}, evaluation=(metrics, {"map@1": "one"}))
+
+
+def test_runs_on_other_data_are_in_another_table_with_a_held_out_line_of_their_own(tmp_path):
+    for name, data in (("a", "sotu"), ("b", "grammar98"), ("c", "sotu")):
+        told(tmp_path / "w" / name, data)
+    report.write([str(tmp_path / "w")], str(tmp_path / "out"))
+    parts = (tmp_path / "out/runs.md").read_text().split("## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == ["sotu, sotu, rows of 8", "grammar98, grammar98, rows of 8"]
+    firsts = [
+        [line.split(" | ")[0].strip("| ") for line in part.splitlines() if line.startswith("|")] for part in parts
+    ]
+    assert firsts == [["run", "---|---|---|---|---|---", "a", "c", ""], ["run", "---|---|---|---|---|---", "b", ""]]
+    assert [part.count("held_out |  | 3.000 |") for part in parts] == [1, 1]
+    page = (tmp_path / "out/index.html").read_text()
+    data = json.loads(html.unescape(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]))
+    assert [run["data"] for run in data["runs"]] == [
+        "sotu, sotu, rows of 8",
+        "grammar98, grammar98, rows of 8",
+        "sotu, sotu, rows of 8",
+    ]
+    assert re.findall("<h3>(.*?)</h3>", page) == ["sotu, sotu, rows of 8", "grammar98, grammar98, rows of 8"]
+
+
+def test_text_of_ones_own_is_the_same_data_wherever_it_lies(tmp_path):
+    for name, content in (("a", "0123456789"), ("b", "abcdef0123"), ("c", "0123456789")):
+        told(tmp_path / "w" / name, "own_text")
+        (tmp_path / "w" / name / "inputs.json").write_text(json.dumps({"data.dir": content}))
+    runs = report.gather([str(tmp_path / "w")])
+    assert {data: [run.name for run in group] for data, group in report.by_data(runs).items()} == {
+        "own_text 01234567, rows of 8": ["a", "c"],
+        "own_text abcdef01, rows of 8": ["b"],
+    }
+
+
+def test_settings_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["x", "noise=-1", "noise=0.5", "noise=2", "noise=1e1", "noise=10.5", "seed2", "seed10"]
+    for name in sorted(names):
+        told(tmp_path / "w" / name, "sotu")
+    assert [run.name for run in report.gather([str(tmp_path / "w")])] == [*names[1:], "x"]
+
+
+def test_figures_of_one_line_are_of_one_training_step(tmp_path):
+    """Of a run that was trained on after its evaluation, and of one that was never evaluated at its end."""
+    lines = [{"step": k, "loss": float(k)} for k in range(1, 16)]
+    lines.insert(9, {"step": 9, "held_out/cross_entropy": 0.75})
+    make_run(
+        tmp_path / "w/evaluated",
+        {},
+        lines,
+        ({"held_out/cross_entropy": 0.5, "samples/map@4/entropy": 2.0}, {"map@4": "a"}),
+    )
+    place = tmp_path / "w/evaluated/evaluation.json"
+    place.write_text(place.read_text().replace('"step": 20', '"step": 12'))
+    make_run(tmp_path / "w/training", {"steps": 30}, lines)
+    rows = report.records(report.gather([str(tmp_path / "w")]), ["training_steps"])
+    keys = ("run", "training_steps", "training_step", "loss", "held_out/cross_entropy", "sampling_steps")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("evaluated", 20, 12, 12.0, 0.5, 4),
+        ("training", 30, 9, 9.0, 0.75, None),
+    ]
 
 
 def test_the_page_holds_all_and_asks_no_network(runs, tmp_path):
@@ -217,3 +290,22 @@ def test_runs_that_have_only_begun(tmp_path):
     report.write([str(tmp_path / "w")], str(tmp_path / "out"))
     document, console = browse(Path(tmp_path / "out/index.html"), tmp_path / "profile")
     assert console == [] and "Nothing was evaluated yet." in document and "No trajectory was written yet." in document
+
+
+@pytest.mark.needs("browser")
+def test_the_page_draws_runs_on_the_same_data_with_settings_in_order(tmp_path):
+    for name, data, noise in (("a", "sotu", 10), ("b", "sotu", 0.5), ("c", "grammar98", 7), ("d", "sotu", 2)):
+        told(tmp_path / "w" / name, data, noise=noise)
+        place = tmp_path / "w" / name / "evaluation.json"
+        found = json.loads(place.read_text()) | {"main": ["found"]}
+        found["metrics"]["samples/map@1/found"] = 0.5
+        place.write_text(json.dumps(found))
+    report.write([str(tmp_path / "w")], str(tmp_path / "out"))
+    document, console = browse(tmp_path / "out/index.html", tmp_path / "profile")
+    assert console == []
+    by_noise = re.search(
+        r"<figcaption>found by noise, 1 sampling steps</figcaption>(.*?)</figure>", document, re.DOTALL
+    )[1]
+    assert re.findall(r'text-anchor="middle"[^>]*>([^<]*)<', by_noise) == ["0.5", "2", "10"]
+    samples = re.search(r'id="samples">(.*?)<h2>', document, re.DOTALL)[1]
+    assert re.findall("<h3>(.*?)</h3>", samples) == ["a", "b", "d"]

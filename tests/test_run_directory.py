@@ -12,10 +12,10 @@ from command_line import error_of, flowlm
 from toy import drawn, run_config
 
 from flowlm import evaluation, main, run_directory, storage
+from flowlm.assembly import build
 from flowlm.checkpoint import save_params
 from flowlm.cli.evaluate import COMPARE
 from flowlm.data.prepare import prepare
-from flowlm.experiment import build
 from flowlm.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -196,9 +196,9 @@ def test_a_place_that_cannot_be_written_is_said_first(name, tmp_path, monkeypatc
     monkeypatch.chdir(ROOT)
     expensive = lambda *arguments, **settings: pytest.fail("expensive work before the error")
     # Where it comes from is last, so that no module is imported, and keeps it, while it is replaced.
-    for module in ("panel", "export", "importing", "inspection", "experiment"):
+    for module in ("trained", "panel", "export", "importing", "inspection", "assembly"):
         monkeypatch.setattr(f"flowlm.{module}.load_trained", expensive)
-    monkeypatch.setattr("flowlm.train.Checkpoints", expensive)
+    monkeypatch.setattr("flowlm.training.Checkpoints", expensive)
     (tmp_path / "file").write_text("it")
     line = [part.format(tmp_path / "file") for part in COMMANDS[name]] + [f"--config.data.dir={data_dir}"] * (
         name == "train"

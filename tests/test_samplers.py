@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from toy import drawn, run_config
 
-from flowlm import experiment
+from flowlm import assembly
+from flowlm.evaluation import named_sampler, samplers
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.guidance import Prediction
 from flowlm.prior import Gaussian
@@ -24,8 +25,41 @@ def built(family, **objective):
         **{"model.blocks": 1, "model.learned_positions": True, "model.logit_cap": 0.0, "data.length": 6},
         **changes,
     )
-    made = experiment.build(config, config.model.vocab_size)
+    made = assembly.build(config, config.model.vocab_size)
     return made.net, made.family, drawn(made.net, scale=0.3)
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "names"),
+    [
+        ("flow", {"eta": 1.0}, ["euler", "ancestral"]),
+        ("flow", {"eta": 1.0, "temperature": 0.55, "noise_scale": 0.8}, ["euler", "ancestral-temp0.55-noise0.8"]),
+        ("flow", {"eta": 0.5, "noise_scale": 0.25}, ["euler", "eta0.5-noise0.25"]),
+        ("flow", {"eta": 0.0, "temperature": 1.0}, ["euler", "euler-temp1"]),
+        ("flow_map", {"noise_scale": 0.4}, ["map", "map-noise0.4"]),
+        ("flow_map", {"noise_scale": 1.0}, ["map"]),
+        ("masked", {}, ["ancestral"]),
+        ("autoregressive", {}, ["draws"]),
+    ],
+)
+def test_names_can_be_typed_and_each_names_its_sampler(family, objective, names):
+    family = built(family, **objective)[1]
+    choices = samplers(family)
+    assert list(choices) == names
+    assert all(named_sampler(family, name) == (name, choices[name]) for name in names)
+    assert named_sampler(family) == (names[-1], choices[names[-1]])
+    with pytest.raises(ValueError, match=f"no sampler 'm': there are {', '.join(names)}; did you mean "):
+        named_sampler(family, "m")
+
+
+def test_the_nearest_sampler_is_named():
+    with pytest.raises(
+        ValueError, match=r"no sampler 'map noise 0.4': there are map, map-noise0.4; did you mean map-noise0.4\?"
+    ):
+        named_sampler(built("flow_map", noise_scale=0.4)[1], "map noise 0.4")
 
 
 # --- keys --------------------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ from command_line import error_of
 from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
-from flowlm import experiment as experiments
-from flowlm import main, overrides, run_directory, study
+from flowlm import assembly, main, overrides, run_directory, study
 from flowlm.checkpoint import save_params
 from flowlm.config import check, defaults, flat, ranges
 from flowlm.objectives import FAMILIES
@@ -185,7 +184,7 @@ def directory_of(family, path):
     # Of a run from before there were ranges: they are of its training, which is over.
     config.update(seed=-1)
     config.optimizer.update(clip_norm=-1.0)
-    made = experiments.build(config, 99, trained=True)
+    made = assembly.build(config, 99, trained=True)
     run_directory.prepare(path, config, shipped("grammar98"))
     save_params(path, drawn(made.net), 1, jnp.float32)
     return path

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from flowlm import vocab
+from flowlm.assembly import abstract_state, build
 from flowlm.config import defaults
-from flowlm.experiment import abstract_state, build
 from flowlm.prior import Dirichlet, Gaussian, geometry
 from flowlm.sharding import Layout, make_layout, make_mesh
 from flowlm.train_state import Teacher, init_state, make_step

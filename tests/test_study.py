@@ -14,8 +14,8 @@ import pytest
 
 from flowlm import carry_out as running
 from flowlm import signals, study
+from flowlm.assembly import build
 from flowlm.carry_out import carry_out
-from flowlm.experiment import build
 from flowlm.matching import matched
 from flowlm.study import Run, Study
 
@@ -39,10 +39,10 @@ def commands(monkeypatch):
             place, heat = Path(line[-1].removeprefix("--results=")), float(line[5].rpartition("=")[2])
             place.mkdir(parents=True)
             metrics = {
-                "samples/map heat@4/entropy": 2 + heat,
-                "samples/map heat@4/nats": 5 * heat,
-                "samples/map heat@4/nats_stderr": 0.3,
-                "samples/map heat@4/seconds_per_100": 3.0,
+                "samples/map-heat@4/entropy": 2 + heat,
+                "samples/map-heat@4/nats": 5 * heat,
+                "samples/map-heat@4/nats_stderr": 0.3,
+                "samples/map-heat@4/seconds_per_100": 3.0,
             }
             (place / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
             return True
@@ -153,7 +153,7 @@ def test_several_at_a_time_are_the_same_runs_on_cores_of_their_own(commands, tmp
 def test_the_table_is_the_evaluations(commands, tmp_path):
     carry_out(Study(RUNS, ["entropy", "grammatical"]), tmp_path / "w", tmp_path / "r")
     lines = (tmp_path / "r/study.md").read_text().splitlines()
-    assert lines[0] == "| method | steps | seeds | entropy | grammatical |"
+    assert lines[0] == "| method | sampling steps | seeds | entropy | grammatical |"
     assert lines[2:] == [
         "| teacher, map | 4 | 1 | 2.000 ± 0.250 | - |",
         f"| student, map | 4 | 2 | 2.500 ± {np.sqrt(0.5):.3f} | - |",
@@ -161,7 +161,12 @@ def test_the_table_is_the_evaluations(commands, tmp_path):
     ]
     with (tmp_path / "r/study.csv").open() as file:
         records = list(csv.DictReader(file))
-    assert [(r["method"], r["seed"], r["steps"], r["entropy"]) for r in records][2] == ("student", "1", "4", "3.0")
+    assert [(r["method"], r["seed"], r["sampling_steps"], r["entropy"]) for r in records][2] == (
+        "student",
+        "1",
+        "4",
+        "3.0",
+    )
     assert [r["bound_nats_per_token"] for r in records] == ["1.5"] * 3 + [""]
     for name in ("study.png", "study_time.png"):
         assert (tmp_path / "r" / name).read_bytes()[:4] == b"\x89PNG"
@@ -200,8 +205,8 @@ def test_sweeps_are_matched_at_the_entropy_of_real_text(commands, tmp_path):
     rows = [line.split("|")[1:5] for line in (tmp_path / "r2/study.md").read_text().splitlines()[2:-1]]
     assert [(row[0].strip(), row[3].split()[0]) for row in rows] == [
         ("far, map", "2.000"),
-        ("far heat=0.25, map heat", "2.250"),
-        ("far heat=0.5, map heat", "2.500"),
+        ("far heat=0.25, map-heat", "2.250"),
+        ("far heat=0.5, map-heat", "2.500"),
     ]
 
 
@@ -209,7 +214,7 @@ def test_a_setting_that_another_beats_is_left_out():
     """Two knobs: at the same entropy, or less of it, worse."""
     settings = {2.0: 1.0, 2.4: 3.9, 2.5: 2.0, 3.0: 4.0}
     rows = [{"entropy": entropy, "nats": nats, "other": entropy} for entropy, nats in settings.items()]
-    records = [row | {"method": "m", "seed": 0, "sampler": "map", "steps": 4} for row in rows]
+    records = [row | {"method": "m", "seed": 0, "sampler": "map", "sampling_steps": 4} for row in rows]
     at = lambda entropy: [point.value for point in matched(records, ["nats", "other"], entropy)["m, map", 4]]
     assert at(2.5) == pytest.approx([2.0, 2.5])
     assert at(2.4) == pytest.approx([1.8, 2.4])
@@ -304,7 +309,7 @@ def test_two_real_runs(tmp_path, data_dir, monkeypatch):
         *("unigram", "trigram", "held_out"),
     ]
     head, _, *rows = (tmp_path / "r/study_matched.md").read_text().splitlines()[2:]
-    assert head == "| seed0 nats per token | 1 | 2 | 18 |"
+    assert head == "| seed0 nats / token | 1 | 2 | 18 |"
     cells = {name: line for name, *line in (line[2:-2].split(" | ") for line in rows)}
     assert cells["masked, ancestral"] == ["-", "-", "-"]
     # The first run has no judge, but real text has its figure all the same.

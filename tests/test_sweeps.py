@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from toy import network, perturbed
 
-from flowlm import study, sweeps, train
+from flowlm import study, sweeps, training
+from flowlm.assembly import build
 from flowlm.carry_out import carry_out
-from flowlm.experiment import build
 from flowlm.interpolant import MIN_NOISE
 from flowlm.metrics import read_metrics
 from flowlm.objectives.flow import Flow
@@ -181,9 +181,9 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, data_dir, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluation.Evaluator, "__call__", interrupt)
+        patch.setattr(training.evaluation.Evaluator, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train.train(config, cut)
+            training.train(config, cut)
     assert not study.finished(cut)
     before = [line for line in read_metrics(cut) if "loss" in line]
     assert [line["step"] for line in before] == [1, 2]

@@ -79,6 +79,18 @@ def test_embedded_is_ambient_time_of_the_projected_signal():
     np.testing.assert_array_equal(same, TimeWarp("gaussian", "ambient", 16, 64).tau(grid))
 
 
+def test_between_is_as_far_from_ambient_as_from_embedded():
+    """A sixteenth of the power is a fourth of the signal, and half of it is halfway: at as much more signal all three agree."""
+    vocab, width = 1024, 64
+    ambient, embedded, between = (
+        TimeWarp("gaussian", kind, vocab, width) for kind in ("ambient", "embedded", "between")
+    )
+    ratio = jnp.array([0.5, 1.0, 2.0, 3.0])
+    t = lambda r: r / (1 + r)
+    np.testing.assert_allclose(between.tau(t(2 * ratio)), ambient.tau(t(ratio)), atol=1e-4)
+    np.testing.assert_allclose(embedded.tau(t(4 * ratio)), ambient.tau(t(ratio)), atol=1e-4)
+
+
 @pytest.mark.parametrize("prior", ["gaussian", "dirichlet"])
 @pytest.mark.parametrize("vocab", [2, 99, 1024, 50258])
 def test_inverse_ends_and_derivative(prior, vocab):

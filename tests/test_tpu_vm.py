@@ -150,8 +150,8 @@ def test_bad_resources_are_refused_before_anything_is_sent(cloud, arguments, dry
 
 
 def test_a_commit_is_sent_and_changes_are_not(cloud, monkeypatch):
-    monkeypatch.setattr(tpu_vm, "_git", lambda *words: "M flowlm/train.py")
-    assert "M flowlm/train.py. Commit them" in error_of(f"--workdir={BUCKET}/runs/changed")
+    monkeypatch.setattr(tpu_vm, "_git", lambda *words: "M flowlm/training.py")
+    assert "M flowlm/training.py. Commit them" in error_of(f"--workdir={BUCKET}/runs/changed")
     assert not cloud.created
 
 

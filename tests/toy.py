@@ -10,7 +10,7 @@ from flowlm import evaluation
 from flowlm.models import make_network
 from flowlm.objectives import NEEDS
 from flowlm.time_warp import TimeWarp
-from flowlm.train import train
+from flowlm.training import train
 
 FIELDS = dict(
     width=16,

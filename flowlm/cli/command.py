@@ -1,11 +1,11 @@
 """What a command is, and how its line is read: each has flags of its own, and no other flag is taken."""
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from flowlm import overrides
 from flowlm.cli import mistakes
@@ -161,10 +161,7 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
             values[name] = flags.FLAGS[name]
     valued = {name for name in values if not values[name].boolean}
     mistakes.check_flags(command, list(given(line, valued)), values, commands)
-    try:
-        places = values([f"flowlm {command.name}", *line])[1:]
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(mistakes.in_one_line(error)) from error
+    places = _read(values, line)
     flags.FLAGS.mark_as_parsed()
     if places:
         _fill(command, values, places)
@@ -173,6 +170,24 @@ def parse(command: Command, line: Sequence[str], commands: Sequence[Command]) ->
         told = [flag.written + f" (or {flag.alone} alone)" * (flag.name == command.place) for flag in missing]
         raise ValueError(f"{command.name} needs {mistakes.listed(told)}: see `flowlm {command.name} --help`")
     return values
+
+
+def _read(values: flags.FlagValues, line: Sequence[str]) -> list[str]:
+    """Reads a line into values; its words without a dash. Raises ValueError: a value that a flag cannot have, in one line."""
+    try:
+        return values(["flowlm", *line])[1:]
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(mistakes.in_one_line(error)) from error
+
+
+def configured(path: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """The settings that `--config=PATH --config.KEY=VALUE ...` makes. Raises ValueError as `parse`."""
+    line = [f"--config={path}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    command, values = Command("experiment", "", [experiment("")], lambda values: None), flags.FlagValues()
+    command.flags[0].define(values, line)
+    mistakes.check_flags(command, list(given(line)), values, [])
+    _read(values, line)
+    return values.config
 
 
 def _experiment_first(line: Sequence[str]) -> list[str]:

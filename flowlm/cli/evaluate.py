@@ -8,6 +8,7 @@ from absl.flags import FlagValues
 from flowlm.cli.command import Command, output, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, changed_objective, step_counts
 
+WIDE = switch("wide", "all metrics with standard errors, in a table that may be wider than the terminal")
 # The repository's own checkpoints, which are read and never written.
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
@@ -19,14 +20,13 @@ def _evaluate(values: FlagValues) -> None:
             "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
         )
 
+    import flowlm
     from flowlm import run_directory, signals, storage
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
-    from flowlm.experiment import load_trained
-    from flowlm.sharding import Layout, make_mesh
 
-    layout = Layout(make_mesh(), fsdp=True)
-    run = load_trained(values.checkpoint, layout, objective)
+    model = flowlm.load(values.checkpoint, **objective)
+    run = model.run
     place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)
     if place is None:
         print(
@@ -46,13 +46,13 @@ def _evaluate(values: FlagValues) -> None:
     dataset = open_dataset(data.name, own, data.length, data.dir)
     counts = asked or list(settings.steps)
     evaluator = Evaluator(
-        run.experiment, dataset, layout, run.config.seed, settings, data.dir, counts, values.samples_only
+        run.experiment, dataset, model.layout, run.config.seed, settings, data.dir, counts, values.samples_only
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
     if place is not None:
         with signals.held():  # all of its files or none
-            result.save(place)
-    result.show()
+            result.save(place, values.checkpoint)
+    result.show(values.wide)
 
 
 def _is_shipped(checkpoint: str) -> bool:
@@ -62,7 +62,7 @@ def _is_shipped(checkpoint: str) -> bool:
 def _compare(values: FlagValues) -> None:
     from flowlm.results import compare
 
-    compare(values.runs)
+    compare(values.runs, values.wide, values.samples)
 
 
 EVALUATE = Command(
@@ -79,6 +79,7 @@ EVALUATE = Command(
             "where the results go, in place of the run's directory (never written: checkpoints/)",
         ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
+        WIDE,
     ],
     _evaluate,
     needs=("checkpoint",),
@@ -89,7 +90,11 @@ EVALUATE = Command(
 COMPARE = Command(
     "compare",
     "one table of several evaluated runs",
-    [words("runs", "DIR,DIR,...", "directories of evaluated runs")],
+    [
+        words("runs", "DIR,DIR,...", "directories of evaluated runs"),
+        whole("samples", "lines of text of each sampler as it is set, up to 16; one of every sampler if none", None, 1),
+        WIDE,
+    ],
     _compare,
     needs=("runs",),
     place="runs",

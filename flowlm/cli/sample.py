@@ -1,31 +1,71 @@
-"""`flowlm sample`."""
+"""`flowlm sample`: texts to standard output or a file, and how they were made to standard error."""
+
+import json
+import sys
+from collections.abc import Iterator
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, whole, words
+from flowlm.cli.command import Command, switch, text, whole, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, SAMPLER, SEED, changed_objective, step_counts
 
 
 def _sample(values: FlagValues) -> None:
     counts, objective = step_counts(values, [64]), changed_objective(values)
+    if values.json and values.delimiter is not None:
+        raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
-    import jax
+    import flowlm
+    from flowlm import storage
 
-    from flowlm.evaluation import Sampler, samplers
-    from flowlm.experiment import load_trained
-    from flowlm.sharding import Layout, make_mesh
-
-    layout = Layout(make_mesh(), fsdp=True)
-    run = load_trained(values.checkpoint, layout, objective)
-    choices = samplers(run.experiment.family)
-    name = values.sampler or list(choices)[-1]
-    if name not in choices:
-        raise ValueError(f"unknown --sampler {name!r}: choose one of {list(choices)}")
+    out = None if values.out is None else storage.path(values.out)
+    if out is not None:
+        storage.check_writable_file(out)
+    model = flowlm.load(values.checkpoint, **objective)
+    written = []
     for steps in counts:
-        draw = Sampler(run.experiment.net, choices[name], steps, layout)
-        print(f"== {name}@{steps}")
-        for row in draw(run.params, jax.random.key(values.seed), values.num):
-            print(run.tokenizer.decode(row))
+        drawn = model.draw(values.num, steps, values.seed, values.sampler)
+        _tell(f"{drawn.sampler}, {_number(steps, 'step')}, seed {drawn.seed}")
+        for line in _json_lines(drawn) if values.json else _lines(drawn.texts, values.delimiter):
+            if out is None:
+                print(line)
+            else:
+                written.append(f"{line}\n")
+        sys.stdout.flush()  # before what is told of them
+        _tell(
+            f"{_number(values.num, 'text')} in {drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
+        )
+    if out is not None:
+        out.write_text("".join(written), encoding="utf-8")
+        _tell(f"in {out}")
+
+
+def _tell(words: str) -> None:
+    print(words, file=sys.stderr)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _json_lines(drawn) -> Iterator[str]:
+    """A trained.Samples, an object for each text."""
+    for index, written in enumerate(drawn.texts):
+        facts = {"sampler": drawn.sampler, "steps": drawn.steps, "seed": drawn.seed, "index": index}
+        yield json.dumps({"text": written} | facts)
+
+
+def _lines(texts: list[str], delimiter: str | None) -> Iterator[str]:
+    """Texts, each with a delimiter behind it, where one is given or a text has line breaks; then one that is no line of any."""
+    if delimiter is None and any("\n" in written for written in texts):
+        delimiter, taken = "---", {line for written in texts for line in written.split("\n")}
+        while delimiter in taken:
+            delimiter += "-"
+        _tell(f"texts have line breaks, so a line {delimiter} ends each: --delimiter=WORDS is another")
+    for written in texts:
+        yield written
+        if delimiter is not None:
+            yield delimiter
 
 
 SAMPLE = Command(
@@ -38,8 +78,12 @@ SAMPLE = Command(
         SAMPLER,
         SEED,
         OBJECTIVE,
+        switch("json", "a JSON object a line: text, sampler, steps, seed and index"),
+        text("out", "FILE", "where the texts go, in place of standard output"),
+        text("delimiter", "WORDS", "a line behind each text; `---` where a text has line breaks and none is given"),
     ],
     _sample,
     needs=("checkpoint",),
     place="checkpoint",
+    notes="How the texts were made goes to standard error, so that they can be piped.",
 )

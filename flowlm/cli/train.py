@@ -10,7 +10,7 @@ def _train(values: FlagValues) -> None:
 
     from flowlm import processes
     from flowlm.profiling import parse_steps
-    from flowlm.train import train
+    from flowlm.training import train
 
     profile_steps = parse_steps(values.profile_steps)
     if values.compile_cache:

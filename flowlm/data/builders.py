@@ -1,6 +1,6 @@
-"""tfds builders of the two kinds of data, packed text and rows of a grammar; neither needs TensorFlow.
+"""tfds builders of the kinds of data, packed text, sentences and rows of a grammar; none needs TensorFlow.
 
-Both store rows in order as `ids`, int32 [length], in array_record shards of at most `SHARD_ROWS` rows, since reading
+All store rows in order as `ids`, int32 [length], in array_record shards of at most `SHARD_ROWS` rows, since reading
 one row at random costs time in proportion to its shard. They are `ShardBasedBuilder`s: a `GeneratorBasedBuilder`
 takes no size of shard and needs TensorFlow for more than 1 GB.
 """
@@ -109,6 +109,22 @@ def _report(config: RowsConfig, record: packing.Record) -> str:
     )
     named = ", ".join(map(repr, record.such_as))
     return f"{config.source}: {lost} {became}, because the tokenizer cannot spell all of the text, such as {named}"
+
+
+class Sentences(_Rows, skip_registration=True):
+    """Documents of a corpus, each a row of its own with pads behind it; those that cannot be spelled or are longer are left out."""
+
+    def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
+        del dl_manager
+        config = self.builder_config
+        documents = list(corpora.read(config.source, config.data_dir))
+        every, unspelled = config.tokenizer.encode_counted([text for _, _, text in documents])
+        rows = {split: [] for split in corpora.SPLITS}
+        for (split, _, _), ids, count in zip(documents, every, unspelled, strict=True):
+            if not count and len(ids) < config.length:
+                rows[split].append(np.pad(ids, (0, config.length - 1 - len(ids)), constant_values=config.tokenizer.pad))
+        empty = np.empty((0, config.length - 1), np.int32)
+        return {split: self._shards(split, np.stack(found) if found else empty) for split, found in rows.items()}
 
 
 class GrammarRows(_Rows, skip_registration=True):

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from absl import logging
 
 from flowlm import storage
-from flowlm.data import json_lines, own_text
+from flowlm.data import json_lines, own_text, word_tokens
 from flowlm.data.packing import SPLITS
 
 Document = tuple[str, str, str]
@@ -36,11 +36,14 @@ class Corpus:
       check: (sources directory) raises FileNotFoundError where files are missing.
       read: (sources directory) to the documents, lazily: (split, id, text), in one pass over the files.
       separated: whether documents are independent texts, so that a start token belongs between them.
+      rows: whether each document is a row of its own, padded at its end; those that the tokenizer cannot spell or that are longer
+        are left out.
     """
 
     check: Callable[[Path], None]
     read: Callable[[Path], Iterator[Document]]
     separated: bool
+    rows: bool = False
 
 
 def _require(found: bool, path: Path, mend: str) -> None:
@@ -71,15 +74,44 @@ def _check_sotu(sources: Path) -> None:
     _require(SOTU.is_file(), SOTU, "install flowlm again")
 
 
+def _shipped_lines(path: Path, sha256: str) -> Iterator[str]:
+    packed = path.read_bytes()
+    digest = hashlib.sha256(packed).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{path} is damaged (sha256 {digest}, expected {sha256}): install flowlm again")
+    yield from io.StringIO(lzma.decompress(packed).decode("ascii"))
+
+
 def _read_sotu(sources: Path) -> Iterator[Document]:
     del sources
-    packed = SOTU.read_bytes()
-    digest = hashlib.sha256(packed).hexdigest()
-    if digest != SOTU_SHA256:
-        raise ValueError(f"{SOTU} is damaged (sha256 {digest}, expected {SOTU_SHA256}): install flowlm again")
-    for line in io.StringIO(lzma.decompress(packed).decode("ascii")):
+    for line in _shipped_lines(SOTU, SOTU_SHA256):
         document = json.loads(line)
         yield sotu_split(int(document["id"][:4])), document["id"], document["text"]
+
+
+# --- everyday: the sentences that come with the package ----------------------------------------------------------
+
+EVERYDAY = Path(__file__).parent / "everyday" / "sentences.txt.xz"
+EVERYDAY_SHA256 = "8798a7891bbc703b65a764c8d74c229b1af10bc470edaa82d06be8a90154229a"
+
+
+def everyday_split(sentence: str) -> str:
+    """A twentieth is held out in each split. Sentences of the same words stay together, whatever their case and punctuation."""
+    words = " ".join(token for token in word_tokens.split(sentence.lower()) if token not in word_tokens.PUNCTUATION)
+    return {0: "validation", 1: "test"}.get(own_text.key(words) % 20, "train")
+
+
+def _check_everyday(sources: Path) -> None:
+    del sources
+    _require(EVERYDAY.is_file(), EVERYDAY, "install flowlm again")
+
+
+def _read_everyday(sources: Path) -> Iterator[Document]:
+    del sources
+    # The file is in order of the alphabet, for its size; the first rows of a split should be like the others.
+    sentences = [line.rstrip("\n") for line in _shipped_lines(EVERYDAY, EVERYDAY_SHA256)]
+    for sentence in sorted(sentences, key=own_text.key):
+        yield everyday_split(sentence), str(own_text.key(sentence)), sentence
 
 
 # --- text8: one text of 100M characters, cut 90M / 5M / 5M -------------------------------------------------------
@@ -185,6 +217,7 @@ def _read_openwebtext(sources: Path) -> Iterator[Document]:
 
 CORPORA = {
     "sotu": Corpus(_check_sotu, _read_sotu, separated=True),
+    "everyday": Corpus(_check_everyday, _read_everyday, separated=True, rows=True),
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),

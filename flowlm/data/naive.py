@@ -1,5 +1,7 @@
 """Samplers that know no language: a measure that one of them wins is worth nothing (2606.08417)."""
 
+import functools
+
 import numpy as np
 
 
@@ -10,24 +12,35 @@ def unigram(rows: np.ndarray, num: int, seed: int) -> np.ndarray:
     return np.concatenate([first, rng.choice(rows[:, 1:].reshape(-1), (num, rows.shape[1] - 1))], 1).astype(np.int32)
 
 
-def trigram(rows: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """Rows int32 [num, L]: each token follows the two before it as somewhere in rows [N, L], drawn by frequency.
+def chain(order: int, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """Rows int32 [num, L]: each token follows the `order` - 1 before it as somewhere in rows [N, L], drawn by frequency.
 
-    The first two are those of one row. After a pair that ends rows only, the next token is one of all.
+    The first `order` - 1 are those of one row. After tokens that end rows only, the next token is one of all.
     """
     rng = np.random.default_rng(seed)
-    size = int(rows.max()) + 1
-    pairs = (rows[:, :-2].astype(np.int64) * size + rows[:, 1:-1]).reshape(-1)
-    order = np.argsort(pairs, kind="stable")
-    pairs, following = pairs[order], rows[:, 2:].reshape(-1)[order]
-    out = np.empty((num, rows.shape[1]), np.int32)
-    out[:, :2] = rows[rng.integers(len(rows), size=num), :2]
-    for i in range(2, rows.shape[1]):
-        pair = out[:, i - 2].astype(np.int64) * size + out[:, i - 1]
-        low, high = (np.searchsorted(pairs, pair, side) for side in ("left", "right"))
+    size, before = int(rows.max()) + 1, order - 1
+    if size**before >= 2**63:
+        raise ValueError(f"a chain of order {order} cannot number its contexts of {size:,} tokens: take a lower order")
+
+    def codes(columns: list[np.ndarray]) -> np.ndarray:
+        return functools.reduce(lambda code, column: code * size + column, columns[1:], columns[0].astype(np.int64))
+
+    length = rows.shape[1]
+    contexts = codes([rows[:, i : length - before + i] for i in range(before)]).reshape(-1)
+    order_of = np.argsort(contexts, kind="stable")
+    contexts, following = contexts[order_of], rows[:, before:].reshape(-1)[order_of]
+    out = np.empty((num, length), np.int32)
+    out[:, :before] = rows[rng.integers(len(rows), size=num), :before]
+    for i in range(before, length):
+        context = codes([out[:, j] for j in range(i - before, i)])
+        low, high = (np.searchsorted(contexts, context, side) for side in ("left", "right"))
         picked = rng.integers(low, np.maximum(high, low + 1))
         out[:, i] = np.where(high > low, following[np.minimum(picked, len(following) - 1)], rng.choice(following, num))
     return out
 
 
+bigram, trigram, four_gram = (functools.partial(chain, order) for order in (2, 3, 4))
+
 SAMPLERS = {"unigram": unigram, "trigram": trigram}
+# Of sentences, where a chain that keeps three words in mind writes many that are true: they are short.
+SENTENCE_SAMPLERS = {"bigram": bigram, "trigram": trigram, "4-gram": four_gram}

@@ -4,11 +4,13 @@ A row of the training stream is a function of (seed, index) alone, so neither pr
 and the state of a run's data is its step.
 """
 
+import contextlib
 import dataclasses
-import functools
+import io
 import os
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -30,11 +32,15 @@ WHOLE = "dataset_info.json"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of one split: `source` is random access to records {"ids": int32 [length]}."""
+    """Rows of one split: `source` is random access to records {"ids": int32 [length]}.
+
+    `sentences`: whether each row is a text of its own, padded.
+    """
 
     source: Shards
     tokenizer: Tokenizer
     length: int
+    sentences: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -86,7 +92,8 @@ class Split:
         Holds what it returns, and the tokens, in memory.
         """
         num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
-        stream = self.rows(0, num_rows)[:, 1:].reshape(-1)
+        # Of sentences the start token in front of a row is all that stands between two.
+        stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
         return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
 
@@ -99,6 +106,7 @@ class Dataset:
       grammar: the exact law of its rows (without their start token) where there is one.
       unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
         and "such_as", some of it; else empty.
+      sentences: whether each row is a text of its own, padded.
     """
 
     tokenizer: Tokenizer
@@ -108,6 +116,7 @@ class Dataset:
     validation: Split
     test: Split
     unspelled: dict = dataclasses.field(default_factory=dict)
+    sentences: bool = False
 
 
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
@@ -136,13 +145,22 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     law = None if name in corpora.CORPORA else Grammar.load(name)
     if law is not None:
         _check_grammar(name, law, vocabulary, length)
-    builder_class = builders.PackedText if law is None else builders.GrammarRows
-    make = functools.partial(
-        builder_class,
-        data_dir=storage.mirror(data_dir) / "tfds",
-        config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
-        file_format="array_record",
-    )
+    sentences = law is None and corpora.CORPORA[name].rows
+    if sentences and vocabulary.pad is None:
+        raise ValueError(
+            f"a sentence of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
+            f"set --config.data.tokenizer={name}_1000"
+        )
+    builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
+
+    def make() -> tfds.core.DatasetBuilder:
+        with _less_said():  # that each set has a configuration of its own
+            return builder_class(
+                data_dir=storage.mirror(data_dir) / "tfds",
+                config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
+                file_format="array_record",
+            )
+
     builder = make()
     if not builder.data_path.exists():
         # Rows are read from the local disk: array_record knows no buckets. What one host prepared is there for all.
@@ -156,8 +174,8 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             if storage.in_bucket(shared):
                 storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
-    splits = {split: Split(_shards(builder, split), vocabulary, length) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}))
+    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
+    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
 
 
 def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
@@ -171,12 +189,25 @@ def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) 
         raise ValueError(f"length {length}: rows of {name!r} have {law.length + 1} ids, one start token included")
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    logging.info("Preparing %s (on first use only).", builder.data_path)
+@contextlib.contextmanager
+def _less_said() -> Iterator[None]:
+    """Leaves out what tfds warns of, which nobody can act on."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
     try:
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    config = builder.builder_config
+    print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
+    print(f"  {builder.data_path}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints of sizes it does not know
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except OSError:
         # tfds fails at its final rename where another process came first; that one's set is the same.
         if not builder.data_path.exists():
             raise
-    logging.info("Prepared %s.", builder.data_path)

@@ -1,6 +1,7 @@
 """How tokenizers are made of text. `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every shipped file.
 
-Each is made of a train split only, so that held-out text stays unseen, and the same text makes the same file to the byte.
+Each is made of a train split only, of the speeches or the everyday sentences, so that held-out text stays unseen. The same text
+makes the same file to the byte.
 `flowlm prepare` makes those of RECIPES of a user's own text.
 """
 
@@ -12,14 +13,15 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from flowlm import windows
-from flowlm.data import corpora
+from flowlm.data import corpora, word_tokens
 from flowlm.data.grammar import Grammar
+from flowlm.data.word_tokens import UNKNOWN
 from flowlm.tokenizers import Tokenizer
 
 START = "<|start|>"
-UNKNOWN = "[UNK]"
 BPE_SIZES = (512, 1024, 4096)
 LETTERS_SIZE = 112
+WORD_SIZES = (1000, 2000)
 
 # Words with what is inside of them (don't), numbers, and single marks, with a blank before them; other blanks as in GPT-2.
 _WORDS = r" ?[\p{L}\p{M}]+(?:['’-][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s+(?!\S)|\s+"
@@ -123,6 +125,9 @@ def main(directory: pathlib.Path) -> None:
     made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:
         made[f"sotu_bpe_{size}"] = byte_level_bpe(speeches, size)
+    sentences = [text for _, text in corpora.documents("everyday", "train", "")]
+    for size in WORD_SIZES:
+        made[f"everyday_{size}"] = word_tokens.tokenizer(sentences, size, START)
     for name, tokenizer in made.items():
         tokenizer.save(str(directory / f"{name}.json"))
 

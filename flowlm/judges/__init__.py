@@ -5,18 +5,34 @@
 Row i of `ids` and text i are the same sample. Keys come in a fixed order. A metric that is a mean over samples is
 followed by its standard error under `<metric>_stderr`. A metric that cannot be computed on the given samples is NaN,
 never absent.
+
+A metric has one name, its key, in evaluation.json, metrics.jsonl and the CSV of a study or a report; tables and pictures show
+`shown(key)`. What it means is told once, by the judge that makes it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 
 class Judge(Protocol):
-    """Anything with this method is a judge."""
+    """Anything like this is a judge; `main` and `meanings` may be left out.
+
+    Attributes:
+      main: the metrics to read first, in order: what a table shows where not all of them fit.
+      meanings: {metric: what it is, and what is better}, each short enough for one line of 80 columns behind its name.
+    """
+
+    main: Sequence[str]
+    meanings: Mapping[str, str]
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]: ...
+
+
+def shown(metric: str) -> str:
+    """A metric's name as people read it: `nats_per_char` is "nats / char", `nll_minus_entropy` is "nll - entropy"."""
+    return metric.replace("_per_", " / ").replace("_minus_", " - ").replace("_", " ")
 
 
 def mean_with_stderr(name: str, values: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The judge of samples from a known grammar: exact probabilities, so nothing is estimated but the mean."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,12 @@ class GrammarJudge:
         grammar's own rows; negative when samples keep to its likely sentences, positive when to its unlikely ones.
         NaN where no row is grammatical.
     """
+
+    main = ("grammatical", "nll_minus_entropy")
+    meanings: ClassVar[dict[str, str]] = {
+        "grammatical": "share of rows that the grammar can make; more is better",
+        "nll_minus_entropy": "nats a row; near 0 is best, below it rows are too alike",
+    }
 
     def __init__(self, grammar, start: int):
         """`grammar` has `log_prob(ids [N, L]) -> float64 [N]` (nats, -inf if ungrammatical) and `entropy` (nats a row).

@@ -58,6 +58,11 @@ class LanguageModel:
     def __init__(self, name: str, encode: Callable, nats: Callable, end: int, length: int):
         """encode: texts -> lists of ids. nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1]."""
         self.name, self.length = name, length
+        self.main = (f"{name}_nats_per_token",)
+        self.meanings = {
+            f"{name}_nats_per_token": "that model's surprise; less is better, but see entropy",
+            f"{name}_perplexity": "the same as exp(nats / token)",
+        }
         self._encode, self._nats, self._end = encode, nats, end
 
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

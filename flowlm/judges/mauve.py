@@ -52,6 +52,8 @@ class Mauve:
         except ImportError as error:
             raise ImportError("the judge mauve needs the package mauve-text: pip install -e .[mauve]") from error
         self.name, self.read, self._compute = name, features, compute_mauve
+        self.main = (f"mauve_{name}",)
+        self.meanings = {f"mauve_{name}": "nearness to held-out text as that model sees both, 0 to 1"}
         # Read once for all samplers that draw the same number.
         self._reference = functools.cache(lambda num: features(reference(num)))
 

@@ -9,7 +9,7 @@ ngram_distance_2 adjacent pairs; a sampler with the right pairs and nothing more
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -60,20 +60,25 @@ def tables(tokens: np.ndarray) -> list[Table]:
 
 
 class NGrams:
-    """Metrics: ngram_distance_1 .. ngram_distance_5, in [0, 1]. A start token in position 0 is left out.
+    """Metrics: ngram_distance_1 .. ngram_distance_5, in [0, 1]. A start token in position 0 and pads are left out.
 
     The reference is counted once, when the judge is made; samples are looked up in its tables.
     """
 
-    def __init__(self, reference: np.ndarray, start: int):
-        """`reference`: held-out ids int [M, L]. `start`: id of the start token."""
-        self.start = start
+    main = ("ngram_distance_2",)
+    meanings: ClassVar[dict[str, str]] = {
+        f"ngram_distance_{n}": f"how far {n}-grams are from real text's, 0 to 1; less is better" for n in ORDERS
+    }
+
+    def __init__(self, reference: np.ndarray, start: int, pad: int | None = None):
+        """`reference`: held-out ids int [M, L]. `start`, `pad`: ids of the start token and of pads."""
+        self.start, self.pad = start, pad
         self._reference = tables(self._framed(reference))
 
     def _framed(self, ids: np.ndarray) -> np.ndarray:
         tokens = np.array(ids, np.int64)
         tokens[tokens[:, 0] == self.start, 0] = -1
-        return tokens
+        return tokens if self.pad is None else np.where(tokens == self.pad, -1, tokens)
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
         tokens = self._framed(ids)

@@ -6,6 +6,7 @@ long repeat is collapse.
 
 import string
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -114,20 +115,31 @@ class Statistics:
       words_in_corpus: share of the samples' words that occur in the corpus, over all words of all samples. The first
         and the last word of a text are left out, since rows are cut inside words. Not reported without a vocabulary.
 
-    A start token in position 0 is the frame, not text: it is left out of all but `distinct_rows`. A row that begins
-    with any other token counts whole.
+    A start token in position 0 is the frame, not text, and neither are pads: they are left out of all but `distinct_rows`. A
+    row that begins with any other token counts whole.
     """
 
-    def __init__(self, vocabulary_words: frozenset[str] | None, start: int):
-        """`vocabulary_words`: frozenset(words(train split)) or None. `start`: id of the start token."""
+    main = ("entropy", "distinct_rows", "distinct_2")
+    meanings: ClassVar[dict[str, str]] = {
+        "entropy": "of the tokens inside a sample, nats; near held-out text's is best",
+        "distinct_rows": "share of different samples; near held-out text's is best",
+        "words_in_corpus": "share of words that the corpus has; more is better",
+        "self_bleu": "how alike samples are; near held-out text's is best",
+        "longest_repeat": "tokens of the longest run that comes twice in a sample",
+    } | {f"distinct_{n}": f"share of different {n}-grams; near held-out text's is best" for n in (1, 2, 4)}
+
+    def __init__(self, vocabulary_words: frozenset[str] | None, start: int, pad: int | None = None):
+        """`vocabulary_words`: frozenset(words(train split)) or None. `start`, `pad`: ids of the start token and of pads."""
         self.vocabulary_words = vocabulary_words
-        self.start = start
+        self.start, self.pad = start, pad
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
         """ids int [N, L] with N texts of those rows, without special tokens. See the class for the metrics."""
         tokens = np.array(ids, np.int32)
-        # -1 is counted nowhere, and as it occurs once a row it belongs to no repeat.
+        # Negative ids are counted nowhere; each of a row is another, so that they belong to no repeat.
         tokens[tokens[:, 0] == self.start, 0] = -1
+        if self.pad is not None:
+            tokens = np.where(tokens == self.pad, -2 - np.arange(tokens.shape[1], dtype=np.int32), tokens)
         scores = mean_with_stderr("entropy", entropies(tokens))
         for n in (1, 2, 4):
             scores[f"distinct_{n}"] = distinct_share(tokens, n)

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, processes, run_directory, sharding, signals, storage, tokenizers, train_state
+from flowlm.assembly import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
-from flowlm.experiment import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.profiling import Profiler, Recompilations
 
@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                     logged, clock = step, now
                 write(step, values)
                 progress.set_postfix(
-                    loss=f"{values['loss']:.3f}", tokens_per_s=f"{values.get('tokens_per_second', 0):.0f}"
+                    loss=f"{values['loss']:.3f}", tokens_per_second=f"{values.get('tokens_per_second', 0):.0f}"
                 )
 
         # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.
