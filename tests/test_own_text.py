@@ -17,7 +17,7 @@ from command_line import error_of, flowlm
 from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import tokenizer_files, train, windows
+from flowlm import tokenizer_files, training, windows
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import builders, corpora, open_dataset, own_text, packing, round_trip, train_tokenizers
 from flowlm.data import prepare as prepare_module
@@ -382,7 +382,7 @@ def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert Checkpoints(tmp_path / "run/checkpoints", read_only=True).steps[-1] == 2
     student.update_from_flattened_dict(small | {"teacher": str(tmp_path / "run")})
-    experiment, _, dataset, _, teacher, _ = train._prepare(student, tmp_path / "student")  # all but its steps
+    experiment, _, dataset, _, teacher, _ = training._prepare(student, tmp_path / "student")  # all but its steps
     assert experiment.net.vocab_size == dataset.tokenizer.vocab_size == 300 and teacher is not None
 
 
@@ -400,7 +400,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "texts").mkdir()
     assert "prepare needs --path" in error_of("prepare", "--source=jsonl")
-    assert "unknown --source 'pdf': choose one of ['textfiles', 'jsonl']" in bad(tmp_path, "pdf")
+    assert "--source=pdf: value should be one of <textfiles|jsonl>" in bad(tmp_path, "pdf")
     assert f"no *.jsonl under {tmp_path / 'texts'}" in bad(tmp_path)
     assert "unknown tokenizer 'words'" in bad(tmp_path, tokenizer="words")
     for size in ("256", "4k", "", "-1"):

@@ -15,10 +15,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from flowlm import windows
 from flowlm.data import corpora, word_tokens
 from flowlm.data.grammar import Grammar
+from flowlm.data.word_tokens import UNKNOWN
 from flowlm.tokenizers import Tokenizer
 
 START = "<|start|>"
-UNKNOWN = "[UNK]"
 BPE_SIZES = (512, 1024, 4096)
 LETTERS_SIZE = 112
 WORD_SIZES = (1000, 2000)
