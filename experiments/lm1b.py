@@ -3,15 +3,8 @@
     flowlm train --config=experiments/lm1b.py --workdir=DIR
     flowlm train --config=experiments/lm1b.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-Needs the corpus and the tokenizer, which are not shipped:
-  <data.dir>/sources/lm1b/     `training-monolingual.tokenized.shuffled/` and `heldout-monolingual.tokenized.shuffled/` of
-                               1-billion-word-language-modeling-benchmark-r13output.tar.gz (statmt.org/lm-benchmark)
-  <data.dir>/tokenizers/bert-base-uncased.json     the error on first use says the line that fetches it
-The paper trains 139M parameters for 1M steps at a global batch of 512, and distils the flow map for 100k to 1M:
-
-    flowlm train --config=experiments/lm1b.py:flow_map --config.teacher=DIR --workdir=DIR2
-
-Not run here, so no figures are given.
+Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 139M parameters
+for 1M steps at a global batch of 512, and distils the flow map for 100k to 1M. Not run here, so no figures are given.
 """
 
 from ml_collections import ConfigDict

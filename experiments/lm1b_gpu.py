@@ -4,9 +4,7 @@
     flowlm train --config=experiments/lm1b_gpu.py:flow_map --config.teacher=DIR --workdir=DIR2      also :sdtt, :dcd
     flowlm study --study=experiments/study.py:text_gpu --workdir=DIR --results=DIR2                 all of them to one table
 
-30,522 tokens in a width of 512, so the embedding cannot hold the vocabulary apart; rows of 128. Needs corpus and tokenizer
-as lm1b.py says. 40,000 steps of 256 rows read 1.3 billion tokens, a little more than the corpus once. By its products, 4e17, that
-is 20 minutes at a third of an H100's peak, and sampling comes on top. Not run here, so no figures are given.
+Needs corpus and tokenizer as lm1b.py does. Not run here, so no figures are given: docs/reference/experiments.md tells its cost.
 """
 
 from ml_collections import ConfigDict

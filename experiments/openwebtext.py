@@ -3,10 +3,8 @@
     flowlm train --config=experiments/openwebtext.py --workdir=DIR
     flowlm train --config=experiments/openwebtext.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-Needs the corpus and the tokenizer, which are not shipped:
-  <data.dir>/sources/openwebtext/*.jsonl     one document a line, {"text": ...}; the last 100,000 documents are held out
-  <data.dir>/tokenizers/gpt2.json            the error on first use says the line that fetches it
-The paper trains 170M parameters for 1M steps at a global batch of 512. Not run here, so no figures are given.
+Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 170M parameters
+for 1M steps at a global batch of 512. Not run here, so no figures are given; docs/results/plan.md has what it needs of TPUs.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,8 @@
     flowlm train --config=experiments/own_text.py:DATA --workdir=DIR
     flowlm train --config=experiments/own_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
 
-The folder says which tokenizer, how many tokens and how long the rows are. The settings are those that were right for a million
-characters of speeches: give more `steps` and a larger `model` to more text. What to expect depends on the text; held-out rows and
-tokens without a model stand in every table for comparison.
+The settings are those that were right for a million characters: give more `steps` and a larger `model` to more text. What to expect
+depends on the text; every table has held-out rows and tokens without a model beside it. docs/guides/own_text.md has the rest.
 """
 
 from ml_collections import ConfigDict

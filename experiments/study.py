@@ -1,19 +1,11 @@
-"""The head-to-head: every method on one network, data, optimizer and budget, judged alike.
+"""The head-to-head: every method on one network, data, optimizer and budget, judged alike; three seeds of teacher and student.
 
     bash launch/study.sh grammar        or    flowlm study --study=experiments/study.py:grammar --workdir=DIR --results=DIR
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
-`grammar`: 3,600 steps of training from data for every method and 4,500 of distillation, three seeds of teacher and student: about
-8 hours on 2 CPU cores, 20 minutes on a card with 16 cores. `text`: the speeches and their network, 6,000 steps and 3,000 of
-distillation, a little longer. `tuning`, `text_tuning`: about an hour each. All go on where they were when run again. Every
-sampler's knob is swept, and figures are given at equal diversity too: on the grammar -log p minus the entropy, on text the
-samples' entropy.
-
-Discrete students go through rounds of equal length, each with twice the jump of the last; every round is a row of the table, so
-that the best one at each number of steps can be read off. An early round is cheaper than the map it is compared with, so there
-are rows `_to32`, `_to8` too: all of the distillation spent on the rounds to that jump. `text_gpu`: the same on LM1B at 74M
-parameters, three seeds, half an hour of one 80 GB card a run.
+8 hours on 2 CPU cores, 20 minutes on a card with 16 cores; all go on where they were. One step of the flow map writes .21
+grammatical rows: docs/results/head_to_head.md, with how students' rounds are named. `text_gpu`, on LM1B, needs a card.
 """
 
 import dataclasses
