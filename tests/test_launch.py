@@ -269,6 +269,13 @@ def test_a_workdir_whose_name_reads_as_a_pattern_is_found_again(tmp_path, name):
         (["--backend=slurm", START[0], "--workdir=/tmp/a\\b"], "give another --workdir than '/tmp/a"),
         (["--backend=local", *START, "--noconfig.steps"], "steps"),
         (["--backend=local", *START, "--nosteps"], "--nosteps is no flag of train"),
+        (["--backend=local", *START, "--proceses=2"], "--proceses is no flag of this backend, .* train: --processes=2"),
+        (
+            ["--backend=local", START[0], f"--workdir={__file__}"],
+            "test_launch.py is a file, where a directory is wanted",
+        ),
+        (["--backend=locl"], "argument --backend: invalid choice: 'locl'"),
+        (["strat"], "argument action: invalid choice: 'strat'"),
         (["status"], "status needs --workdir=DIR"),
         (["stop", "--workdir=/nowhere"], "/nowhere has no launch.json"),
     ],
@@ -276,8 +283,9 @@ def test_a_workdir_whose_name_reads_as_a_pattern_is_found_again(tmp_path, name):
 def test_commands(arguments, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     dry = ["--dry_run"] if arguments and arguments[0].startswith("--") else []
-    with pytest.raises(SystemExit, match=f"launch: .*{expected}"):
+    with pytest.raises(SystemExit, match=f"^launch: .*{expected}.*$") as ended:
         run.main([*arguments, *dry])
+    assert "\n" not in ended.value.code
     assert not Path("/tmp/run").exists()
 
 
