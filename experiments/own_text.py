@@ -1,6 +1,6 @@
 """Text of your own, with the network and budget of speeches.py: about 10 minutes on 2 CPU cores.
 
-    flowlm prepare --source=textfiles --path=TEXTS --tokenizer=sotu_bpe_512 --length=32 --out=DATA
+    flowlm prepare --source=textfiles --path=TEXTS --tokenizer=bpe:512 --length=32 --out=DATA
     flowlm train --config=experiments/own_text.py:DATA --workdir=DIR
     flowlm train --config=experiments/own_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
 

@@ -197,7 +197,7 @@ def _child(formulation: str, settings: dict) -> dict:
 def _run(formulation: str, settings: dict) -> dict:
     """`_child` in a process of its own, which alone holds the device: this one never starts it."""
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "flowlm.main", "bench", f"--formulation={formulation}", *flags]
+    command = [sys.executable, "-m", "flowlm", "bench", f"--formulation={formulation}", *flags]
     # A GPU's memory would be taken at once, and its peak be nothing of the step's.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -2,7 +2,7 @@
 
 Seed 0 of all comes before seed 1 of any, so a study that is cut short is whole as far as it went. A run that is finished is left
 alone, one that was cut is taken up where it was, and one that fails is reported at the end while the others go on; a student waits
-for its teacher and is skipped without it.
+for its teacher and is skipped without it. Told to stop, it lets the runs that are under way save and end.
 """
 
 import json
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
+from typing import IO
 
-from flowlm import storage
+from flowlm import signals, storage
 from flowlm.study import (
     Run,
     Study,
@@ -41,6 +42,30 @@ def keep(path: Path, place: Path, run: Run) -> None:
     record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
     place.parent.mkdir(parents=True, exist_ok=True)
     storage.write(storage.path(place), json.dumps(record, indent=1) + "\n")
+
+
+class Commands:
+    """Carries out command lines as processes. When this process is told to stop they are told too, and no other is begun."""
+
+    def __init__(self):
+        self._running: set[subprocess.Popen] = set()
+
+    def stop(self) -> None:
+        for process in [*self._running]:
+            process.terminate()
+
+    def __call__(self, line: Sequence[str], log: IO | None = None) -> bool:
+        """Whether a line was carried out to its end; it prints to `log`, if it has one."""
+        if signals.told():
+            return False
+        process = subprocess.Popen(line, stdout=log, stderr=log and subprocess.STDOUT)
+        self._running.add(process)
+        if signals.told():  # between the two lines above
+            process.terminate()
+        try:
+            return process.wait() == 0
+        finally:
+            self._running.discard(process)
 
 
 def _take_cores(shares: SimpleQueue) -> None:
@@ -73,17 +98,17 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
       ValueError: as `in_order` and `shares_of_cores`; or nothing can be written to `results`.
       RuntimeError: runs that failed, by name, after all others were done.
     """
-    runs, kept, failed = in_order(study)[1], results / "runs", []
+    runs, kept, failed, commands = in_order(study)[1], results / "runs", [], Commands()
     waiting, running, tried = left(study, workdir, kept), {}, set()
     storage.check_writable(results)
 
     def call(line: Sequence[str], name: str) -> bool:
         """Runs one command; what runs at the same time prints to files of its own."""
         if parallel == 1:
-            return subprocess.run(line, check=False).returncode == 0
+            return commands(line)
         (workdir / "logs").mkdir(parents=True, exist_ok=True)
         with (workdir / "logs" / f"{name}.log").open("a") as log:
-            return subprocess.run(line, check=False, stdout=log, stderr=subprocess.STDOUT).returncode == 0
+            return commands(line, log)
 
     def make(run: Run, seed: int) -> list[str]:
         """Trains and evaluates one run: what failed of it."""
@@ -94,7 +119,7 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                 return [str(path)]
         if not is_kept(kept, run, seed):
             for place in (swept(path, setting) for setting in run.sweep):
-                line = [sys.executable, "-m", "flowlm.main", "evaluate", f"--checkpoint={path}"]
+                line = [sys.executable, "-m", "flowlm", "evaluate", f"--checkpoint={path}"]
                 line += [f"--objective={place.name}", "--samples_only", f"--results={place}"]
                 if not (place / "evaluation.json").exists() and not call(line, name):
                     wrong.append(str(place))
@@ -104,8 +129,10 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
     for share in shares_of_cores(parallel) if parallel > 1 else ():
         shares.put(share)
     cores = {"initializer": _take_cores, "initargs": (shares,)} if parallel > 1 else {}
-    with ThreadPoolExecutor(parallel, **cores) as pool:
+    with signals.held(commands.stop), ThreadPoolExecutor(parallel, **cores) as pool:
         while waiting or running:
+            if signals.told():
+                waiting.clear()
             for run, seed in list(waiting):
                 needed = before(run, seed, runs)
                 if any(other in running.values() for other in needed):
@@ -128,6 +155,8 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                     keep(path, kept_file(kept, run, seed), run)
                 write(study, kept, results)
     write(study, kept, results)
-    if failed:
+    if signals.told():
+        signals.say_stopped("the runs under way are saved, and the same command goes on with the study")
+    elif failed:
         where = "above" if parallel == 1 else f"in {workdir}/logs"
         raise RuntimeError(f"these runs failed, their own errors are {where}: {', '.join(failed)}")

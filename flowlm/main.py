@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files, platforms, terminal
+from flowlm import open_files, platforms, signals, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
@@ -47,6 +47,8 @@ def _read(argv: Sequence[str]) -> Call:
             print(f"flowlm {flowlm.__version__}")
             sys.exit(0)
         raise ValueError("which command? `flowlm --help` lists them")
+    if command.again:
+        signals.resumable(command.again)
     return Call(command, parse(command, others, COMMANDS))
 
 
@@ -91,7 +93,8 @@ def _check_outputs(call: Call) -> None:
 
 
 def run() -> None:
-    """Entry point of the `flowlm` console script."""
+    """Carries out the command line of this process."""
+    signals.listen()
     terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
     platforms.leave_out_absent_tpu()

@@ -86,7 +86,7 @@ def before(run: Run, seed: int, runs: Mapping[str, Run]) -> list[tuple[Run, int]
 
 def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> list[str]:
     """The command line of one run."""
-    line = [sys.executable, "-m", "flowlm.main", "train", f"--config={run.config}", f"--config.seed={seed}"]
+    line = [sys.executable, "-m", "flowlm", "train", f"--config={run.config}", f"--config.seed={seed}"]
     line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in run.settings.items()]
     if run.teacher is not None:
         line.append(f"--config.teacher={directory(workdir, *before(run, seed, runs)[0])}")

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom. There is no other."""
 
+import contextlib
 import sys
 import time
 from functools import partial
@@ -9,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, processes, run_directory, sharding, storage, tokenizers, train_state
+from flowlm import evaluation, processes, run_directory, sharding, signals, storage, tokenizers, train_state
 from flowlm.assembly import abstract_state, build, jit_step, load_origin, load_teacher
 from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
@@ -21,8 +22,8 @@ from flowlm.profiling import Profiler, Recompilations
 def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:
     """Trains the experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
 
-    Told to stop (SIGTERM, Ctrl-C), it saves and returns, from the middle of an evaluation too. Steps in `profile_steps` are
-    traced into `workdir`/profile.
+    Told to stop (Ctrl-C, SIGTERM, SIGHUP), it saves and returns, from the middle of an evaluation too; before its first step
+    nothing is new and it ends at once. Steps in `profile_steps` are traced into `workdir`/profile.
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, another experiment's workdir; before any expensive work.
@@ -60,6 +61,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
 
     # ---- save, evaluate, take batch, step, log the previous step's metrics.
     metrics, values, logged, clock = None, {}, first, time.perf_counter()
+    unsaved = contextlib.ExitStack()
     try:
         for step in range(first, config.steps):
             stop = processes.preempted(step)
@@ -74,13 +76,14 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                     write(step, evaluator(state.ema, step, config.evaluation.samples).metrics)
                     logged, clock = step, time.perf_counter()
                 except processes.Stopped:  # the same command begins this evaluation anew
-                    checkpoints.save(step, state)
+                    if step > first:
+                        checkpoints.save(step, state)
                     stop = True
             if stop:
                 if step > first:
                     write(step, values)
                 progress.close()
-                _say(f"told to stop: at step {step}, from where the same command goes on")
+                _say_stopped(f"at step {step}, from where the same command goes on")
                 return
 
             profiler.before(step)
@@ -88,6 +91,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 batch = sharding.global_rows(rows, step * config.batch_size, config.batch_size, dataset.length, layout)
                 state, metrics = step_fn(state, batch, teacher)
+            if step == first:
+                unsaved.enter_context(signals.held())
             profiler.after(step, metrics)
             recompilations.check(step)
             progress.update()
@@ -115,7 +120,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
         except processes.Stopped:
             if metrics is not None:
                 write(config.steps, values)
-            _say(f"told to stop: all {config.steps} steps are saved, and the same command evaluates them")
+            _say_stopped(f"all {config.steps} steps are saved, and the same command evaluates them")
             return
         if metrics is not None or not judged:
             write(config.steps, values | result.metrics)
@@ -129,11 +134,17 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
         if leads:
             writer.close()
         checkpoints.close()
+        unsaved.close()
 
 
 def _say(text: str) -> None:
     if processes.is_first():
         print(text, file=sys.stderr)
+
+
+def _say_stopped(text: str) -> None:
+    if processes.is_first():
+        signals.say_stopped(text)
 
 
 def _prepare(config: ConfigDict, workdir: str):

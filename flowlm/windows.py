@@ -12,6 +12,7 @@ import tokenizers
 
 WINDOW = 250_000  # characters from cut to cut
 CONTEXT = 1_000  # characters read beyond each cut
+BLANKS = " \n"
 _AT_ONCE = 4  # windows that are worked on together
 
 
@@ -24,7 +25,7 @@ def encode(model: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray
 
 def _long(model: tokenizers.Tokenizer, text: str) -> np.ndarray:
     pieces, before = [], None
-    spans = [*itertools.pairwise([0, *_cuts(text), len(text)])]
+    spans = [*itertools.pairwise([0, *cuts(text, WINDOW), len(text)])]
     for group in range(0, len(spans), _AT_ONCE):
         windows = [(max(0, begin - CONTEXT), begin, end) for begin, end in spans[group : group + _AT_ONCE]]
         encodings = model.encode_batch([text[a : end + CONTEXT] for a, _, end in windows], add_special_tokens=False)
@@ -40,11 +41,17 @@ def _long(model: tokenizers.Tokenizer, text: str) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _cuts(text: str) -> list[int]:
-    """Places in front of blanks, where few tokenizers join; about WINDOW characters apart."""
-    aims = range(WINDOW, len(text) - CONTEXT, WINDOW)
-    blanks = [max(text.rfind(blank, aim - CONTEXT, aim) for blank in " \n") for aim in aims]
+def cuts(text: str, every: int) -> list[int]:
+    """Places about `every` characters apart in front of blanks, where few tokenizers join; elsewhere where no blank is near."""
+    near = min(CONTEXT, every // 2)
+    aims = range(every, len(text) - near, every)
+    blanks = [max(text.rfind(blank, aim - near, aim) for blank in BLANKS) for aim in aims]
     return [aim if blank < 0 else blank for aim, blank in zip(aims, blanks, strict=True)]
+
+
+def pieces(text: str) -> list[str]:
+    """A text cut where few tokenizers join, for what need not know its tokens at the cuts."""
+    return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts(text, WINDOW), len(text)])]
 
 
 def _tokens_around(cut: int, starts: np.ndarray, ids: np.ndarray) -> tuple[bytes, bytes]:

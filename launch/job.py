@@ -36,7 +36,7 @@ class Job:
 
     Attributes:
       name: of letters, digits and dashes, as every engine takes them.
-      command: what Python is given, on every host the same, such as ("-m", "flowlm.main", "train", ...).
+      command: what Python is given, on every host the same, such as ("-m", "flowlm", "train", ...).
       workdir: the run directory: a path that all hosts see, or a bucket.
       resources: the `Resources` of the backend that it is meant for.
       environment: variables of its processes beside those that the backend sets. No secrets: they are printed.
@@ -71,7 +71,7 @@ def training_job(
     config: str, extra: Sequence[str], workdir: str, resources: Any, environment: Mapping[str, str]
 ) -> Job:
     """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
-    command = ("-m", "flowlm.main", "train", f"--config={config}", *extra, f"--workdir={workdir}")
+    command = ("-m", "flowlm", "train", f"--config={config}", *extra, f"--workdir={workdir}")
     # A bucket's client may not be here, and a dry run needs none.
     name = workdir.rstrip("/").rpartition("/")[2] if storage.in_bucket(workdir) else storage.path(workdir).name
     return Job(job_name(name), command, workdir, resources, environment)

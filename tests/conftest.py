@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -74,8 +75,13 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """A command that a test runs in this process listens to signals; the next test must not."""
+    from flowlm import signals  # not before the environment is set
+
+    hooks = sys.unraisablehook, sys.excepthook
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+    sys.unraisablehook, sys.excepthook = hooks
+    signals._listener = signals._Listener()

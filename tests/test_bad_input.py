@@ -315,7 +315,7 @@ def test_the_table_is_as_long_as_it_is_meant_to_be():
 )
 def test_from_outside(arguments, expected):
     """An exit status that scripts see, one line that people read."""
-    command = [sys.executable, "-m", "flowlm.main", *arguments]
+    command = [sys.executable, "-m", "flowlm", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr

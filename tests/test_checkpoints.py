@@ -104,7 +104,7 @@ def _start(workdir):
     command = [
         sys.executable,
         "-m",
-        "flowlm.main",
+        "flowlm",
         "train",
         f"--config={workdir}/experiment.py",
         f"--workdir={workdir}",

@@ -50,7 +50,7 @@ def join(environment):
 
 
 def train(environment, workdir):
-    command = [sys.executable, "-m", "flowlm.main", "train", "--config=experiments/test.py", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "flowlm", "train", "--config=experiments/test.py", f"--workdir={workdir}"]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
     )

@@ -178,10 +178,10 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
         def __call__(self, *arguments):
             return self
 
-        def save(self, place):
+        def save(self, place, run):
             saved.append(str(place))
 
-        def show(self):
+        def show(self, wide):
             print("shown")
 
     monkeypatch.setattr("flowlm.evaluation.Evaluator", Judge)

@@ -65,7 +65,9 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
     config = run_config(data_dir)
     data = opened(config)
     splits = {name: Rows(getattr(data, name), token) for token, name in enumerate(("train", "validation", "test"), 3)}
-    dataset = SimpleNamespace(**{name: getattr(data, name) for name in ("tokenizer", "length", "grammar")}, **splits)
+    dataset = SimpleNamespace(
+        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")}, **splits
+    )
     word = {name: data.tokenizer.decode([token]) for token, name in enumerate(("train", "validation", "test"), 3)}
     assert len(set(word.values())) == 3
     referred, judged = {}, []
@@ -298,7 +300,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path):
     """And files are UTF-8 wherever they are written."""
     Evaluation(3, {"samples/map@1/entropy": 1.0}, {"map@1": [MARKUP]}).save(tmp_path / "run")
     environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    line = [sys.executable, "-m", "flowlm.main", "compare", f"--runs={tmp_path / 'run'}"]
+    line = [sys.executable, "-m", "flowlm", "compare", f"--runs={tmp_path / 'run'}"]
     done = subprocess.run(
         line, cwd=ROOT, env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300
     )

@@ -225,7 +225,7 @@ def test_what_follows_a_flag_after_a_blank_is_its_value(tmp_path, monkeypatch, c
     words = ["--dry_run", "--backend", "local", "--config", "experiments/test.py", "--workdir", f"{tmp_path}/a run"]
     words += ["--compile_cache", "/a cache", "--config.seed", "3", "--nodistributed", "--max_restarts", "0"]
     run.main(words)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "flowlm.main" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "-m flowlm train" in line)
     sent = shlex.split(line)[3 : shlex.split(line).index(">>")]
     assert sent == [
         "train", "--config=experiments/test.py", "--compile_cache=/a cache", "--config.seed=3", "--nodistributed",

@@ -17,11 +17,13 @@ from command_line import error_of, flowlm
 from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import tokenizer_files, windows
+from flowlm import tokenizer_files, training, windows
 from flowlm.checkpoint import Checkpoints
-from flowlm.data import builders, corpora, open_dataset, own_text, packing
+from flowlm.data import builders, corpora, open_dataset, own_text, packing, round_trip, train_tokenizers
+from flowlm.data import prepare as prepare_module
 from flowlm.data.prepare import prepare
 from flowlm.metrics import read_metrics
+from flowlm.signals import Stopped
 from flowlm.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -180,12 +182,12 @@ def test_what_a_tokenizer_cannot_spell_is_reported(tmp_path, caplog):
         model.save(str(tmp_path / f"{name}.json"))
         arguments = "textfiles", str(tmp_path / "texts"), str(tmp_path / f"{name}.json"), 3, str(tmp_path / name), ""
         caplog.clear()
-        manifest = prepare(*arguments)
+        manifest = prepare(*arguments, allow_lossy=True)
         assert lines[name] in caplog.text
         assert manifest["unspelled"]["such_as"] == ["\u00e9"]
         assert manifest["unspelled"]["count"] == {split: manifest["documents"][split] for split in corpora.SPLITS}
         assert prepare(*arguments) == manifest
-    whole = prepare("textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "")
+    whole = prepare("textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "", allow_lossy=True)
     assert whole["unspelled"] == {}
 
 
@@ -194,6 +196,7 @@ def test_one_long_document_is_not_tokenised_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "WINDOW", 2000)
     monkeypatch.setattr(windows, "CONTEXT", 200)
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(round_trip, "_AT_ONCE", 4000)
     long = " ".join(texts(2000))
     written = [*texts(9, seed=1), long]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in written))
@@ -270,6 +273,48 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
     assert len(calls) == whole + whole - 7
 
 
+def tree(out):
+    """Every file of a folder; of what tfds writes of itself, without the place where it was made."""
+    files = {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    return {name: content.replace(str(out).encode(), b"OUT") for name, content in files.items()}
+
+
+def test_told_to_stop_it_leaves_nothing_half_made_and_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    """While the tokenizer is made, between two batches of text, in a shard, and between the rows and their number."""
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(builders, "SHARD_ROWS", 50)
+    encoded, encode = [], Tokenizer.encode_counted
+    monkeypatch.setattr(Tokenizer, "encode_counted", lambda *given: encoded.append(0) or encode(*given))
+    arguments = "textfiles", str(folder), "bpe:300", 16
+    whole = prepare(*arguments, str(tmp_path / "whole"), "")
+    once = len(encoded)  # the first time to measure what is lost, then a batch each
+    assert once > 5
+    places = {  # what stops, at which call
+        "tokenizer": (train_tokenizers, "byte_level_bpe", 1),
+        "tokens": (packing, "_append", 3),
+        "shard": (packing, "framed", 2),
+        "end": (prepare_module, "_write", 2),
+    }
+    for place, (module, name, number) in places.items():
+        out, calls, genuine = tmp_path / place, [], getattr(module, name)
+
+        def stops(*given, calls=calls, genuine=genuine, number=number):
+            calls.append(0)
+            if len(calls) == number:
+                raise Stopped
+            return genuine(*given)
+
+        encoded.clear()
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(module, name, stops)
+            patch.setitem(train_tokenizers.RECIPES, "bpe", (train_tokenizers.byte_level_bpe, 257))
+            prepare(*arguments, str(out), "")
+        assert not list(out.rglob("*incomplete*")) and not list(out.rglob("*.tmp")), place
+        assert (place == "tokenizer" and not out.exists()) or own_text.load(out)["rows"] is None
+        assert prepare(*arguments, str(out), "") == whole
+        assert tree(out) == tree(tmp_path / "whole") and len(encoded) == once, place  # nothing twice
+
+
 def test_a_stream_of_other_texts_is_not_taken_up(tmp_path, monkeypatch):
     """Other texts, the same on other sides, or a file shorter than its record: all is written anew."""
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 500)
@@ -321,30 +366,24 @@ def test_one_process_in_a_workspace(tmp_path):
 
 
 def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
+    """What the command prints trains on a tokenizer made of the text, and the flow map on the flow that it made."""
     monkeypatch.chdir(ROOT)
-    line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=sotu_bpe_512", "--length=16"]
+    line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=bpe:300", "--length=8"]
     printed = flowlm(*line, f"--out={tmp_path / 'data'}").out
+    assert "tokenizer: 300 ids; 0 % of the characters change or are dropped" in printed
     assert f"flowlm train --config=experiments/own_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
     get_config = runpy.run_path("experiments/own_text.py")["get_config"]
-    for family in ("", ":flow_map"):
-        config = get_config(f"{tmp_path / 'data'}{family}")
-        config.update_from_flattened_dict(
-            {
-                "steps": 2,
-                "batch_size": 8,
-                "log_every": 1,
-                "optimizer.schedule": "constant",
-                "model.width": 16,
-                "model.blocks": 1,
-                "model.heads": 2,
-                "mesh.data": 1,
-                "teacher": str(tmp_path / "run") if family else None,
-            }
-        )
-        train_only(config, tmp_path / f"run{family}")
-        losses = [line["loss"] for line in read_metrics(tmp_path / f"run{family}") if "loss" in line]
-        assert len(losses) == 2 and np.isfinite(losses).all()
+    small = {"steps": 2, "batch_size": 8, "log_every": 1, "mesh.data": 1, "optimizer.schedule": "constant"}
+    small |= {"model.width": 16, "model.blocks": 1, "model.heads": 2}
+    config, student = get_config(str(tmp_path / "data")), get_config(f"{tmp_path / 'data'}:flow_map")
+    config.update_from_flattened_dict(small)
+    train_only(config, tmp_path / "run")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
     assert Checkpoints(tmp_path / "run/checkpoints", read_only=True).steps[-1] == 2
+    student.update_from_flattened_dict(small | {"teacher": str(tmp_path / "run")})
+    experiment, _, dataset, _, teacher, _ = training._prepare(student, tmp_path / "student")  # all but its steps
+    assert experiment.net.vocab_size == dataset.tokenizer.vocab_size == 300 and teacher is not None
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------
@@ -361,9 +400,14 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "texts").mkdir()
     assert "prepare needs --path" in error_of("prepare", "--source=jsonl")
-    assert "unknown --source 'pdf': choose one of ['textfiles', 'jsonl']" in bad(tmp_path, "pdf")
+    assert "--source=pdf: value should be one of <textfiles|jsonl>" in bad(tmp_path, "pdf")
     assert f"no *.jsonl under {tmp_path / 'texts'}" in bad(tmp_path)
     assert "unknown tokenizer 'words'" in bad(tmp_path, tokenizer="words")
+    for size in ("256", "4k", "", "-1"):
+        assert f"--tokenizer=bpe:{size}: bpe takes a number of ids from 257 on" in bad(
+            tmp_path, tokenizer=f"bpe:{size}"
+        )
+    assert "--tokenizer=words:2: words takes a number of ids from 3 on" in bad(tmp_path, tokenizer="words:2")
     lines = [json.dumps({"text": text}) for text in texts(10)]
     for wrong in ("{", '{"txt": "a"}', '{"text": 3}', "[1]"):
         (tmp_path / "texts/a.jsonl").write_text("\n".join([*lines[:4], wrong]))
@@ -378,8 +422,10 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert "has 2 distinct documents, and each split needs one" in bad(tmp_path)
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines))
     assert "shorter than one row of 4000 ids" in bad(tmp_path, length=4000)
-    assert not list(tmp_path.glob("out/tfds/**/*.array_record*"))
-    assert "was prepared from something else (length differ)" in bad(tmp_path)
+    assert not (tmp_path / "out").exists()  # so another length can be asked for at once
+    prepare("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
+    assert "was prepared from something else (length differ)" in bad(tmp_path, length=9)
+    assert "was prepared from something else (tokenizer_sha256 differ)" in bad(tmp_path, tokenizer="bpe:300")
     config = "--config=experiments/own_text.py"
     assert "own_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")

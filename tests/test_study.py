@@ -5,7 +5,7 @@ import json
 import os
 import re
 import runpy
-import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flowlm import carry_out as running
-from flowlm import study
+from flowlm import signals, study
 from flowlm.assembly import build
 from flowlm.carry_out import carry_out
 from flowlm.matching import matched
@@ -31,10 +31,10 @@ def commands(monkeypatch):
     """Commands that would have been run; a run but for seed 9 of the teacher writes an evaluation whose numbers are known."""
     lines = []
 
-    def run(line, check, stdout=None, stderr=None):
+    def run(self, line, log=None):
         lines.append(line)
-        if stdout is not None:
-            print(*sorted(os.sched_getaffinity(0)), file=stdout)
+        if log is not None:
+            print(*sorted(os.sched_getaffinity(0)), file=log)
         if line[3] == "evaluate":
             place, heat = Path(line[-1].removeprefix("--results=")), float(line[5].rpartition("=")[2])
             place.mkdir(parents=True)
@@ -45,9 +45,9 @@ def commands(monkeypatch):
                 "samples/map-heat@4/seconds_per_100": 3.0,
             }
             (place / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
-            return subprocess.CompletedProcess(line, 0)
+            return True
         if "teacher/seed9" in line[-1]:
-            return subprocess.CompletedProcess(line, 1)
+            return False
         workdir = Path(line[-1].removeprefix("--workdir="))
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps({"steps": 7}))
@@ -63,9 +63,9 @@ def commands(monkeypatch):
             (workdir / "evaluation.json").touch()  # whoever reads it now finds a file half written
             time.sleep(0.3)
         (workdir / "evaluation.json").write_text(json.dumps({"step": 7, "metrics": metrics}))
-        return subprocess.CompletedProcess(line, 0)
+        return True
 
-    monkeypatch.setattr(running.subprocess, "run", run)
+    monkeypatch.setattr(running.Commands, "__call__", run)
     return lines
 
 
@@ -83,6 +83,32 @@ def test_runs_in_order_and_only_what_is_left(commands, tmp_path):
     path.write_text(path.read_text().replace('"step": 7', '"step": 4'))
     carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r2")
     assert len(commands) == 4
+
+
+# A run that tells the study to stop, and saves when it is told itself.
+_SAVES = """
+import os, pathlib, signal, sys
+def save(number, frame):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGTERM)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_told_to_stop_it_lets_what_is_under_way_save_and_begins_nothing_else(tmp_path, monkeypatch, capfd, parallel):
+    line = lambda run, seed, *others: [sys.executable, "-c", _SAVES, str(tmp_path / f"{run.name}{seed}")]
+    monkeypatch.setattr(running, "command", line)
+    monkeypatch.setattr(running, "shares_of_cores", lambda parallel: [os.sched_getaffinity(0)] * parallel)
+    signals.listen()
+    runs = [Run(name, "experiments/a.py") for name in "abc"]
+    carry_out(Study(runs, ["entropy"]), tmp_path / "w", tmp_path / "r", parallel=parallel)
+    begun = re.findall("== .*/([abc])/seed0", capfd.readouterr().err)
+    assert begun[0] == "a" and len(begun) <= parallel
+    assert {path.name for path in tmp_path.glob("[abc]0")} <= {f"{name}0" for name in begun}
+    assert (tmp_path / "a0").exists()
 
 
 def test_what_is_kept_is_done_wherever_it_was_run(commands, tmp_path):

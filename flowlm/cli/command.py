@@ -104,6 +104,8 @@ class Command(NamedTuple):
       needs: names of flags without which it does nothing.
       place: the flag that words without a dash stand for, so `flowlm sample DIR` is `flowlm sample --checkpoint=DIR`.
       notes: what help says below the flags.
+      again: what the same line does when Ctrl-C or another signal has ended the command, which is exit status 0 then; nothing
+        where all of it has to be done again.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Command(NamedTuple):
     needs: Sequence[str] = ()
     place: str = ""
     notes: str = ""
+    again: str = ""
 
     def flag(self, name: str) -> Flag | None:
         return next((flag for flag in self.flags if flag.name == name), None)

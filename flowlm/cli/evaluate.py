@@ -21,7 +21,7 @@ def _evaluate(values: FlagValues) -> None:
         )
 
     import flowlm
-    from flowlm import run_directory, storage
+    from flowlm import run_directory, signals, storage
     from flowlm.data import open_dataset
     from flowlm.evaluation import Evaluator
 
@@ -50,7 +50,8 @@ def _evaluate(values: FlagValues) -> None:
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
     if place is not None:
-        result.save(place, values.checkpoint)
+        with signals.held():  # all of its files or none
+            result.save(place, values.checkpoint)
     result.show(values.wide)
 
 
@@ -82,6 +83,7 @@ EVALUATE = Command(
     ],
     _evaluate,
     needs=("checkpoint",),
+    again="nothing is written, and the same command evaluates anew",
     place="checkpoint",
 )
 

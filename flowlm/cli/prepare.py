@@ -2,7 +2,7 @@
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, choice, output, text, whole
+from flowlm.cli.command import Command, choice, output, switch, text, whole
 from flowlm.terminal import command
 
 DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm")
@@ -10,12 +10,18 @@ DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm
 
 def _prepare(values: FlagValues) -> None:
     from flowlm.data.prepare import prepare
+    from flowlm.data.round_trip import RoundTrip
 
     wanted = values.source, values.path, values.tokenizer, values.length, values.out
-    manifest = prepare(*wanted, values.data_dir, values.text_key)
+    manifest = prepare(*wanted, values.data_dir, values.text_key, values.allow_lossy)
     if manifest.get("left_out", {}).get("files"):
         left_out = manifest["left_out"]
         print(f"left out: {left_out['files']} other files, such as {', '.join(left_out['such_as'])}")
+    if "round_trip" in manifest:  # not in folders of older versions
+        found = RoundTrip(**manifest["round_trip"])
+        print(
+            f"tokenizer: {manifest['vocab_size']} ids; {100 * found.share:.2g} % of the characters change or are dropped"
+        )
     for split, rows in manifest["rows"].items():
         print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
     print(f"{command()} train --config=experiments/own_text.py:{values.out} --workdir=DIR")
@@ -33,14 +39,20 @@ PREPARE = Command(
     [
         choice("source", "a document a file, or a document a line", None, ["textfiles", "jsonl"]),
         text("path", "PATH", "the file or the folder with the text"),
-        text("tokenizer", "NAME", "a tokenizer that is shipped, or the path of its file"),
+        text(
+            "tokenizer",
+            "NAME",
+            "bpe:SIZE or words:SIZE to make one of the text, one that is shipped, or the path of its file",
+        ),
         whole("length", "ids in a row", None, 2),
         output("out", "the folder to make"),
         text("text_key", "KEY", "the key of a document's text in a line of jsonl", "text"),
+        switch("allow_lossy", "take a tokenizer that changes or drops more than 1 % of the characters"),
         DATA_DIR,
     ],
     _prepare,
     needs=("source", "path", "tokenizer", "length", "out"),
+    again="the same command goes on from where it was",
 )
 
 PREPARE_JUDGE = Command("prepare judge", "fetches the pretrained judge smollm2", [DATA_DIR], _prepare_judge)

@@ -42,6 +42,7 @@ STUDY = Command(
     ],
     _study,
     needs=("study", "workdir", "results"),
+    again="the same command goes on with the study",
 )
 
 REPORT = Command(

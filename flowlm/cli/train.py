@@ -31,4 +31,5 @@ TRAIN = Command(
     ],
     _train,
     needs=("config", "workdir"),
+    again="the same command goes on from where it was",
 )

@@ -94,7 +94,8 @@ def describe(kind: str, path: Path, text_key: str = "text") -> dict:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         name = file.name if path.is_file() else str(file.relative_to(path))
         sources.append({"file": name, "bytes": file.stat().st_size, "sha256": digest})
-    keys = np.fromiter((key(text) for _, text in documents(kind, path, text_key)), np.uint64)
+    read = ((key(text), len(text)) for _, text in documents(kind, path, text_key))
+    keys, characters = np.fromiter(read, np.dtype((np.uint64, 2))).T
     distinct = np.unique(keys)
     if len(distinct) < 3:
         mend = "cut it into more files, or make it a document a line and give --source=jsonl"
@@ -109,6 +110,7 @@ def describe(kind: str, path: Path, text_key: str = "text") -> dict:
         "sources": sources,
         "left_out": {"files": len(left_out), "such_as": [str(file.relative_to(path)) for file in left_out[:_NAMED]]},
         "distinct_documents": len(distinct),
+        "characters": int(characters.sum()),
         "documents": {split: int(count) for split, count in zip(("validation", "test", "train"), counts, strict=True)},
         "cuts": [int(cut) for cut in cuts],
     }
@@ -131,7 +133,11 @@ def check(sources: Path) -> None:
 
 def read(sources: Path) -> Iterator[tuple[str, str, str]]:
     """As a corpus: (split, id, text) of the documents, in the order of the files."""
-    manifest = load(sources.parent)
+    return described(load(sources.parent))
+
+
+def described(manifest: dict) -> Iterator[tuple[str, str, str]]:
+    """(split, id, text) of the documents that a manifest describes, lazily, in the order of the files."""
     first, second = manifest["cuts"]
     for name, text in documents(manifest["kind"], Path(manifest["path"]), manifest["text_key"]):
         place = key(text)

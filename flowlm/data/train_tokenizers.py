@@ -1,23 +1,30 @@
-"""Makes the shipped tokenizers: `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every file.
+"""How tokenizers are made of text. `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every shipped file.
 
-They are trained on train splits only, the speeches' and the everyday sentences', so that held-out text stays unseen.
+Each is made of a train split only, of the speeches or the everyday sentences, so that held-out text stays unseen. The same text
+makes the same file to the byte.
+`flowlm prepare` makes those of RECIPES of a user's own text.
 """
 
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from flowlm import windows
 from flowlm.data import corpora, word_tokens
 from flowlm.data.grammar import Grammar
+from flowlm.data.word_tokens import UNKNOWN
+from flowlm.tokenizers import Tokenizer
 
 START = "<|start|>"
 BPE_SIZES = (512, 1024, 4096)
 LETTERS_SIZE = 112
 WORD_SIZES = (1000, 2000)
 
+# Words with what is inside of them (don't), numbers, and single marks, with a blank before them; other blanks as in GPT-2.
+_WORDS = r" ?[\p{L}\p{M}]+(?:['’-][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s+(?!\S)|\s+"
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -73,6 +80,43 @@ def words(grammar: Grammar) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([grammar.words[grammar.pad], START])
     return tokenizer
+
+
+def frequent_words(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """The `size - 2` most frequent words, numbers and marks, each with the blank before it; the rest becomes UNKNOWN (id 1).
+
+    Blanks and line breaks are tokens too, so what is in the vocabulary comes back as it was. UNKNOWN shows when it is decoded.
+    """
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    counting = tokenizers.Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
+    counting.pre_tokenizer = words
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[START, UNKNOWN], show_progress=False)
+    counting.train_from_iterator(texts, trainer)
+    tokenizer = tokenizers.Tokenizer(counting.model)  # anew, because to the trainer UNKNOWN is a control token
+    tokenizer.pre_tokenizer, tokenizer.decoder = words, decoders.Fuse()
+    tokenizer.add_special_tokens([START])
+    return tokenizer
+
+
+# By name, what makes a tokenizer of texts, and the fewest ids that are of use.
+RECIPES = {"bpe": (byte_level_bpe, 257), "words": (frequent_words, 3)}
+
+
+def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
+    """What makes the tokenizer `bpe:SIZE` or `words:SIZE` of texts, which it reads once, a text in bounded memory; else None.
+
+    Raises:
+      ValueError: the size is no number, or less than the kind of tokenizer needs.
+    """
+    kind, colon, size = name.partition(":")
+    if not colon or kind not in RECIPES:
+        return None
+    make, least = RECIPES[kind]
+    if not size.isdecimal() or int(size) < least:
+        raise ValueError(f"--tokenizer={name}: {kind} takes a number of ids from {least} on, such as {kind}:4096")
+    return lambda texts: Tokenizer(
+        make((piece for text in texts for piece in windows.pieces(text)), int(size)).to_str()
+    )
 
 
 def main(directory: pathlib.Path) -> None:

@@ -1,0 +1,83 @@
+"""How much of a text comes back from a tokenizer: the share of its characters that are not as they were.
+
+A piece of text is turned into tokens and back. Of the characters of both, those of a longest common subsequence are as they were;
+a character that another one replaces is counted once, as is one that is dropped or added. So capitals that become small are
+counted, and blanks that are joined, letters that are not in the vocabulary, and every letter of an unknown word.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from flowlm import windows
+from flowlm.tokenizers import Tokenizer
+
+PIECE = 2048  # characters that are compared at once, since that takes time in proportion to their square
+_AT_ONCE = 100_000  # characters that are handed to the tokenizer together
+_SHOWN = 24  # characters of an example
+_NOT_A_CHARACTER = "\ufdd0"
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """characters: how many were looked at. changed: how many are not as they were. such_as: some, before and after; or nothing."""
+
+    characters: int = 0
+    changed: int = 0
+    such_as: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """The part of the characters that changed, from 0 to 1."""
+        return self.changed / max(1, self.characters)
+
+
+def common(text: str, back: str) -> int:
+    """The length of a longest common subsequence, by a row of bits for each character (Hyyrö, 2004)."""
+    places: dict[str, int] = {}
+    for i, character in enumerate(text):
+        places[character] = places.get(character, 0) | 1 << i
+    everywhere = (1 << len(text)) - 1
+    row = everywhere
+    for character in back:
+        matched = row & places.get(character, 0)
+        row = ((row + matched) | (row - matched)) & everywhere
+    return len(text) - row.bit_count()
+
+
+def changed(text: str, back: str) -> int:
+    """Characters that were replaced, dropped or added on the way from a text to what came back."""
+    return 0 if text == back else max(len(text), len(back)) - common(text, back)
+
+
+def measure(tokenizer: Tokenizer, texts: Iterable[str], every: int = 1) -> RoundTrip:
+    """The round trip of one in `every` pieces of the texts, which are read once; in bounded memory.
+
+    The blank between two pieces is in neither, because some tokenizers strip the ends of a text.
+
+    Raises:
+      ValueError: the tokenizer refuses a text.
+    """
+    found = RoundTrip()
+    pieces = itertools.islice(_pieces(texts), 0, None, every)
+    while batch := [*itertools.islice(pieces, _AT_ONCE // PIECE)]:
+        unknown = tokenizer.unknown
+        for piece, back in zip(batch, tokenizer.decode_batch(tokenizer.encode_batch(batch)), strict=True):
+            # As one character no letter of a text is its like, and it is no longer than what it stands for.
+            wrong = changed(piece, back.replace(unknown, _NOT_A_CHARACTER) if unknown else back)
+            such_as = found.such_as or (_difference(piece, back) if wrong else [])
+            found = RoundTrip(found.characters + len(piece), found.changed + wrong, such_as)
+    return found
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for begin, end in itertools.pairwise([0, *windows.cuts(text, PIECE), len(text)]):
+            yield text[begin + (begin > 0 and text[begin] in windows.BLANKS) : end]
+
+
+def _difference(text: str, back: str) -> list[str]:
+    """The first place where two texts differ, in both, with a little of what is before it."""
+    same = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+    begin = max(0, same - _SHOWN // 2)
+    return [text[begin : begin + _SHOWN], back[begin : begin + _SHOWN]]
