@@ -112,6 +112,9 @@ def compare(directories: Sequence[str], wide: bool = False, samples: int | None 
         if samples is not None:
             lines[name] = lines_of_samples(directory, samples)
         by_data.setdefault(record.get("data") or run_directory.data_name(directory), {})[name] = record
+    for runs in by_data.values():
+        for name in [*runs][:-1]:  # real rows stand once, behind all that is beside them
+            lines.get(name, {}).pop("held_out", None)
     for number, (data, runs) in enumerate(by_data.items()):
         texts = {run: lines.get(run) or {k: [v] for k, v in record["samples"].items()} for run, record in runs.items()}
         title = f"Samples before the judges{f': {data}' if data else ''}"

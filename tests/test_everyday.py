@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -210,6 +211,11 @@ def test_compare_shows_lines_of_the_samplers_as_they_are_set_and_of_real_rows(tm
     assert said == [f"{name} says {i}." for name in ("map-noise0.5@1", "map-noise0.5@8", "held_out") for i in range(3)]
     assert "0.0021" in shown and "0.125" in shown and "found: share" in shown
     assert max(map(len, shown.splitlines())) <= 80
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    results.compare([str(run), str(other)], samples=2)
+    said = re.findall(r"^  (.* says .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [line.split()[0] for line in said[::2]] == ["map-noise0.5@1", "map-noise0.5@8"] * 2 + ["held_out"]
     (run / "samples.txt").unlink()
     with pytest.raises(FileNotFoundError, match="no samples.txt: run `flowlm evaluate"):
         results.compare([str(run)], samples=3)
