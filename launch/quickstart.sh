@@ -25,7 +25,7 @@ cat <<END
 Files of a run, in $workdir/flow and $workdir/flow_map:
   samples.txt, evaluation.json, evaluation.png, curves.png, metrics.jsonl, config.json, checkpoints/
 Next:
-  .venv/bin/flowlm sample --checkpoint=$workdir/flow_map --steps=1 --num=20
+  .venv/bin/flowlm sample $workdir/flow_map --steps=1 --num=20
   .venv/bin/flowlm report $workdir --out=$workdir/report
   .venv/bin/flowlm train --config=experiments/grammar.py --workdir=runs/grammar
 END
