@@ -22,10 +22,10 @@ nats per character; rows of 10 in the first three lines, of 9 below):
     the same at a rate of .005                          1.59                  4.9
     white, early_skip      ambient      2,800 x 64      1.57                  12.2
 
-In ambient time much of a sentence is open to its end (there the network is .1 nats below the context-free line), and yet the warps
-that leave time for it write worse in 8 steps, as rare words come too often.
+In ambient time much of a sentence is open to its end (there the network is .1 nats below the context-free line), and yet warps that
+leave time for it write worse in 8 steps, as rare words come too often.
 
-What was tried for the map in one step from half of the noise, 900 steps, seeds 0 and 1 (from flows of the same seeds; 4,096 samples):
+What was tried for the map in one step from half of the noise, 900 steps, seeds 0 and 1 (also of the flow; 4,096 samples):
 
     teacher temperature, targets, boundary    rate    nats per character    distinct rows    entropy of all words
     .7, average, 1/4 (shipped)                .003    1.62, 1.76            .968, 1.000      4.13, 4.29

@@ -1,6 +1,7 @@
 """The checkpoints in the repository load anywhere, their samples are worth what the tables say, and the tables are the runs'."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from flowlm.data.grammar import Grammar
 from flowlm.evaluation import Sampler, samplers
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import Statistics
+from flowlm.results import compare
 from flowlm.sharding import Layout, make_mesh
 from flowlm.study import load
 from flowlm.study_tables import write
@@ -112,3 +114,17 @@ def test_the_tables_are_those_of_the_runs(place, tmp_path, monkeypatch):
     assert len(written) >= 3
     for path in written:
         assert path.read_text() == (ROOT / "results" / place / path.name).read_text(), path.name
+
+
+def test_what_the_quickstart_shows_is_what_its_figures_print(tmp_path, monkeypatch, capsys):
+    """The end of the screen, as results/everyday_screen.txt keeps it, within 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for run, name in (("flow", "everyday"), ("flow_map", "everyday_map")):
+        (tmp_path / run).mkdir()
+        for kept, file in ((f"{name}.json", "evaluation.json"), (f"{name}.txt", "samples.txt")):
+            shutil.copy(ROOT / "results" / kept, tmp_path / run / file)
+    compare([str(tmp_path / "flow"), str(tmp_path / "flow_map")], samples=8)
+    shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines()) + "\n"
+    kept = ROOT / "results/everyday_screen.txt"
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown == kept.read_text()
