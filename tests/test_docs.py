@@ -227,6 +227,13 @@ def test_the_readme_fits_on_a_page():
     assert (ROOT / "README.md").stat().st_size <= 8192
 
 
+def test_what_the_readme_shows_of_the_quickstart_is_what_it_prints():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    screen = (ROOT / "results/everyday_screen.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in shown.splitlines() if line not in screen]
+
+
 def test_the_table_of_the_readme_is_that_of_the_study():
     assert headline.table() in (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -61,7 +61,13 @@ def _number(values: dict, metric: str) -> str:
     value, error = values.get(metric), values.get(f"{metric}_stderr")
     if value is None:
         return "-"
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    digits = _digits(value)
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _digits(value: float) -> int:
+    """Of a share of few rows more, because three would leave it none."""
+    return 5 if 0 < abs(value) < 0.01 else 3
 
 
 def _judged(metrics: dict) -> dict[str, dict]:
@@ -113,8 +119,9 @@ def seeds(names: str, *metrics: str) -> str:
             if None in values:
                 cells.append("-")
                 continue
-            each = ", ".join(f"{value:.3f}" for value in values)
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} ({each})")
+            digits = _digits(np.mean(values))
+            each = ", ".join(f"{value:.{digits}f}" for value in values)
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({each})")
         rows.append([shown(sampler).replace("@", ", "), *cells])
     return markdown(["sampler, steps", *map(shown, metrics)], rows)
 
