@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flowlm import evaluation, hlo, sharding, train_state
+from flowlm import hlo, sampling, sharding, train_state
 from flowlm.assembly import abstract_state, build, jit_step
 from flowlm.costs import CHIPS, Chip, count_flops, roofline
 from flowlm.objectives.autoregressive import Autoregressive
@@ -93,7 +93,7 @@ def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | 
     net, family = experiment.net, experiment.family
     layout = sharding.make_layout(config, devices)
     steps = config.data.length - 1 if isinstance(family, Autoregressive) else 1
-    sampler = evaluation.Sampler(net, evaluation.named_sampler(family)[1], steps, layout)
+    sampler = sampling.Sampler(net, sampling.named_sampler(family)[1], steps, layout)
     params = abstract_state(experiment, layout).params
     if family.continuous:
         shapes = jax.eval_shape(net.prepared, params)
@@ -110,7 +110,7 @@ def trace_held_out(config: ConfigDict, devices: Sequence[Any], per_device: int |
     family, rows = experiment.family, min(config.evaluation.held_out, config.evaluation.held_out_batch)
     likelihoods = family.likelihoods()
     bound = "bound" in likelihoods
-    fn = evaluation.on_rows(layout, experiment.net, likelihoods["bound" if bound else "denoising"])
+    fn = sampling.on_rows(layout, experiment.net, likelihoods["bound" if bound else "denoising"])
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
     tau = () if bound else (jax.ShapeDtypeStruct((), jnp.float32),)
     params = abstract_state(experiment, layout).params

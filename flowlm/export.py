@@ -25,12 +25,12 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from flowlm import integrity, reference, run_directory, storage
-from flowlm.assembly import Trained, load_trained
 from flowlm.checkpoint import save_params
-from flowlm.evaluation import named_sampler
 from flowlm.inspection import inspect, restore
 from flowlm.integrity import checksum
+from flowlm.sampling import named_sampler
 from flowlm.sharding import Layout
+from flowlm.trained import Trained, load_trained
 
 FORMATS = ("params", "safetensors", "jax")
 DTYPES = ("float32", "bfloat16")
@@ -142,7 +142,7 @@ def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None)
     def sample(weights, seed, rows):
         tree = restore(weights)
         tree = net.prepared(tree) if has_noise else tree
-        key = jax.random.fold_in(jax.random.key(seed), 0)  # as evaluation.Sampler draws its first rows
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # as sampling.Sampler draws its first rows
         return family.sample(net, tree, key, rows.shape[0], steps)
 
     def denoise(weights, state, tau_s, tau_t):

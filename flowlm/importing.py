@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 from flowlm import integrity, run_directory, storage, tokenizers
-from flowlm.assembly import build, load_trained
+from flowlm.assembly import build
 from flowlm.checkpoint import save_params
 from flowlm.reference import BARE, MODULES, OUTPUT, from_reference
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import Tokenizer
+from flowlm.trained import load_trained
 
 ROTARY = "rotary_emb.inv_freq"  # a buffer of the reference; here it is computed
 FAMILIES = {"flm": "flow", "fmlm": "flow_map", "mdlm": "masked", "ar": "autoregressive"}

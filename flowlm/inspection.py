@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from rich.table import Column, Table
 
 from flowlm import importing, integrity, run_directory, storage
-from flowlm.assembly import load_trained
 from flowlm.checkpoint import has_params
 from flowlm.config import flat
 from flowlm.integrity import checksum
 from flowlm.sharding import Layout
 from flowlm.terminal import console
+from flowlm.trained import load_trained
 
 
 class Inspected(NamedTuple):

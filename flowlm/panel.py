@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowlm import processes, storage
-from flowlm.assembly import load_trained
 from flowlm.data import Dataset
 from flowlm.judges import Judge, hugging_face, mauve, score_all, smollm2
 from flowlm.judges.grammar import GrammarJudge
@@ -21,6 +20,7 @@ from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.sharding import Layout
+from flowlm.trained import load_trained
 
 MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
 MAX_ROWS = 20_000  # that counts are taken of

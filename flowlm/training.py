@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowlm import evaluation, processes, run_directory, sharding, signals, storage, tokenizers, train_state
-from flowlm.assembly import abstract_state, build, jit_step, load_origin, load_teacher
+from flowlm.assembly import abstract_state, build, jit_step
 from flowlm.checkpoint import Checkpoints, has_params
 from flowlm.curves import draw_curves
 from flowlm.data import open_dataset
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.profiling import Profiler, Recompilations
+from flowlm.trained import load_origin, load_teacher
 
 
 def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:

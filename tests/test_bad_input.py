@@ -29,7 +29,7 @@ def nothing_expensive(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reader, "_prepare", expensive)
-    for name in ("training.Checkpoints", "evaluation.Sampler", "evaluation.Evaluator", "bench._run", "bench._child"):
+    for name in ("training.Checkpoints", "sampling.Sampler", "evaluation.Evaluator", "bench._run", "bench._child"):
         monkeypatch.setattr(f"flowlm.{name}", expensive)
     return tmp_path / "data"
 

@@ -15,12 +15,12 @@ import pytest
 from toy import run_config, train_only
 
 from flowlm import report, results, storage
-from flowlm.assembly import load_trained
 from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset, packing
 from flowlm.data.prepare import prepare
 from flowlm.metrics import MetricWriter, read_metrics
 from flowlm.sharding import Layout, make_mesh
+from flowlm.trained import load_trained
 from flowlm.training import train
 
 # Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.

@@ -16,7 +16,7 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import assembly, integrity
+from flowlm import assembly, integrity, trained
 from flowlm.checkpoint import Checkpoints
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
@@ -223,7 +223,7 @@ def test_reading_a_run_changes_nothing_on_disk(workdir, config):
     _truncate("*")(workdir / "checkpoints/6")
     (workdir / "checkpoints/9.orbax-checkpoint-tmp").mkdir()
     before = contents(workdir)
-    run = assembly.load_trained(workdir, Layout(make_mesh(data=1)))
+    run = trained.load_trained(workdir, Layout(make_mesh(data=1)))
     assert run.step == 3
     assert contents(workdir) == before
     saved = ocp.load(workdir / "checkpoints/3")["ema"]
@@ -243,7 +243,7 @@ def test_a_run_under_other_odd_names(config, tmp_path):
     config.steps = 3
     for name in ("lr=1e-3,b", "a b#{c}%20"):
         train_only(config, tmp_path / name)
-        assert assembly.load_trained(tmp_path / name, Layout(make_mesh(data=1))).step == 3
+        assert trained.load_trained(tmp_path / name, Layout(make_mesh(data=1))).step == 3
 
 
 # --- changed -----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from command_line import error_of, flowlm
 
 import flowlm as package
 from flowlm import main, run_directory, terminal
-from flowlm.assembly import Trained
 from flowlm.cli.command import given
 from flowlm.cli.commands import COMMANDS
+from flowlm.trained import Trained
 from launch import run as launch
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,7 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
     monkeypatch.setattr("flowlm.evaluation.Evaluator", Judge)
     shipped = ROOT / "checkpoints/grammar_fmlm"
     run = Trained(*run_directory.load(shipped), SimpleNamespace(), None, 0)
-    monkeypatch.setattr("flowlm.assembly.load_trained", lambda *arguments: run)
+    monkeypatch.setattr("flowlm.trained.load_trained", lambda *arguments: run)
     monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
     (tmp_path / "link").symlink_to(shipped)
     for place in (shipped, tmp_path / "link"):

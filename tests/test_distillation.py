@@ -12,7 +12,7 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import network, perturbed, run_config, train_only
 
-from flowlm import assembly, run_directory, train_state
+from flowlm import assembly, run_directory, train_state, trained
 from flowlm.metrics import read_metrics
 from flowlm.results import Evaluation, compare
 from flowlm.sharding import Layout, make_mesh
@@ -58,8 +58,8 @@ def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     config = run_config(data_dir, "flow_map", **{"teacher": str(teacher), "model.preview": preview})
     layout = Layout(make_mesh(data=1))
     student = assembly.build(config, 99)
-    params = assembly.load_teacher(config, shipped("grammar98"), student, layout).flow
-    run = assembly.load_trained(teacher, layout)
+    params = trained.load_teacher(config, shipped("grammar98"), student, layout).flow
+    run = trained.load_trained(teacher, layout)
     theirs = run.experiment.net
     z = jax.random.normal(jax.random.key(0), (4, 19, 32)) @ jnp.diag(jnp.linspace(0.1, 1, 32))
     tau = jnp.array([0.0, 0.3, 0.6, 0.9])

@@ -17,13 +17,15 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config
 
 from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training
-from flowlm.assembly import build, load_trained
+from flowlm.assembly import build
 from flowlm.data import open_dataset
-from flowlm.evaluation import Evaluator, on_rows
+from flowlm.evaluation import Evaluator
 from flowlm.export import export
 from flowlm.judges.language_model import LanguageModel
 from flowlm.results import Evaluation
+from flowlm.sampling import on_rows
 from flowlm.sharding import Layout, make_mesh
+from flowlm.trained import load_trained
 from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config
 
-from flowlm import evaluation, importing
-from flowlm.assembly import build, load_teacher, load_trained
+from flowlm import importing, sampling
+from flowlm.assembly import build
 from flowlm.export import export
 from flowlm.reference import from_reference, to_reference
 from flowlm.sharding import Layout, make_mesh
+from flowlm.trained import load_teacher, load_trained
 
 pytestmark = pytest.mark.needs("torch")  # reads a .ckpt
 if importlib.util.find_spec("torch") is not None:
@@ -66,7 +67,7 @@ def test_fixtures_compute_what_the_reference_did(name, tmp_path):
         elif output == "logits":
             capped = io["log_probs_capped30"][..., :tokens]
             np.testing.assert_allclose(jax.nn.log_softmax(logits), jax.nn.log_softmax(capped), atol=1e-4)
-    draw = evaluation.Sampler(net, run.experiment.family, 11, Layout(make_mesh(data=1)))
+    draw = sampling.Sampler(net, run.experiment.family, 11, Layout(make_mesh(data=1)))
     ids = draw(params, jax.random.key(0), 4)
     assert ids.shape == (4, 12) and ids.max() < tokens and len(np.unique(ids)) > 5
 

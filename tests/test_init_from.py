@@ -6,7 +6,7 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import assembly, train_state
+from flowlm import assembly, train_state, trained
 from flowlm.metrics import read_metrics
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
@@ -22,7 +22,7 @@ def origin(tmp_path_factory, data_dir):
 def load(config):
     mesh, tokenizer = Layout(make_mesh(data=1)), shipped(config.data.tokenizer)
     experiment = assembly.build(config, tokenizer.vocab_size, tokenizer.start)
-    return experiment, assembly.load_origin(config, tokenizer, experiment, mesh)
+    return experiment, trained.load_origin(config, tokenizer, experiment, mesh)
 
 
 def test_starts_at_the_others_averaged_weights(origin, data_dir, tmp_path):
@@ -49,7 +49,7 @@ def test_a_flow_map_starts_as_the_flow(origin, data_dir):
     config = run_config(data_dir, "flow_map", init_from=str(origin))
     experiment, params = load(config)
     state = train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0, None, params)
-    run = assembly.load_trained(origin, Layout(make_mesh(data=1)))
+    run = trained.load_trained(origin, Layout(make_mesh(data=1)))
     z = jax.random.normal(jax.random.key(0), (4, 19, 32))
     tau_s, tau_t = np.full(4, 0.3, np.float32), np.linspace(0.3, 1, 4, dtype=np.float32)
     np.testing.assert_array_equal(

@@ -6,12 +6,12 @@ import pytest
 from toy import run_config, train_only
 
 from flowlm import panel
-from flowlm.assembly import load_trained
 from flowlm.data import open_dataset
 from flowlm.judges import mauve, smollm2
 from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import shipped
+from flowlm.trained import load_trained
 from flowlm.training import train
 
 END = 0

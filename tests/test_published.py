@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from flowlm.assembly import load_trained
 from flowlm.data.grammar import Grammar
-from flowlm.evaluation import Sampler
 from flowlm.judges.grammar import GrammarJudge
 from flowlm.judges.statistics import Statistics
 from flowlm.results import compare
+from flowlm.sampling import Sampler
 from flowlm.sharding import Layout, make_mesh
 from flowlm.study import load
 from flowlm.study_tables import write
+from flowlm.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())

@@ -8,10 +8,10 @@ import pytest
 from toy import drawn, overriding, run_config
 
 from flowlm import assembly
-from flowlm.evaluation import named_sampler
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.guidance import Prediction
 from flowlm.prior import Gaussian
+from flowlm.sampling import named_sampler
 
 NUM, STEPS = 3, 4
 

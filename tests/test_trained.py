@@ -10,13 +10,13 @@ import pytest
 from toy import drawn, run_config
 
 import flowlm
-from flowlm import assembly, run_directory
+from flowlm import assembly, run_directory, trained
 from flowlm.checkpoint import save_params
 from flowlm.data.grammar import Grammar
-from flowlm.evaluation import Sampler
+from flowlm.model import Model
+from flowlm.sampling import Sampler
 from flowlm.sharding import Layout, make_mesh
 from flowlm.tokenizers import numbers, shipped
-from flowlm.trained import Model
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"model.blocks": 1, "model.width": 16, "model.heads": 2, "model.cond": 16, "model.learned_positions": True}
@@ -87,7 +87,7 @@ def test_a_sampler_is_named_and_settings_are_replaced(models, tmp_path):
     run = make_run(tmp_path, "flow_map", **FAMILIES["flow_map"])
     model = flowlm.load(run, noise_scale=0.25, temperature=None)
     assert model.samplers == ("map", "map-noise0.25") and model.config.objective.temperature is None
-    family = assembly.load_trained(run, model.layout, {"noise_scale": 1.0, "temperature": None}).experiment.family
+    family = trained.load_trained(run, model.layout, {"noise_scale": 1.0, "temperature": None}).experiment.family
     plain = Sampler(model.run.experiment.net, family, 2, model.layout)(model.run.params, jax.random.key(0), 4)
     np.testing.assert_array_equal(model.sample_ids(4, 2, sampler="map"), plain)
     assert not np.array_equal(model.sample_ids(4, 2), plain)
