@@ -10,8 +10,8 @@ writes .09 grammatical rows where it has .39 with it: docs/results/ablations.md.
 import dataclasses
 from collections.abc import Mapping
 
-from flowlm.study import Run, Study
-from flowlm.sweeps import Point, chain, product, runs, sweep, zipped
+from flowlm.studies.study import Run, Study
+from flowlm.studies.sweeps import Point, chain, product, runs, sweep, zipped
 
 SEEDS, ONE = (0, 1, 2), (0,)  # what the headline hangs on has three
 

@@ -11,9 +11,9 @@ depends on the text; every table has held-out rows and tokens without a model be
 from ml_collections import ConfigDict
 
 from flowlm import config as settings
-from flowlm import storage
 from flowlm.data import own_text
-from flowlm.tokenizers import Tokenizer
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import storage
 
 
 def get_config(arg: str = "") -> ConfigDict:

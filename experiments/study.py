@@ -10,7 +10,7 @@ grammatical rows: docs/results/head_to_head.md, with how students' rounds are na
 
 import dataclasses
 
-from flowlm.study import Run, Study
+from flowlm.studies.study import Run, Study
 
 SEEDS = (0, 1, 2)
 ROUNDS = 5

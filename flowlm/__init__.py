@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from flowlm.model import Model
+    from flowlm.runs.model import Model
 
 __all__ = ["__version__", "experiment", "load", "train"]
 __version__ = "0.1.0"
@@ -32,13 +32,13 @@ def load(directory: str | os.PathLike, **objective: Any) -> "Model":
       objective: settings of the run's `objective` section to replace, such as temperature=0.8 or noise_scale=0.5.
 
     Returns:
-      a flowlm.model.Model, with `sample`, `sample_ids`, `log_prob_bound`, `samplers`, `tokenizer` and `config`.
+      a flowlm.runs.model.Model, with `sample`, `sample_ids`, `log_prob_bound`, `samplers`, `tokenizer` and `config`.
 
     Raises:
       FileNotFoundError: it is no such directory, or nothing was saved in it yet.
       ValueError: the run's objective has no such setting, or it cannot be so; or a file is damaged.
     """
-    from flowlm import model
+    from flowlm.runs import model
 
     return model.load(directory, **objective)
 

@@ -1,6 +1,6 @@
 """The entry of the `flowlm` command, and of `python -m flowlm`: signals are heard before the imports, which take seconds."""
 
-from flowlm import signals
+from flowlm.system import signals
 
 
 def run() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from flowlm.models import SIZES, Transformer
+from flowlm.models.network import SIZES, Transformer
 from flowlm.objectives import FAMILIES
-from flowlm.settings import Setting, setting, settings_of
+from flowlm.system.settings import Setting, setting, settings_of
 
 
 @dataclasses.dataclass(frozen=True)

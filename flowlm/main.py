@@ -9,10 +9,10 @@ from typing import NamedTuple, NoReturn
 from absl import app, flags, logging
 
 import flowlm
-from flowlm import open_files, platforms, signals, terminal
 from flowlm.cli import help, mistakes
 from flowlm.cli.command import Command, parse
 from flowlm.cli.commands import COMMANDS
+from flowlm.system import open_files, platforms, signals, terminal
 
 
 class Call(NamedTuple):
@@ -85,7 +85,7 @@ def carry_out(call: Call) -> None:
 
 def _check_outputs(call: Call) -> None:
     """Raises ValueError where results are to go to a place that cannot be written, before they are made."""
-    from flowlm import storage
+    from flowlm.system import storage
 
     for flag in call.command.flags:
         if flag.is_output and call.values[flag.name].value is not None:

@@ -10,14 +10,18 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm import evaluation, processes, run_directory, sharding, signals, storage, tokenizers, train_state
-from flowlm.assembly import abstract_state, build, jit_step
-from flowlm.checkpoint import Checkpoints, has_params
-from flowlm.curves import draw_curves
-from flowlm.data import open_dataset
-from flowlm.metrics import MetricWriter, read_metrics
-from flowlm.profiling import Profiler, Recompilations
-from flowlm.trained import load_origin, load_teacher
+from flowlm.data import open_dataset, tokenizers
+from flowlm.engine import sharding
+from flowlm.engine import state as train_state
+from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.evaluation import evaluator as evaluation
+from flowlm.runs import directory as run_directory
+from flowlm.runs.checkpoint import Checkpoints, has_params
+from flowlm.runs.curves import draw_curves
+from flowlm.runs.metrics import MetricWriter, read_metrics
+from flowlm.runs.trained import load_origin, load_teacher
+from flowlm.system import processes, signals, storage
+from flowlm.system.profiling import Profiler, Recompilations
 
 
 def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> None:

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from flowlm import storage
 from flowlm.cli.command import parse
 from flowlm.cli.commands import COMMANDS
 from flowlm.cli.train import TRAIN
+from flowlm.system import storage
 
 # What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
 Handle = Mapping[str, Any]

@@ -20,10 +20,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flowlm import storage, study
 from flowlm.cli.command import given
 from flowlm.cli.mistakes import nearest, told
 from flowlm.cli.train import TRAIN
+from flowlm.studies import study
+from flowlm.system import storage
 from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
 BACKENDS = ("local", "slurm", "tpu_vm")

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flowlm import storage
-from flowlm.study import finished
+from flowlm.studies.study import finished
+from flowlm.system import storage
 from launch import tpu_workers
 from launch.cloud_tpu import CloudTpu, Failed, passing, refusals
 from launch.job import Job, error_in

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowlm import storage
-from flowlm.study import finished
+from flowlm.studies.study import finished
+from flowlm.system import storage
 from launch import tpu_workers
 from launch.cloud_tpu import CloudTpu, passing, refusals
 from launch.job import Handle, Job, help_of, settings

@@ -5,7 +5,7 @@ logs/WORKER.exit          "TURN STATUS": how the command ended on that worker
 logs/WORKER/PART.log      what it said, in parts whose names are in order, since a bucket has no appending
 """
 
-from flowlm import storage
+from flowlm.system import storage
 from launch.job import last_lines
 
 

@@ -121,5 +121,5 @@ def running(mirror):
             patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
             patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore would look for credentials first
             patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # nor gcsfs ask what kind of bucket it is
-            patch.setattr("flowlm.storage.MIRROR", str(mirror))
+            patch.setattr("flowlm.system.storage.MIRROR", str(mirror))
             yield

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowlm import storage
+from flowlm.system import storage
 from launch import cloud_tpu, run, tpu_supervisor, tpu_vm, tpu_workers
 
 HINT = "not installed: pip install -e .[dev]"

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 from absl.testing import flagsaver
 
-from flowlm import main, processes, terminal
+from flowlm import main
+from flowlm.system import processes, terminal
 
 
 class Ended(NamedTuple):

@@ -75,7 +75,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """A command that a test runs in this process listens to signals; the next test must not."""
-    from flowlm import signals  # not before the environment is set
+    from flowlm.system import signals  # not before the environment is set
 
     hooks = sys.unraisablehook, sys.excepthook
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

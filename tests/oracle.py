@@ -3,7 +3,7 @@
     p(k | z_t) = softmax_k( log w_k + sum_l [ t w_l.e_{y_l} / (1-t)^2 - t^2 |e_{y_l}|^2 / (2 (1-t)^2) ] )
     D_t = sum_k p(k | z_t) one_hot(y^k)
 
-with w = z @ whiten, e = E @ whiten: written here with a pseudo-inverse in numpy float64, independent of flowlm.prior.
+with w = z @ whiten, e = E @ whiten: written here with a pseudo-inverse in numpy float64, independent of flowlm.maths.prior.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from toy import FunctionNetwork
 
-from flowlm.time_warp import TimeWarp
+from flowlm.maths.time_warp import TimeWarp
 
 
 def correlated_law(vocab: int, length: int, num: int, seed: int):

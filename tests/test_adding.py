@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import pytest
 from toy import FIELDS, drawn, network
 
-from flowlm import vocab
-from flowlm.assembly import build
 from flowlm.config import check, declared, defaults
-from flowlm.flow_map import Match
+from flowlm.engine.build import build
+from flowlm.engine.state import Auxiliary, Teacher, init_state, make_step
+from flowlm.maths import vocab
+from flowlm.maths.identities import Match
 from flowlm.objectives import FAMILIES
 from flowlm.objectives.base import Family
 from flowlm.objectives.flow_map import TARGETS, Target
-from flowlm.settings import setting
-from flowlm.train_state import Auxiliary, Teacher, init_state, make_step
+from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ import pytest
 from command_line import error_of, flowlm
 from toy import run_config
 
-from flowlm import assembly, run_directory
-from flowlm.data import reader
-from flowlm.tokenizers import shipped
+from flowlm.data import dataset as reader
+from flowlm.data.tokenizers import shipped
+from flowlm.engine import build as assembly
+from flowlm.runs import directory as run_directory
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=experiments/test.py"

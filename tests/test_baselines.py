@@ -11,9 +11,9 @@ from command_line import flowlm
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm.metrics import read_metrics
-from flowlm.sharding import Layout, make_mesh
-from flowlm.trained import load_trained
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs.metrics import read_metrics
+from flowlm.runs.trained import load_trained
 from flowlm.training import train
 
 

@@ -9,17 +9,17 @@ import pytest
 import toy
 from command_line import error_of, flowlm
 
-from flowlm import bench
-from flowlm.bench import compare
 from flowlm.config import objective
-from flowlm.costs import CHIPS, PEAKS, count_flops, forward_flops
+from flowlm.engine.state import Auxiliary
+from flowlm.maths.prior import Gaussian
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import native
 from flowlm.objectives import make_family
-from flowlm.objectives.dense_flow import DenseFlow, dense_sample
 from flowlm.objectives.flow import Flow
-from flowlm.prior import Gaussian
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary
+from flowlm.scale import bench
+from flowlm.scale.bench import compare
+from flowlm.scale.costs import CHIPS, PEAKS, count_flops, forward_flops
+from flowlm.scale.dense import DenseFlow, dense_sample
 
 SIGMAS = 5
 QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}  # compiling takes nearly all of the time here

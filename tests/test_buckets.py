@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from toy import run_config, train_only
 
-from flowlm import report, results, storage
-from flowlm.checkpoint import Checkpoints
 from flowlm.data import corpora, open_dataset, packing
 from flowlm.data.prepare import prepare
-from flowlm.metrics import MetricWriter, read_metrics
-from flowlm.sharding import Layout, make_mesh
-from flowlm.trained import load_trained
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.evaluation import results
+from flowlm.runs.checkpoint import Checkpoints
+from flowlm.runs.metrics import MetricWriter, read_metrics
+from flowlm.runs.trained import load_trained
+from flowlm.studies import report
+from flowlm.system import storage
 from flowlm.training import train
 
 # Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.
@@ -183,7 +185,7 @@ def test_one_host_prepares_for_all(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "another host"))
     with monkeypatch.context() as patch:
-        patch.setattr("flowlm.data.reader._prepare", None)
+        patch.setattr("flowlm.data.dataset._prepare", None)
         np.testing.assert_array_equal(open_dataset(*arguments, there).validation.rows(0, 50), rows)
 
     (whole,) = storage.path(there).glob("tfds/grammar_rows/*/*/dataset_info.json")

@@ -16,10 +16,11 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import assembly, integrity, trained
-from flowlm.checkpoint import Checkpoints
-from flowlm.metrics import read_metrics
-from flowlm.sharding import Layout, make_mesh
+from flowlm.engine import build as assembly
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs import integrity, trained
+from flowlm.runs.checkpoint import Checkpoints
+from flowlm.runs.metrics import read_metrics
 
 STEPS = 12  # saved every 3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowlm import cluster
+from flowlm.system import cluster
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds until a test gives up

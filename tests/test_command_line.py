@@ -11,10 +11,12 @@ import pytest
 from command_line import error_of, flowlm
 
 import flowlm as package
-from flowlm import main, run_directory, terminal
+from flowlm import main
 from flowlm.cli.command import given
 from flowlm.cli.commands import COMMANDS
-from flowlm.trained import Trained
+from flowlm.runs import directory as run_directory
+from flowlm.runs.trained import Trained
+from flowlm.system import terminal
 from launch import run as launch
 
 ROOT = Path(__file__).parents[1]
@@ -184,10 +186,10 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
         def show(self, wide):
             print("shown")
 
-    monkeypatch.setattr("flowlm.evaluation.Evaluator", Judge)
+    monkeypatch.setattr("flowlm.evaluation.evaluator.Evaluator", Judge)
     shipped = ROOT / "checkpoints/grammar_fmlm"
     run = Trained(*run_directory.load(shipped), SimpleNamespace(), None, 0)
-    monkeypatch.setattr("flowlm.trained.load_trained", lambda *arguments: run)
+    monkeypatch.setattr("flowlm.runs.trained.load_trained", lambda *arguments: run)
     monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
     (tmp_path / "link").symlink_to(shipped)
     for place in (shipped, tmp_path / "link"):

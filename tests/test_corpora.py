@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from flowlm import data, windows
-from flowlm.data import corpora
+from flowlm import data
+from flowlm.data import corpora, windows
 
 
 @pytest.mark.parametrize(

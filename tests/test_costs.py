@@ -10,12 +10,12 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from flowlm import vocab
-from flowlm.costs import CHIPS, EFFICIENCY, Chip, count_flops, forward_flops, roofline
+from flowlm.engine.state import Auxiliary
+from flowlm.maths import vocab
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.models import dit
 from flowlm.objectives import make_family
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary
+from flowlm.scale.costs import CHIPS, EFFICIENCY, Chip, count_flops, forward_flops, roofline
 
 SIZES = dict(width=128, blocks=3, cond=32)
 VOCAB, LENGTH, BATCH = 384, 64, 2

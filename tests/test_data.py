@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from flowlm import data, tokenizers
-from flowlm.data import builders, corpora, marginals, packing
+from flowlm import data
+from flowlm.data import builders, corpora, marginals, packing, tokenizers
 from flowlm.data.grammar import Grammar
 
 

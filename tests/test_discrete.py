@@ -12,13 +12,13 @@ import toy
 from jax.tree_util import Partial
 from toy import FunctionNetwork, overriding
 
-from flowlm import vocab
+from flowlm.engine.state import Auxiliary, Teacher
+from flowlm.maths import vocab
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives import discrete, uniform
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.uniform import Uniform, alpha_of
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary, Teacher
 
 V, L = 5, 3
 WARP = TimeWarp("gaussian", "ambient", V, 16)

@@ -12,11 +12,14 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import network, perturbed, run_config, train_only
 
-from flowlm import assembly, run_directory, train_state, trained
-from flowlm.metrics import read_metrics
-from flowlm.results import Evaluation, compare
-from flowlm.sharding import Layout, make_mesh
-from flowlm.tokenizers import shipped
+from flowlm.data.tokenizers import shipped
+from flowlm.engine import build as assembly
+from flowlm.engine import state as train_state
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.evaluation.results import Evaluation, compare
+from flowlm.runs import directory as run_directory
+from flowlm.runs import trained
+from flowlm.runs.metrics import read_metrics
 
 STEPS = 4
 

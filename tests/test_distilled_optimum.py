@@ -16,11 +16,11 @@ import pytest
 from jax.tree_util import Partial
 from toy import FunctionNetwork
 
+from flowlm.engine.state import Auxiliary, Teacher
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.uniform import Uniform, alpha_of
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary, Teacher
 
 V, L, UPDATES, BATCH = 4, 3, 800, 256
 SEQUENCES, WEIGHTS = oracle.correlated_law(V, L, 10, 3)

@@ -19,10 +19,11 @@ from pages import ROOT
 import flowlm
 import generated
 import headline
-from flowlm import config, main, study
+from flowlm import config, main
 from flowlm.cli.command import parse
 from flowlm.cli.commands import COMMANDS
 from flowlm.cli.train import TRAIN
+from flowlm.studies import study
 from launch import run
 
 

@@ -16,16 +16,22 @@ from command_line import error_of
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config
 
-from flowlm import ahead_of_time, evaluation, panel, processes, report, results, storage, study, training
-from flowlm.assembly import build
+from flowlm import training
 from flowlm.data import open_dataset
-from flowlm.evaluation import Evaluator
-from flowlm.export import export
+from flowlm.engine.build import build
+from flowlm.engine.sampling import on_rows
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.evaluation import evaluator as evaluation
+from flowlm.evaluation import judging as panel
+from flowlm.evaluation import results
+from flowlm.evaluation.evaluator import Evaluator
+from flowlm.evaluation.results import Evaluation
+from flowlm.exchange.export import export
 from flowlm.judges.language_model import LanguageModel
-from flowlm.results import Evaluation
-from flowlm.sampling import on_rows
-from flowlm.sharding import Layout, make_mesh
-from flowlm.trained import load_trained
+from flowlm.runs.trained import load_trained
+from flowlm.scale import ahead_of_time
+from flowlm.studies import report, study
+from flowlm.system import processes, storage
 from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -308,9 +314,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert "see [/usr/share] [b]bold[/b] :smile: [red]??" in " ".join(done.stdout.decode("ascii").split())
-    code = (
-        "import sys; from flowlm.results import Evaluation; Evaluation(3, {}, {'a': [chr(0x4e2d)]}).save(sys.argv[1])"
-    )
+    code = "import sys; from flowlm.evaluation.results import Evaluation; Evaluation(3, {}, {'a': [chr(0x4e2d)]}).save(sys.argv[1])"
     line = [sys.executable, "-c", code, str(tmp_path / "other")]
     subprocess.run(line, check=True, env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, timeout=300)
     assert "\u4e2d" in (tmp_path / "other/samples.txt").read_text("utf-8")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowlm import data, results, tokenizers
-from flowlm.data import corpora, make_everyday, naive, word_tokens
+from flowlm import data
+from flowlm.data import corpora, make_everyday, tokenizers, word_tokens
+from flowlm.evaluation import naive, results
+from flowlm.evaluation.judging import make_judges
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics
-from flowlm.panel import make_judges
 
 
 @pytest.fixture(scope="module")

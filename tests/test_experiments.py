@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from flowlm import checkpoint, objectives, optimizers, tokenizers
-from flowlm.assembly import abstract_state, build, jit_step
+from flowlm import objectives
 from flowlm.config import defaults
+from flowlm.data import tokenizers
 from flowlm.data.grammar import Grammar, shipped_names
-from flowlm.settings import field_names
-from flowlm.sharding import Layout, check_batch, make_mesh
-from flowlm.train_state import Teacher, make_step
+from flowlm.engine import optimizers
+from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.engine.sharding import Layout, check_batch, make_mesh
+from flowlm.engine.state import Teacher, make_step
+from flowlm.runs import checkpoint
+from flowlm.system.settings import field_names
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(

@@ -17,17 +17,18 @@ from jax import export as jax_export
 from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config, train_only
 
-from flowlm import inspection, run_directory
-from flowlm.assembly import abstract_state, build
-from flowlm.checkpoint import Checkpoints, save_params
-from flowlm.export import export
-from flowlm.importing import import_run
-from flowlm.inspection import inspect, show
-from flowlm.integrity import checksum
-from flowlm.sampling import Sampler
-from flowlm.sharding import Layout, make_mesh
-from flowlm.tokenizers import shipped
-from flowlm.trained import load_trained
+from flowlm.data.tokenizers import shipped
+from flowlm.engine.build import abstract_state, build
+from flowlm.engine.sampling import Sampler
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.exchange import inspection
+from flowlm.exchange.export import export
+from flowlm.exchange.importing import import_run
+from flowlm.exchange.inspection import inspect, show
+from flowlm.runs import directory as run_directory
+from flowlm.runs.checkpoint import Checkpoints, save_params
+from flowlm.runs.integrity import checksum
+from flowlm.runs.trained import load_trained
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"model.width": 16, "model.cond": 16, "model.blocks": 1}

@@ -13,14 +13,16 @@ from jax.tree_util import Partial
 from oracle import total_variation
 from toy import FunctionNetwork, overriding
 
-from flowlm import config, flow_map, vocab
-from flowlm.flow_map import eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm import config
+from flowlm.engine.state import Auxiliary, Teacher
+from flowlm.maths import identities as flow_map
+from flowlm.maths import vocab
+from flowlm.maths.identities import eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm.maths.time_sampling import pairs
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import soft_cap
 from flowlm.objectives import make_family
 from flowlm.objectives.guidance import Prediction
-from flowlm.time_sampling import pairs
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import Auxiliary, Teacher
 
 # V <= D, V > D, and the prior on the simplex.
 FLOWS = {"wide": (GaussianFlow, 6, 8), "narrow": (GaussianFlow, 8, 4), "dirichlet": (DirichletFlow, 5, 6)}

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from flowlm import hlo
+from flowlm.scale import hlo
 
 LOOP = """HloModule jit_step, is_scheduled=true, num_partitions=8
 

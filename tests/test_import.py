@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy import drawn, run_config
 
-from flowlm import importing, sampling
-from flowlm.assembly import build
-from flowlm.export import export
-from flowlm.reference import from_reference, to_reference
-from flowlm.sharding import Layout, make_mesh
-from flowlm.trained import load_teacher, load_trained
+from flowlm.engine import sampling
+from flowlm.engine.build import build
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.exchange import importing
+from flowlm.exchange.export import export
+from flowlm.exchange.reference import from_reference, to_reference
+from flowlm.runs.trained import load_teacher, load_trained
 
 pytestmark = pytest.mark.needs("torch")  # reads a .ckpt
 if importlib.util.find_spec("torch") is not None:

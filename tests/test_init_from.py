@@ -6,10 +6,12 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
-from flowlm import assembly, train_state, trained
-from flowlm.metrics import read_metrics
-from flowlm.sharding import Layout, make_mesh
-from flowlm.tokenizers import shipped
+from flowlm.data.tokenizers import shipped
+from flowlm.engine import build as assembly
+from flowlm.engine import state as train_state
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs import trained
+from flowlm.runs.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from flowlm import run_directory
+from flowlm.runs import directory as run_directory
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -74,7 +74,7 @@ def test_what_is_named_in_launchers_and_the_dockerfile_has_a_lock():
 def test_what_this_project_uses_must_not_be_deprecated(kind):
     """By setup.cfg's filters a warning in the name of these modules is an error, and of what others do among themselves none."""
     for module in (
-        "flowlm.train_state",
+        "flowlm.engine.state",
         "test_models",
         "optax._src.linear_algebra",
         "orbax.checkpoint.experimental.v1",
@@ -256,7 +256,7 @@ def test_the_commit_of_an_image_is_what_its_build_was_told(tmp_path, monkeypatch
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     assert len(run_directory._git_commit().removesuffix("-dirty")) == 40
     (tmp_path / "image/flowlm").mkdir(parents=True)
-    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "image/flowlm/run_directory.py"))
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "image/flowlm/runs/directory.py"))
     monkeypatch.setenv("FLOWLM_COMMIT", "abc")
     assert run_directory._git_commit() == "abc"
     monkeypatch.setenv("FLOWLM_COMMIT", "")

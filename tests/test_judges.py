@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from flowlm.judges import mean_with_stderr, score_all, shown
-from flowlm.judges.grammar import GrammarJudge
+from flowlm.judges.base import mean_with_stderr, score_all, shown
+from flowlm.judges.exact import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel
 from flowlm.judges.ngrams import NGrams

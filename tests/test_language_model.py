@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from toy import run_config, train_only
 
-from flowlm import panel
 from flowlm.data import open_dataset
+from flowlm.data.tokenizers import shipped
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.evaluation import judging as panel
 from flowlm.judges import mauve, smollm2
 from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
-from flowlm.sharding import Layout, make_mesh
-from flowlm.tokenizers import shipped
-from flowlm.trained import load_trained
+from flowlm.runs.trained import load_trained
 from flowlm.training import train
 
 END = 0

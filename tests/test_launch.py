@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from toy import experiment_file, run_config, sweep_file, train_only
 
-from flowlm import report
-from flowlm.metrics import read_metrics
+from flowlm.runs.metrics import read_metrics
+from flowlm.studies import report
 from launch import job as jobs
 from launch import local, run, slurm
 

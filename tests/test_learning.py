@@ -6,11 +6,11 @@ import numpy as np
 import oracle
 import toy
 
+from flowlm.engine.optimizers import make_optimizer, make_schedule
+from flowlm.engine.state import init_state, make_step
+from flowlm.maths.prior import Gaussian
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.flow import Flow
-from flowlm.optimizers import make_optimizer, make_schedule
-from flowlm.prior import Gaussian
-from flowlm.time_warp import TimeWarp
-from flowlm.train_state import init_state, make_step
 
 VOCAB, LENGTH, WIDTH, BATCH, STEPS = 6, 4, 32, 128, 1200
 

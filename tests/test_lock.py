@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from toy import run_config, train_only
 
-from flowlm import lock, storage
-from flowlm.checkpoint import Checkpoints
+from flowlm.runs.checkpoint import Checkpoints
+from flowlm.system import lock, storage
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """

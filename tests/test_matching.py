@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flowlm.matching import Point, at_diversity, matched
+from flowlm.studies.matching import Point, at_diversity, matched
 
 POINTS = [Point(3.0, 4.0, 0.1, 0.02), Point(2.0, 1.0, 0.2, 0.03), Point(2.5, 2.0, 0.05, 0.01)]
 

@@ -10,8 +10,8 @@ import pytest
 from test_language_model import CONFIG, VOCAB, weights
 from toy import run_config
 
-from flowlm import panel
 from flowlm.data import open_dataset
+from flowlm.evaluation import judging as panel
 from flowlm.judges import mauve, smollm2
 
 

@@ -10,11 +10,11 @@ import pytest
 import toy
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from flowlm.assembly import build
 from flowlm.config import defaults
+from flowlm.engine.build import build
+from flowlm.engine.sharding import make_layout, make_mesh
 from flowlm.models import dit
 from flowlm.models.attention import attention
-from flowlm.sharding import make_layout, make_mesh
 
 SHAPES = [(12, 16), (40, 16)]  # V < D and V > D
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flowlm.data import naive
+from flowlm.evaluation import naive
 from flowlm.judges.ngrams import NGrams
 
 

@@ -14,8 +14,9 @@ from command_line import flowlm as command
 from test_trained import FAMILIES, ROOT, make_run
 
 import flowlm
-from flowlm import config, main, run_directory, training
-from flowlm.tokenizers import Tokenizer
+from flowlm import config, main, training
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.runs import directory as run_directory
 
 EXPERIMENT = "experiments/grammar.py:flow_map"
 

@@ -9,10 +9,10 @@ import oracle
 import pytest
 from toy import overriding
 
+from flowlm.maths.prior import Gaussian
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.denoiser import TAU_MAX
 from flowlm.objectives.flow import Flow
-from flowlm.prior import Gaussian
-from flowlm.time_warp import TimeWarp
 
 
 def case(vocab, width, length=3, num=6, seed=0, warp="embedded", **kwargs):

@@ -17,14 +17,24 @@ from command_line import error_of, flowlm
 from test_tokenizers import Spy
 from toy import train_only
 
-from flowlm import tokenizer_files, training, windows
-from flowlm.checkpoint import Checkpoints
-from flowlm.data import builders, corpora, open_dataset, own_text, packing, round_trip, train_tokenizers
+from flowlm import training
+from flowlm.data import (
+    builders,
+    corpora,
+    open_dataset,
+    own_text,
+    packing,
+    round_trip,
+    tokenizer_files,
+    train_tokenizers,
+    windows,
+)
 from flowlm.data import prepare as prepare_module
 from flowlm.data.prepare import prepare
-from flowlm.metrics import read_metrics
-from flowlm.signals import Stopped
-from flowlm.tokenizers import Tokenizer, shipped
+from flowlm.data.tokenizers import Tokenizer, shipped
+from flowlm.runs.checkpoint import Checkpoints
+from flowlm.runs.metrics import read_metrics
+from flowlm.system.signals import Stopped
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from test_own_text import by_split, texts
 
-from flowlm import windows
-from flowlm.data import own_text, round_trip, train_tokenizers
+from flowlm.data import own_text, round_trip, train_tokenizers, windows
 from flowlm.data.prepare import prepare
-from flowlm.tokenizers import Tokenizer, shipped
+from flowlm.data.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,12 +16,12 @@ from test_experiments import ARGUMENTS, FILES, ROOT, load
 from test_hlo import DUMPS, KNOWN, assert_scanned_products, known_program, scanned_products, totals
 from toy import run_config
 
-from flowlm import ahead_of_time, plan
-from flowlm.ahead_of_time import needed_memory, parse_topology, trace_step
-from flowlm.assembly import abstract_state, build
-from flowlm.costs import CHIPS, EFFICIENCY, forward_flops
-from flowlm.plan import RESOLUTION, device_need, largest_batch, plan_device
-from flowlm.sharding import Layout, make_mesh
+from flowlm.engine.build import abstract_state, build
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.scale import ahead_of_time, plan
+from flowlm.scale.ahead_of_time import needed_memory, parse_topology, trace_step
+from flowlm.scale.costs import CHIPS, EFFICIENCY, forward_flops
+from flowlm.scale.plan import RESOLUTION, device_need, largest_batch, plan_device
 
 # ---- Without the TPU compiler -----------------------------------------------------------------------------------
 

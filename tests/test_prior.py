@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowlm.prior import PRIORS, Dirichlet, Gaussian, geometry
+from flowlm.maths.prior import PRIORS, Dirichlet, Gaussian, geometry
 
 SIGMAS = 5
 

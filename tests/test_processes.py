@@ -17,11 +17,13 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 from toy import experiment_file, run_config, train_only
 
-from flowlm import processes, run_directory, sharding
-from flowlm.assembly import abstract_state, build
-from flowlm.metrics import read_metrics
-from flowlm.profiling import parse_steps
-from flowlm.sharding import Layout, make_mesh
+from flowlm.engine import sharding
+from flowlm.engine.build import abstract_state, build
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs import directory as run_directory
+from flowlm.runs.metrics import read_metrics
+from flowlm.system import processes
+from flowlm.system.profiling import parse_steps
 from flowlm.training import train
 
 ROOT = Path(__file__).parents[1]

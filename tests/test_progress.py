@@ -10,9 +10,11 @@ import absl.flags
 import absl.logging
 import pytest
 
-from flowlm import main, metrics, platforms, processes, progress
+from flowlm import main
 from flowlm.cli.command import Command
 from flowlm.data import builders, open_dataset
+from flowlm.runs import metrics
+from flowlm.system import platforms, processes, progress
 
 
 class Stream(io.StringIO):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from flowlm.data.grammar import Grammar
-from flowlm.judges.grammar import GrammarJudge
+from flowlm.engine.sampling import Sampler
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.evaluation.results import compare
+from flowlm.judges.exact import GrammarJudge
 from flowlm.judges.statistics import Statistics
-from flowlm.results import compare
-from flowlm.sampling import Sampler
-from flowlm.sharding import Layout, make_mesh
-from flowlm.study import load
-from flowlm.study_tables import write
-from flowlm.trained import load_trained
+from flowlm.runs.trained import load_trained
+from flowlm.studies.study import load
+from flowlm.studies.tables import write
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())

@@ -13,10 +13,10 @@ import pytest
 from command_line import error_of
 from toy import network, perturbed, run_config
 
-from flowlm import report
 from flowlm.data import open_dataset
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives import make_family
-from flowlm.time_warp import TimeWarp
+from flowlm.studies import report
 from flowlm.training import train
 
 NASTY = "</script><b id=nasty>&\"'"

@@ -11,12 +11,15 @@ import pytest
 from command_line import error_of, flowlm
 from toy import drawn, run_config
 
-from flowlm import evaluation, main, run_directory, storage
-from flowlm.assembly import build
-from flowlm.checkpoint import save_params
+from flowlm import main
 from flowlm.cli.evaluate import COMPARE
 from flowlm.data.prepare import prepare
-from flowlm.tokenizers import Tokenizer, shipped
+from flowlm.data.tokenizers import Tokenizer, shipped
+from flowlm.engine.build import build
+from flowlm.evaluation import evaluator as evaluation
+from flowlm.runs import directory as run_directory
+from flowlm.runs.checkpoint import save_params
+from flowlm.system import storage
 
 ROOT = Path(__file__).parents[1]
 GRAMMAR = shipped("grammar98")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toy import network, overriding, run_config
 
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives import make_family
-from flowlm.time_warp import TimeWarp
 
 VOCAB, WIDTH, NUM = 12, 16, 3
 WARP = TimeWarp("gaussian", "identity", VOCAB, WIDTH)  # tau is t

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from toy import drawn, overriding, run_config
 
-from flowlm import assembly
+from flowlm.engine import build as assembly
+from flowlm.engine.sampling import named_sampler
+from flowlm.maths.prior import Gaussian
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.guidance import Prediction
-from flowlm.prior import Gaussian
-from flowlm.sampling import named_sampler
 
 NUM, STEPS = 3, 4
 

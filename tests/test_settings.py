@@ -14,12 +14,16 @@ from command_line import error_of
 from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
-from flowlm import assembly, main, overrides, run_directory, study
-from flowlm.checkpoint import save_params
+from flowlm import main
 from flowlm.config import check, defaults, flat, ranges
+from flowlm.data.tokenizers import shipped
+from flowlm.engine import build as assembly
+from flowlm.engine import overrides
+from flowlm.engine.optimizers import make_optimizer, make_schedule
 from flowlm.objectives import FAMILIES
-from flowlm.optimizers import make_optimizer, make_schedule
-from flowlm.tokenizers import shipped
+from flowlm.runs import directory as run_directory
+from flowlm.runs.checkpoint import save_params
+from flowlm.studies import study
 
 INF, NAN = math.inf, math.nan
 # What each may be at the ends of its range, and what it may not be: written down a second time, by hand.

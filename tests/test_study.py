@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowlm import carry_out as running
-from flowlm import signals, study
-from flowlm.assembly import build
-from flowlm.carry_out import carry_out
-from flowlm.matching import matched
-from flowlm.study import Run, Study
+from flowlm.engine.build import build
+from flowlm.studies import carry_out as running
+from flowlm.studies import study
+from flowlm.studies.carry_out import carry_out
+from flowlm.studies.matching import matched
+from flowlm.studies.study import Run, Study
+from flowlm.system import signals
 
 ROOT = Path(__file__).parents[1]
 RUNS = [

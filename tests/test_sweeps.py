@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from toy import network, perturbed
 
-from flowlm import study, sweeps, training
-from flowlm.assembly import build
-from flowlm.carry_out import carry_out
-from flowlm.interpolant import MIN_NOISE
-from flowlm.metrics import read_metrics
+from flowlm import training
+from flowlm.engine.build import build
+from flowlm.maths.interpolant import MIN_NOISE
+from flowlm.maths.prior import Gaussian
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.flow import Flow
-from flowlm.prior import Gaussian
-from flowlm.study import Study
-from flowlm.sweeps import chain, name, product, runs, sweep, zipped
-from flowlm.time_warp import TimeWarp
+from flowlm.runs.metrics import read_metrics
+from flowlm.studies import study, sweeps
+from flowlm.studies.carry_out import carry_out
+from flowlm.studies.study import Study
+from flowlm.studies.sweeps import chain, name, product, runs, sweep, zipped
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,10 @@ import re
 import pytest
 from rich.console import Console
 
-from flowlm import results, tables, terminal
-from flowlm.results import Evaluation
+from flowlm.evaluation import results
+from flowlm.evaluation.results import Evaluation
+from flowlm.runs import tables
+from flowlm.system import terminal
 
 LONG = "and so we go on " * 12
 MEANINGS = {

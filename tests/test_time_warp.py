@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowlm.time_warp import TimeWarp
+from flowlm.maths.time_warp import TimeWarp
 
 TAUS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 T_AT_TAU = {

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from flowlm import tokenizers, windows
-from flowlm.data import corpora, train_tokenizers
+from flowlm.data import corpora, tokenizers, train_tokenizers, windows
 from flowlm.data.grammar import Grammar
-from flowlm.tokenizers import Tokenizer
+from flowlm.data.tokenizers import Tokenizer
 
 VOCAB_SIZES = {
     "chars": 28,

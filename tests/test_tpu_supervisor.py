@@ -8,7 +8,7 @@ from cloud_tpu_emulator import BUCKET, State, after, error_of, finishing, grpc, 
 from google.auth.exceptions import RefreshError
 from google.rpc import code_pb2, status_pb2
 
-from flowlm import storage
+from flowlm.system import storage
 from launch import cloud_tpu, run, tpu_supervisor, tpu_workers
 
 bucket, cloud = cloud_tpu_emulator.bucket, cloud_tpu_emulator.cloud  # fixtures

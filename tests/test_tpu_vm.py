@@ -8,7 +8,7 @@ import cloud_tpu_emulator
 import pytest
 from cloud_tpu_emulator import BUCKET, CONFIG, PLACE, ROOT, State, error_of, finishing, launch, tpu_v2
 
-from flowlm import storage
+from flowlm.system import storage
 from launch import cloud_tpu, run, tpu_vm, tpu_workers
 
 bucket, cloud = cloud_tpu_emulator.bucket, cloud_tpu_emulator.cloud  # fixtures

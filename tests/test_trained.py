@@ -10,13 +10,15 @@ import pytest
 from toy import drawn, run_config
 
 import flowlm
-from flowlm import assembly, run_directory, trained
-from flowlm.checkpoint import save_params
 from flowlm.data.grammar import Grammar
-from flowlm.model import Model
-from flowlm.sampling import Sampler
-from flowlm.sharding import Layout, make_mesh
-from flowlm.tokenizers import numbers, shipped
+from flowlm.data.tokenizers import numbers, shipped
+from flowlm.engine import build as assembly
+from flowlm.engine.sampling import Sampler
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs import directory as run_directory
+from flowlm.runs import trained
+from flowlm.runs.checkpoint import save_params
+from flowlm.runs.model import Model
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"model.blocks": 1, "model.width": 16, "model.heads": 2, "model.cond": 16, "model.learned_positions": True}

@@ -10,10 +10,10 @@ from orbax.checkpoint.experimental import v1 as ocp
 from toy import run_config, train_only
 
 from flowlm.data import open_dataset
-from flowlm.metrics import read_metrics
-from flowlm.optimizers import update_ema
-from flowlm.sharding import Layout, global_rows, make_mesh
-from flowlm.time_sampling import stratified
+from flowlm.engine.optimizers import update_ema
+from flowlm.engine.sharding import Layout, global_rows, make_mesh
+from flowlm.maths.time_sampling import stratified
+from flowlm.runs.metrics import read_metrics
 
 STEPS = 5
 

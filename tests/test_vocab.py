@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from flowlm import vocab
+from flowlm.maths import vocab
 
 B, L, D, V = 3, 12, 8, 11
 # positions at once: all, some that divide the length, some that do not, one at a time, and the rule for large logits

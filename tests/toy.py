@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from flowlm import config as settings
-from flowlm import evaluation
-from flowlm.models import Network, Transformer
+from flowlm.evaluation import evaluator as evaluation
+from flowlm.maths.time_warp import TimeWarp
+from flowlm.models.network import Network, Transformer
 from flowlm.objectives import FAMILIES
-from flowlm.time_warp import TimeWarp
 from flowlm.training import train
 
 FIELDS = dict(

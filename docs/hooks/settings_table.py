@@ -2,7 +2,7 @@
 
 from flowlm import config
 from flowlm.objectives import FAMILIES
-from flowlm.settings import Setting, settings_of
+from flowlm.system.settings import Setting, settings_of
 from tables import markdown
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowlm.judges import shown
+from flowlm.judges.base import shown
 
 ROOT = Path(__file__).parents[2]
 GIB, GB = 2**30, 1e9

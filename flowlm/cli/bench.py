@@ -54,7 +54,7 @@ bfloat16 peak."""
 
 
 def _bench(values: FlagValues) -> None:
-    from flowlm import bench
+    from flowlm.scale import bench
 
     names = [flag.name for flag in MEASURED]
     settings, pairs = {name: values[name].value for name in names}, values.pairs

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flowlm import overrides
 from flowlm.cli import mistakes
+from flowlm.engine import overrides
 
 overrides.register()
 

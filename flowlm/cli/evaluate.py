@@ -21,9 +21,10 @@ def _evaluate(values: FlagValues) -> None:
         )
 
     import flowlm
-    from flowlm import run_directory, signals, storage
     from flowlm.data import open_dataset
-    from flowlm.evaluation import Evaluator
+    from flowlm.evaluation.evaluator import Evaluator
+    from flowlm.runs import directory as run_directory
+    from flowlm.system import signals, storage
 
     model = flowlm.load(values.checkpoint, **objective)
     run = model.run
@@ -60,7 +61,7 @@ def _is_shipped(checkpoint: str) -> bool:
 
 
 def _compare(values: FlagValues) -> None:
-    from flowlm.results import compare
+    from flowlm.evaluation.results import compare
 
     compare(values.runs, values.wide, values.samples)
 

@@ -13,8 +13,8 @@ def _export(values: FlagValues) -> None:
     if len(steps) > 1:
         raise ValueError("export takes one number of --steps")
 
-    from flowlm.export import export
-    from flowlm.sharding import Layout, make_mesh
+    from flowlm.engine.sharding import Layout, make_mesh
+    from flowlm.exchange.export import export
 
     export(
         values.checkpoint,
@@ -30,7 +30,7 @@ def _export(values: FlagValues) -> None:
 
 
 def _import(values: FlagValues) -> None:
-    from flowlm.importing import import_run
+    from flowlm.exchange.importing import import_run
 
     run = import_run(values.checkpoint, values.to, values.weights, values.config)
     print(f"{run.config.objective.family} of {values.checkpoint} at step {run.step} in {values.to}")
@@ -39,8 +39,8 @@ def _import(values: FlagValues) -> None:
 
 
 def _inspect(values: FlagValues) -> None:
-    from flowlm.inspection import inspect, show
-    from flowlm.sharding import Layout, make_mesh
+    from flowlm.engine.sharding import Layout, make_mesh
+    from flowlm.exchange.inspection import inspect, show
 
     show(inspect(values.checkpoint, Layout(make_mesh(), fsdp=True), values.weights))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from absl.flags import FlagValues
 
-from flowlm import overrides
+from flowlm.engine import overrides
 
 if TYPE_CHECKING:
     from flowlm.cli.command import Command

@@ -9,7 +9,7 @@ def _plan(values: FlagValues) -> None:
     if bool(values.topology) == values.device:
         raise ValueError("plan needs either --topology=v5e:4x4,... or --device")
 
-    from flowlm.plan import plan, plan_device
+    from flowlm.scale.plan import plan, plan_device
 
     if values.device:
         plan_device(values.config)

@@ -3,7 +3,7 @@
 from absl.flags import FlagValues
 
 from flowlm.cli.command import Command, choice, output, switch, text, whole
-from flowlm.terminal import command
+from flowlm.system.terminal import command
 
 DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm")
 

@@ -16,7 +16,7 @@ def _sample(values: FlagValues) -> None:
         raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
     import flowlm
-    from flowlm import storage
+    from flowlm.system import storage
 
     out = None if values.out is None else storage.path(values.out)
     if out is not None:

@@ -9,9 +9,9 @@ from flowlm.cli.train import TRAIN
 
 
 def _study(values: FlagValues) -> None:
-    from flowlm import storage
-    from flowlm.carry_out import carry_out
-    from flowlm.study import commands, load, unfinished
+    from flowlm.studies.carry_out import carry_out
+    from flowlm.studies.study import commands, load, unfinished
+    from flowlm.system import storage
 
     study, workdir, extra = load(values.study), storage.path(values.workdir), values.extra or []
     for run in unfinished(study, workdir, extra, Path(values.results)):
@@ -24,7 +24,7 @@ def _study(values: FlagValues) -> None:
 
 
 def _report(values: FlagValues) -> None:
-    from flowlm.report import write
+    from flowlm.studies.report import write
 
     write(values.runs, values.out)
 

@@ -8,8 +8,8 @@ from flowlm.cli.command import Command, experiment, output, switch, text
 def _train(values: FlagValues) -> None:
     import jax
 
-    from flowlm import processes
-    from flowlm.profiling import parse_steps
+    from flowlm.system import processes
+    from flowlm.system.profiling import parse_steps
     from flowlm.training import train
 
     profile_steps = parse_steps(values.profile_steps)

@@ -1,5 +1,5 @@
 """Data: corpora, packing to rows, grammars, and `open_dataset`, which is all that the floors above need."""
 
-from flowlm.data.reader import Dataset, Split, open_dataset
+from flowlm.data.dataset import Dataset, Split, open_dataset
 
 __all__ = ["Dataset", "Split", "open_dataset"]

@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from flowlm import storage
 from flowlm.data import corpora, packing
 from flowlm.data.grammar import Grammar
-from flowlm.tokenizers import Tokenizer
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import storage
 
 SHARD_ROWS = 8192
 GRAMMAR_ROWS = {"train": 131_072, "validation": 4_096, "test": 4_096}

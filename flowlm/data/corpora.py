@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 from absl import logging
 
-from flowlm import storage
 from flowlm.data import json_lines, own_text, word_tokens
 from flowlm.data.packing import SPLITS
+from flowlm.system import storage
 
 Document = tuple[str, str, str]
 Path = pathlib.Path

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from flowlm import storage
+from flowlm.system import storage
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

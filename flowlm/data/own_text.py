@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flowlm import storage
 from flowlm.data import json_lines
+from flowlm.system import storage
 
 KINDS = {"textfiles": (".txt", ".txt.gz"), "jsonl": json_lines.SUFFIXES}
 MANIFEST = "manifest.json"

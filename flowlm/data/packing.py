@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flowlm.tokenizers import Tokenizer
+from flowlm.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 _RECORD = "record.json"

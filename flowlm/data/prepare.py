@@ -10,10 +10,11 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from flowlm import storage, tokenizers
-from flowlm.data import own_text, reader, round_trip, train_tokenizers
+from flowlm.data import dataset as reader
+from flowlm.data import own_text, round_trip, tokenizers, train_tokenizers
 from flowlm.data.corpora import SPLITS
-from flowlm.tokenizers import Tokenizer
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import storage
 
 # What another folder is wanted for; the rest of a manifest follows from it.
 _ASKED = ("kind", "path", "text_key", "sources", "length")

@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from flowlm import windows
-from flowlm.tokenizers import Tokenizer
+from flowlm.data import windows
+from flowlm.data.tokenizers import Tokenizer
 
 PIECE = 2048  # characters that are compared at once, since that takes time in proportion to their square
 _AT_ONCE = 100_000  # characters that are handed to the tokenizer together

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flowlm import open_files
+from flowlm.system import open_files
 
 
 @dataclasses.dataclass(frozen=True)

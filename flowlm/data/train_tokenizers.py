@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from flowlm import windows
-from flowlm.data import corpora, word_tokens
+from flowlm.data import corpora, windows, word_tokens
 from flowlm.data.grammar import Grammar
+from flowlm.data.tokenizers import Tokenizer
 from flowlm.data.word_tokens import UNKNOWN
-from flowlm.tokenizers import Tokenizer
 
 START = "<|start|>"
 BPE_SIZES = (512, 1024, 4096)

@@ -13,7 +13,7 @@ from string import ascii_uppercase
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from flowlm.tokenizer_files import PAD
+from flowlm.data.tokenizer_files import PAD
 
 STOPS = (".", "?", "!")
 PUNCTUATION = (*STOPS, ",", ";", ":")

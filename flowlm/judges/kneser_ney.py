@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from flowlm.judges import mean_with_stderr
+from flowlm.judges.base import mean_with_stderr
 
 ORDER = 5  # characters in the longest grams of the usual model
 

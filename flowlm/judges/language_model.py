@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from flowlm.judges import mean_with_stderr
+from flowlm.judges.base import mean_with_stderr
 
 ROWS = 32  # texts read at once
 # The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from flowlm.judges import mean_with_stderr
+from flowlm.judges.base import mean_with_stderr
 
 
 class Sentences:

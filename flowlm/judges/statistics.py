@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from flowlm.judges import mean_with_stderr
+from flowlm.judges.base import mean_with_stderr
 
 PUNCTUATION = string.punctuation + "“”‘’«»–—…"
 # Rows compared at a time in `longest_repeats`: the working set then stays in the processor's cache.

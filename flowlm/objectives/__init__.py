@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from flowlm.maths.prior import PRIORS
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.base import Family
 from flowlm.objectives.flow import Flow
@@ -9,9 +11,7 @@ from flowlm.objectives.flow_map import FlowMap
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.residual import Residual
 from flowlm.objectives.uniform import Uniform
-from flowlm.prior import PRIORS
-from flowlm.settings import field_names
-from flowlm.time_warp import TimeWarp
+from flowlm.system.settings import field_names
 
 FAMILIES: dict[str, type[Family]] = {
     "flow": Flow,

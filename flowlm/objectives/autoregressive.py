@@ -13,9 +13,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
+from flowlm.maths import vocab
 from flowlm.objectives.base import Family
-from flowlm.settings import setting
+from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from flowlm.settings import check_choices
+from flowlm.system.settings import check_choices
 
 
 class Family(abc.ABC):

@@ -15,13 +15,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
-from flowlm.interpolant import interpolate, own_position_features, own_position_matrix
+from flowlm.maths import vocab
+from flowlm.maths.interpolant import interpolate, own_position_features, own_position_matrix
+from flowlm.maths.prior import HIGHEST, Dirichlet, Gaussian, geometry
+from flowlm.maths.time_sampling import stratified
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.base import Family
 from flowlm.objectives.guidance import Prediction, Predictor
-from flowlm.prior import HIGHEST, Dirichlet, Gaussian, geometry
-from flowlm.time_sampling import stratified
-from flowlm.time_warp import TimeWarp
 
 # Where the bound hands over to the decoder, in embedded warped time.
 TAU_MAX = 0.9999

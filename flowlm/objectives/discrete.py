@@ -14,10 +14,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
+from flowlm.maths import vocab
+from flowlm.maths.time_sampling import stratified
 from flowlm.objectives.base import Family
-from flowlm.settings import setting
-from flowlm.time_sampling import stratified
+from flowlm.system.settings import setting
 
 EPS = 1e-3
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
-from flowlm.interpolant import MIN_NOISE, ancestral_step
+from flowlm.maths import vocab
+from flowlm.maths.interpolant import MIN_NOISE, ancestral_step
+from flowlm.maths.time_sampling import stratified
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
-from flowlm.settings import setting
-from flowlm.time_sampling import stratified
+from flowlm.system.settings import setting
 
 LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_error, "velocity": vocab.squared_error}
 

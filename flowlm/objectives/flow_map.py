@@ -31,13 +31,14 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.tree_util import Partial
 
-from flowlm import flow_map, vocab
-from flowlm.flow_map import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm.maths import identities as flow_map
+from flowlm.maths import vocab
+from flowlm.maths.identities import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm.maths.time_sampling import PAIRS, pairs, stratified
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
-from flowlm.settings import setting
-from flowlm.time_sampling import PAIRS, pairs, stratified
-from flowlm.time_warp import TimeWarp
+from flowlm.system.settings import setting
 
 
 class Delta(NamedTuple):

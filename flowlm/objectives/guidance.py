@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
+from flowlm.maths import vocab
 
 
 class Prediction(NamedTuple):

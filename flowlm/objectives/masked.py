@@ -18,9 +18,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
+from flowlm.maths import vocab
+from flowlm.maths.time_sampling import stratified
 from flowlm.objectives.discrete import Discrete, rows
-from flowlm.time_sampling import stratified
 
 
 def unmask(

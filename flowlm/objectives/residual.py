@@ -12,12 +12,13 @@ import dataclasses
 import jax
 from jax.lax import stop_gradient
 
-from flowlm import flow_map, vocab
-from flowlm.flow_map import transport
+from flowlm.maths import identities as flow_map
+from flowlm.maths import vocab
+from flowlm.maths.identities import transport
+from flowlm.maths.time_sampling import PAIRS, pairs
 from flowlm.objectives.denoiser import Path
 from flowlm.objectives.flow_map import at, check_two_times
-from flowlm.settings import setting
-from flowlm.time_sampling import PAIRS, pairs
+from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)

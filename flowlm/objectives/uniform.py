@@ -22,11 +22,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from flowlm import vocab
+from flowlm.maths import vocab
+from flowlm.maths.time_sampling import stratified
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.discrete import EPS, Discrete, rows
-from flowlm.settings import setting
-from flowlm.time_sampling import stratified
-from flowlm.time_warp import TimeWarp
+from flowlm.system.settings import setting
 
 # The curriculum's range of alpha; beyond it a latent says all or nothing.
 CURRICULUM = (0.03, 0.97)

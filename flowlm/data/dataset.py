@@ -1,0 +1,213 @@
+"""Datasets as the rest of the code sees them: rows of ids, read by number.
+
+A row of the training stream is a function of (seed, index) alone, so neither processes nor meshes change the order,
+and the state of a run's data is its step.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from flowlm.data import builders, corpora, grammar, marginals, tokenizers
+from flowlm.data.grammar import Grammar
+from flowlm.data.shards import Shards
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import storage
+
+# Rows read at once where a whole split is scanned, and rows that are plenty to count tokens by position.
+_BLOCK = 4096
+_MARGINAL_ROWS = 262_144
+# A prepared set in a bucket is whole once this file of it is there.
+WHOLE = "dataset_info.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one split: `source` is random access to records {"ids": int32 [length]}.
+
+    `sentences`: whether each row is a text of its own, padded.
+    """
+
+    source: Shards
+    tokenizer: Tokenizer
+    length: int
+    sentences: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, numbers: list[int]) -> np.ndarray:
+        if not numbers:
+            return np.empty((0, self.length), np.int32)
+        return np.stack([record["ids"] for record in self.source.__getitems__(numbers)])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop in stored order, int32 [stop - start, length].
+
+        Raises:
+          IndexError: there are no such rows.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start}..{stop} of a split of {len(self)} rows")
+        return self._read(list(range(start, stop)))
+
+    def shuffled(self, seed: int) -> Callable[[int, int], np.ndarray]:
+        """An endless stream, as a function (start, stop) to its rows start..stop, int32 [stop - start, length].
+
+        Each epoch of len(self) rows is another permutation of the split.
+        """
+        # Numbers are shuffled and rows are read in one batch: twice as fast as shuffling the rows themselves.
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        return lambda start, stop: self._read([int(order[index]) for index in range(start, stop)])
+
+    def log_marginals(self, vocab_size: int) -> np.ndarray:
+        """Logs float32 [length, vocab_size] of the law of tokens by position, in nats (see marginals.py).
+
+        A split of more than 262,144 rows is counted by that many or fewer, evenly spaced.
+
+        Raises:
+          ValueError: the vocabulary is smaller than the tokenizer's.
+        """
+        if vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size}")
+        counts = np.zeros((self.length, vocab_size), np.int64)
+        positions = np.arange(self.length)
+        numbers = range(0, len(self), -(-len(self) // _MARGINAL_ROWS))
+        for begin in range(0, len(numbers), _BLOCK):
+            np.add.at(counts, (positions, self._read(list(numbers[begin : begin + _BLOCK]))), 1)
+        return marginals.log_marginals(counts)
+
+    def text(self, num_chars: int | None = None) -> str:
+        """The split's first characters (all if None), as its tokenizer decodes them, a space between documents.
+
+        Holds what it returns, and the tokens, in memory.
+        """
+        num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
+        # Of sentences the start token in front of a row is all that stands between two.
+        stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
+        documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
+        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset.
+
+    Attributes:
+      grammar: the exact law of its rows (without their start token) where there is one.
+      unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
+        and "such_as", some of it; else empty.
+      sentences: whether each row is a text of its own, padded.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+    grammar: Grammar | None
+    train: Split
+    validation: Split
+    test: Split
+    unspelled: dict = dataclasses.field(default_factory=dict)
+    sentences: bool = False
+
+
+def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
+    """Opens a corpus or a grammar under a tokenizer, in rows of `length` ids; prepares it on first use.
+
+    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. They appear whole or not at all,
+    so an interrupted preparation leaves nothing that is taken for a set, and of several at once the first counts.
+
+    Args:
+      name: of a corpus (`corpora.CORPORA`) or a shipped grammar.
+      tokenizer: name or path, see `tokenizers.shipped`.
+      length: ids in a row, the start token in front included.
+      data_dir: where data is kept, `~` expanded, or a bucket; a set in one is copied to the local disk on first use.
+
+    Raises:
+      FileNotFoundError: files of the corpus or the tokenizer are missing.
+      ValueError: name, tokenizer or length do not exist or do not fit together.
+    """
+    data_dir = storage.path(data_dir)
+    known = [*corpora.CORPORA, *grammar.shipped_names()]
+    if name not in known:
+        raise ValueError(f"unknown dataset {name!r}; known are {', '.join(known)}")
+    if length < 2:
+        raise ValueError(f"length {length}: a row is a start token and at least one more")
+    vocabulary = tokenizers.shipped(tokenizer, data_dir)
+    law = None if name in corpora.CORPORA else Grammar.load(name)
+    if law is not None:
+        _check_grammar(name, law, vocabulary, length)
+    sentences = law is None and corpora.CORPORA[name].rows
+    if sentences and vocabulary.pad is None:
+        raise ValueError(
+            f"a sentence of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
+            f"set --config.data.tokenizer={name}_1000"
+        )
+    builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
+
+    def make() -> tfds.core.DatasetBuilder:
+        with _less_said():  # that each set has a configuration of its own
+            return builder_class(
+                data_dir=storage.mirror(data_dir) / "tfds",
+                config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
+                file_format="array_record",
+            )
+
+    builder = make()
+    if not builder.data_path.exists():
+        # Rows are read from the local disk: array_record knows no buckets. What one host prepared is there for all.
+        shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
+        if (shared / WHOLE).exists():
+            storage.fetch(shared)
+        else:
+            if law is None:
+                corpora.check(name, data_dir)
+            _prepare(builder)
+            if storage.in_bucket(shared):
+                storage.copy(builder.data_path, shared, last=WHOLE)
+        builder = make()
+    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
+    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
+
+
+def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
+    return Shards(builder.as_data_source(split), np.cumsum(builder.info.splits[split].shard_lengths))
+
+
+def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) -> None:
+    if vocabulary.pieces[: len(law.words)] != law.words:
+        raise ValueError(f"dataset {name!r} has its own words for tokens; its tokenizer is {name!r}")
+    if length != law.length + 1:
+        raise ValueError(f"length {length}: rows of {name!r} have {law.length + 1} ids, one start token included")
+
+
+@contextlib.contextmanager
+def _less_said() -> Iterator[None]:
+    """Leaves out what tfds warns of, which nobody can act on."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    config = builder.builder_config
+    print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
+    print(f"  {builder.data_path}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints of sizes it does not know
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except OSError:
+        # tfds fails at its final rename where another process came first; that one's set is the same.
+        if not builder.data_path.exists():
+            raise

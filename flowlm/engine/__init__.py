@@ -1,0 +1,1 @@
+"""From settings to things: network and family, the training state and its step, meshes, samplers."""

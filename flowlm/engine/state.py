@@ -1,0 +1,131 @@
+"""What a run remembers, and one step of training as a pure function of it."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowlm.engine.optimizers import update_ema
+
+# What a step draws randomness for. Every key is a function of (seed, step, purpose); none is stored.
+BATCH, DROPOUT, INIT, SAMPLE, EVALUATION = range(5)
+
+
+class TrainState(NamedTuple):
+    """step [] int32; params, ema and opt_state are trees of arrays, no functions."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+class Teacher(NamedTuple):
+    """Frozen parameters in the student's architecture: a flow (or discrete diffusion), and for one target its residual."""
+
+    flow: Any
+    residual: Any = None
+
+
+class Auxiliary(NamedTuple):
+    """What an objective may look at beside the live parameters; absent parts are None. step: the step that is made, int32 []."""
+
+    teacher: Teacher | None = None
+    ema: Any = None
+    step: jax.Array | None = None
+
+
+def purpose_key(seed: int, step, purpose: int) -> jax.Array:
+    """The key of one purpose at one step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
+
+
+def init_state(
+    net, family, optimizer: optax.GradientTransformation, seed: int, teacher=None, origin=None
+) -> TrainState:
+    """A fresh state, one that the family makes of a teacher, or one with the parameters of another run, `origin`.
+
+    The moving average starts at the parameters.
+    """
+    params = net.init(purpose_key(seed, 0, INIT))
+    params = params if teacher is None else family.start(net, params, teacher)
+    params = params if origin is None else net.adopt(params, origin)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def _project(gradient, other):
+    """`gradient` without its part against `other`, where they conflict (gradient surgery, 2001.06782)."""
+    dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    against = jnp.minimum(dot(gradient, other), 0) / jnp.maximum(dot(other, other), 1e-30)
+    return jax.tree.map(lambda g, o: g - against * o, gradient, other)
+
+
+def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulation: int, dropout: bool, layout=None):
+    """step(state, ids [B, L], teacher) -> (state, metrics): one update on a global batch, `accumulation` microbatches at a time.
+
+    Times and keys are drawn for the global batch before it is split, a key for every row, so neither accumulating nor the mesh
+    changes any number but by rounding. `teacher` is what aux.teacher shows to the family, or None. Metrics: `loss`, the mean of
+    each named loss and metric over its rows, `grad_norm` before clipping, `param_norm` after the update.
+
+    Args:
+      layout: how state and batch lie on a mesh (sharding.Layout); None for one device.
+    """
+    group, names = family.group, family.parts
+
+    def gradients(net, params, aux, batch):
+        """(metrics, {part of the loss: its gradient}) of one microbatch."""
+
+        def losses(params):
+            losses, metrics = family.loss(net, params, aux, batch, batch.get("dropout"))
+            parts = {name: value.sum() / batch["ids"].shape[0] for name, value in losses.items()}
+            parts |= {"loss": sum(parts.values())}
+            means = {name: value.mean() for name, value in (losses | metrics).items()}
+            return {name: parts[name] for name in names}, {"loss": parts["loss"], **means}
+
+        parts, pullback, metrics = jax.vjp(losses, params, has_aux=True)
+        pick = lambda name: {other: jnp.float32(other == name) for other in parts}
+        return metrics, {name: pullback(pick(name))[0] for name in parts}
+
+    def accumulated(net, whole, params, aux, batch):
+        """The same for all rows of a device. `whole` makes parameters usable, and its transpose goes back, once."""
+        params, back = jax.vjp(whole, params)
+        aux = whole(aux)
+        if accumulation == 1:
+            metrics, grads = gradients(net, params, aux, batch)
+        else:
+
+            def split(a):
+                a = jnp.moveaxis(a.reshape(-1, accumulation, group, *a.shape[1:]), 1, 0)
+                return a.reshape(accumulation, -1, *a.shape[3:])
+
+            def add(total, rows):
+                out = gradients(net, params, aux, rows)
+                return jax.tree.map(lambda a, b: a + b / accumulation, total, out), None
+
+            parts = jax.tree.map(split, batch)
+            shapes = jax.eval_shape(partial(gradients, net), params, aux, jax.tree.map(lambda a: a[0], parts))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (metrics, grads), _ = jax.lax.scan(add, zero, parts)
+        return metrics, {name: back(g)[0] for name, g in grads.items()}
+
+    alone = partial(accumulated, net, lambda tree: tree)
+    compute = alone if layout is None else layout.on_rows(accumulated, net, names)
+
+    def step(state: TrainState, ids: jax.Array, teacher=None):
+        batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
+        if dropout:
+            batch["dropout"] = jax.random.split(purpose_key(seed, state.step, DROPOUT), ids.shape[0])
+        if layout is not None:
+            batch = jax.lax.with_sharding_constraint(batch, layout.rows)
+        metrics, grads = compute(state.params, Auxiliary(teacher, state.ema, state.step), batch)
+        first, *others = grads.values()
+        grads = jax.tree.map(lambda *g: sum(g), first, *(_project(g, first) for g in others))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, state.step, ema_decay)
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics | norms
+
+    return step

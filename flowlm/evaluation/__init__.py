@@ -1,0 +1,1 @@
+"""What a model is worth: likelihood, and samples before the judges."""

@@ -1,0 +1,161 @@
+"""The judges of a run: which there are, what each is shown of a sample, and that they work before anything is trained."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from flowlm.data import Dataset
+from flowlm.engine.sharding import Layout
+from flowlm.judges import hugging_face, mauve, smollm2
+from flowlm.judges.base import Judge, score_all
+from flowlm.judges.exact import GrammarJudge
+from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.language_model import LanguageModel, with_breaks
+from flowlm.judges.mauve import Mauve
+from flowlm.judges.ngrams import NGrams
+from flowlm.judges.sentences import Sentences
+from flowlm.judges.statistics import Statistics, words
+from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.runs.trained import load_trained
+from flowlm.system import processes, storage
+
+MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
+MAX_ROWS = 20_000  # that counts are taken of
+TRIED = 8  # ids of a row that pretrained judges are tried on
+
+
+def make_language_models(
+    names: Sequence[str], length: int, data_dir: str, layout: Layout, reference: Callable[[int], Sequence[str]]
+) -> list[LanguageModel | Mauve]:
+    """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
+
+    Args:
+      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`.
+      data_dir: where smollm2's file is.
+      reference: num -> that many held-out texts, or all where there are fewer. Only mauve calls it, and at its first score.
+
+    Raises:
+      ValueError: another name, or two judges whose metrics would have one name. FileNotFoundError, ImportError: what a judge
+        needs is not here, and how to get it.
+    """
+    judges: dict[tuple[type, str], tuple[str, LanguageModel | Mauve]] = {}
+    for name in names:
+        kind, _, rest = name.partition(":")
+        if name == "smollm2":
+            judge = smollm2.make_judge(data_dir, length)
+        elif kind == "hf" and rest:
+            judge = hugging_face.make_judge(rest, length)
+        elif kind == "run" and rest:
+            judge = run_judge(rest, length, layout)
+        elif kind == "mauve" and re.fullmatch("smollm2|hf:.+", rest):
+            judge = mauve.make_judge(rest, length, data_dir, reference)
+        else:
+            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2 or mauve:hf:NAME"
+            raise ValueError(f"unknown evaluation.language_models {name!r}: choose {choices}")
+        other, _ = judges.setdefault((type(judge), judge.name), (name, judge))
+        if other != name or names.count(name) > 1:
+            raise ValueError(
+                f"evaluation.language_models {other!r} and {name!r} are both called {judge.name!r} in the metrics: "
+                "name each judge once, and give one of two directories another name"
+            )
+    return [judge for _, judge in judges.values()]
+
+
+def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
+    """An autoregressive run of ours as a judge of text, under the name of its directory."""
+    run = load_trained(directory, layout)
+    family, net = run.experiment.family, run.experiment.net
+    if not isinstance(family, Autoregressive):
+        raise ValueError(
+            f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
+        )
+    nats = layout.jit(partial(family.nats, net))
+    name = storage.path(directory).name
+    score = lambda ids: processes.gathered(nats(run.params, jnp.asarray(ids)))
+    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start, min(length, net.length - 1))
+
+
+def reference_texts(dataset: Dataset, num: int) -> list[str]:
+    """`num` rows of the validation split as pretrained judges read them, or all where there are fewer; drawn with one seed."""
+    split = dataset.validation
+    return with_breaks(dataset.tokenizer, split.shuffled(0)(0, min(num, len(split))))
+
+
+def make_judges(dataset: Dataset) -> list[Judge]:
+    """The judges that fit the data: first its own, then counts, always.
+
+    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
+    """
+    start = dataset.tokenizer.start
+    held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
+    if dataset.grammar is not None:
+        return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
+    text = dataset.train.text(MAX_CHARS)
+    if dataset.sentences:
+        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
+        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
+        own = Sentences(whole(dataset.train), unseen, start, pad)
+        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
+    return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
+
+
+class Panel:
+    """All judges of a run's samples, each fitted or loaded, and tried on two held-out rows, when it is made.
+
+    Attributes:
+      notes: what a reader of their metrics must know, a sentence each.
+      main: the metrics to read first: of the data's own judge, of the pretrained ones, and of those that count.
+      meanings: {metric: what it is}.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: a judge cannot be made (`make_language_models`), or cannot read the data.
+    """
+
+    def __init__(self, dataset: Dataset, language_models: Sequence[str], data_dir: str, layout: Layout):
+        for name, split in (("validation", dataset.validation), ("test", dataset.test)):
+            if not len(split):
+                raise ValueError(
+                    f"the {name} split has no row, and evaluations read it: prepare more text, or shorter rows"
+                )
+        self._tokenizer = dataset.tokenizer
+        # Those that may not be here come first, because the others take long.
+        self._pretrained = make_language_models(
+            language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
+        )
+        rows = dataset.validation.rows(0, min(2, len(dataset.validation)))
+        for name, judge in zip(language_models, self._pretrained, strict=True):
+            try:
+                judge.read(with_breaks(self._tokenizer, rows[:, :TRIED]))
+            except Exception as error:  # whatever library it is of
+                raise ValueError(f"the judge {name!r} cannot read this run's text: {error}") from error
+        self._counting = make_judges(dataset)
+        score_all(self._counting, rows, self._tokenizer.decode_batch(rows))
+        ordered = [*self._counting[:1], *self._pretrained, *self._counting[1:]]
+        self.main = tuple(metric for judge in ordered for metric in getattr(judge, "main", ()))
+        self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
+        self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))
+
+    def __len__(self) -> int:
+        """The number of judges."""
+        return len(self._counting) + len(self._pretrained)
+
+    def judge(
+        self, ids: np.ndarray, begin: Callable[[str], None] = lambda what: None
+    ) -> tuple[list[str], dict[str, float]]:
+        """Rows as text, and what all judges say of them; only the pretrained ones read where a document ends.
+
+        begin: is told which judge comes next. Raises processes.Stopped between two judges.
+        """
+        texts, scores, numbers = self._tokenizer.decode_batch(ids), {}, itertools.count(1)
+
+        def before() -> None:
+            processes.check_stopped()
+            begin(f"judge {next(numbers)} of {len(self)}")
+
+        for judges, read in ((self._counting, texts), (self._pretrained, with_breaks(self._tokenizer, ids))):
+            scores |= score_all(judges, ids, read, before)
+        return texts, scores

@@ -1,0 +1,1 @@
+"""Ways in and out: export, import, and what a file holds."""

@@ -1,0 +1,88 @@
+"""Pictures of a run: curves.png (every metric against training steps) and evaluation.png (samples against sampling steps)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flowlm.judges.base import shown
+from flowlm.runs.metrics import read_metrics
+from flowlm.system import storage
+
+COLUMNS = 4
+MOST = 6  # lines of a legend in every panel
+
+
+def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
+    """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
+    plain = lambda text: text.replace("$", r"\$")  # in a name it begins no formula
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    colours = {label: palette(i % palette.N) for i, label in enumerate(labels)}
+    shared = {}  # with many lines one legend serves all panels
+    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
+        for label, points in lines.items():
+            x, y = zip(*points, strict=True)
+            marker = "o" if len(points) < 20 else None
+            named = {"label": plain(label) or None, "color": colours[label]}
+            shared[plain(label)] = axes.plot(x, y, marker=marker, markersize=3, **named)[0]
+        finish(axes, panel)
+        axes.set_title(plain(shown(panel)), fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.tick_params(labelsize=8)
+        if any(lines) and len(labels) <= MOST:
+            axes.legend(fontsize=6)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    if len(labels) > MOST:
+        figure.legend(shared.values(), shared, loc="outside lower center", ncols=6, fontsize=8)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=90)
+
+
+def draw_curves(workdir) -> None:
+    """Writes `workdir`/curves.png from metrics.jsonl: the loss and every evaluated metric against training steps."""
+    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for line in read_metrics(workdir):
+        for name, value in line.items():
+            if name == "step" or value is None or name.endswith("_stderr"):
+                continue
+            # samples/ancestral@64/entropy is the line "ancestral@64" of the panel "entropy"; held_out/bound is a panel.
+            group, _, rest = name.rpartition("/")
+            panel, _, label = rest.partition("@")
+            if group.startswith("samples/"):
+                label = group.removeprefix("samples/")
+            panels[panel][label].append((line["step"], value))
+    if panels:
+        draw_panels(storage.path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
+
+
+def draw_evaluation(directory) -> None:
+    """Writes `directory`/evaluation.png from evaluation.json: every judge's metric against sampling steps, held-out dashed."""
+    directory = storage.path(directory)
+    metrics = storage.read_json(directory / "evaluation.json")["metrics"]
+    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    real: dict[str, float] = {}
+    for name, value in metrics.items():
+        group, _, panel = name.rpartition("/")
+        if not group.startswith("samples/") or panel.endswith("_stderr") or value is None:
+            continue
+        sampler, _, steps = group.removeprefix("samples/").partition("@")
+        if steps:
+            panels[panel][sampler].append((int(steps), value))
+        elif sampler == "held_out":
+            real[panel] = value
+
+    def finish(axes, panel):
+        axes.set_xscale("log", base=2)
+        if panel in real:
+            axes.axhline(real[panel], linestyle="--", color="grey", linewidth=1, label="held out")
+
+    if panels:
+        draw_panels(directory / "evaluation.png", panels, "sampling steps (network calls)", finish)

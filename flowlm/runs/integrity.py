@@ -1,0 +1,155 @@
+"""Whether what is read is what was written: sums of arrays, and manifests of files.
+
+A training state may be large and spread over many hosts, so its arrays are summed where they lie, on the devices, when they are
+saved and again when they are read:
+
+    sum over i of bits_i w_i  (mod 2^32),   bits_i: element i as unsigned integers, w_i: an odd number that depends on i
+
+An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of its own for each i shows elements that changed
+places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays,
+each device its own, and a number for each to be exchanged.
+
+A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from flowlm.engine.sharding import path_of
+from flowlm.system import processes, storage
+
+MANIFEST = "manifest.json"
+
+
+def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
+    """The part of an array's sum that a block of it makes, which begins at `starts` of an array with such strides."""
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(block.dtype.itemsize, jnp.uint32)
+    bits = block.astype(width) if block.dtype == bool else jax.lax.bitcast_convert_type(block, width)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        index += (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + starts[axis]) * strides[axis]
+    mixed = index * np.uint32(0x9E3779B1)  # 2^32 over the golden ratio: neighbours get weights far apart
+    return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
+
+
+# All blocks of a device in one program, because each program takes its time to compile.
+_sums = jax.jit(lambda *blocks: jnp.stack([_sum(*block) for block in blocks]))
+
+
+def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
+    """(device, arguments of `_sum`) of the blocks of an array in this process, each block once over all processes."""
+    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # as two words
+    strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
+    for block in array.addressable_shards:
+        if block.replica_id == 0:
+            start = [place.start or 0 for place in block.index] + [0] * (len(shape) - array.ndim)
+            yield block.device, (block.data, np.array(start, np.uint32), strides)
+
+
+def sums(tree) -> np.ndarray:
+    """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
+    leaves, places = jax.tree.leaves(tree), defaultdict(list)
+    for number, array in enumerate(leaves):
+        for device, block in _blocks(jnp.asarray(array)):
+            places[device].append((number, block))
+    # No program spans processes: only the finished sums are exchanged, once. All are started before the first is waited for.
+    started = [([number for number, _ in blocks], _sums(*(block for _, block in blocks))) for blocks in places.values()]
+    total = np.zeros(len(leaves), np.uint32)
+    for numbers, parts in started:
+        np.add.at(total, numbers, np.asarray(parts))
+    return processes.total(total)
+
+
+def changed(tree, kept: np.ndarray) -> list[str]:
+    """Paths of the arrays whose sums are not those that `sums` gave of the same tree; all processes must call."""
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [path for path, now, then in zip(paths, sums(tree), kept, strict=True) if now != then]
+
+
+def checksum(params) -> str:
+    """sha256 of a parameter tree's names, shapes and float32 values: the same for the same values, whatever holds them."""
+    digest = hashlib.sha256()
+    for path, value in sorted(flatten_dict(params, sep="/").items()):
+        value = np.asarray(value, np.float32)
+        digest.update(f"{path} {value.shape} ".encode())
+        digest.update(value.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _files(directory: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """(name, file) of all that is in the directory and below it, in order, but for its manifest."""
+    for inside in sorted(directory.iterdir(), key=lambda inside: inside.name):
+        if inside.is_dir():
+            yield from _files(inside, f"{prefix}{inside.name}/")
+        elif prefix + inside.name != MANIFEST:
+            yield prefix + inside.name, inside
+
+
+def _digest(file: epath.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _own(facts: Mapping[str, Any]) -> str:
+    """Digest of what a manifest says beside this digest."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
+    """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
+
+    Args:
+      facts: what the directory is, and the `checksum` of its parameters. read: gives the parameters as they are read from it.
+
+    Raises:
+      RuntimeError: those are others; there is no manifest then.
+    """
+    directory = storage.path(directory)
+    facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
+    storage.write(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
+    if checksum(read()) != facts["checksum"]:
+        (directory / MANIFEST).unlink()
+        raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
+
+
+def check(directory) -> dict[str, Any] | None:
+    """The facts of a directory's manifest, each of whose files is what it says; None where there is no such manifest.
+
+    Of several processes all must call; the first reads the files, since one answer is enough for all.
+
+    Raises:
+      ValueError: names the file that is missing or changed.
+    """
+    directory = storage.path(directory)
+    if not (directory / MANIFEST).exists():
+        return None
+    wrong = None
+    try:
+        facts = json.loads((directory / MANIFEST).read_text())
+        if not {"sha256", "manifest"} & facts.keys():
+            return None  # of something else
+        own = facts.pop("manifest", None)
+        digests = facts["sha256"].items()
+        # Manifests of releases that sealed programs alone said neither their format nor their own digest.
+        wrong = MANIFEST if own != _own(facts) and (own or "format" in facts) else None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        wrong = MANIFEST
+    if wrong is None and processes.is_first():
+        intact = lambda file, digest: file.is_file() and _digest(file) == digest
+        wrong = next((name for name, digest in digests if not intact(directory / name, digest)), None)
+    if not processes.all_agree(wrong is None):
+        raise ValueError(
+            f"{directory / (wrong or MANIFEST)} is not the file that was written, as {MANIFEST} knows it: restore it from a copy "
+            f"(or remove {MANIFEST} if you changed it on purpose)"
+        )
+    return facts

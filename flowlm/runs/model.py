@@ -1,0 +1,196 @@
+"""A trained model as one calls it: texts, ids, and what the model makes of texts. `flowlm.load` is here."""
+
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from flowlm.data.corpora import CORPORA
+from flowlm.data.grammar import Grammar, shipped_names
+from flowlm.data.packing import framed
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.engine import sampling
+from flowlm.engine.sampling import ROWS, named_sampler, on_rows
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.runs.trained import Trained, load_trained
+
+_SHOWN = 5  # texts that an error names
+
+
+class Samples(NamedTuple):
+    """What one call drew.
+
+    Attributes:
+      texts: num of them. ids: the same as int32 [num, L], each row with its start token.
+      sampler, steps, seed: how.
+      seconds, compile_seconds: of the drawing, and of what came before it, compilation above all; 0 the next time.
+    """
+
+    texts: list[str]
+    ids: np.ndarray
+    sampler: str
+    steps: int
+    seed: int
+    seconds: float
+    compile_seconds: float
+
+
+class Model:
+    """A trained model. `flowlm.load` makes it of a run directory; it computes on all devices of this process.
+
+    Each number of samples, of steps and each sampler is a program of its own, compiled at its first use and kept.
+
+    Attributes:
+      run: what it is made of: settings, tokenizer, network, family, averaged parameters, and the step they are of.
+      layout: the devices, and how arrays lie on them.
+    """
+
+    def __init__(self, run: Trained, layout: Layout):
+        self.run, self.layout = run, layout
+        self._drawing: dict[tuple, sampling.Sampler] = {}
+        self._bound = None
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"<{config.objective.family} of {config.data.name} at step {self.run.step}, samplers {', '.join(self.samplers)}>"
+
+    @property
+    def config(self) -> ConfigDict:
+        """Every setting of the run."""
+        return self.run.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer: `encode` and `decode` are of texts without a start token."""
+        return self.run.tokenizer
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of its samplers; the last is set as the run says, and taken where none is named."""
+        return tuple(self.run.experiment.family.samplers())
+
+    def sample(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> list[str]:
+        """Writes `num` texts by `steps` network calls each.
+
+        The same seed writes the same texts on the same devices, and the first of them whatever `num` is, as long as no two tokens
+        are so nearly equally likely that the last digits decide, which differ between batches of different sizes.
+
+        Args:
+          seed: from 0 to 2^32 - 1.
+          sampler: one of `samplers`; the last of them by default.
+
+        Raises:
+          ValueError: there is no such sampler, the family does not sample in so many steps, or a number is out of its range.
+        """
+        return self.draw(num, steps, seed, sampler).texts
+
+    def sample_ids(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> np.ndarray:
+        """`sample` as token ids int32 [num, L], each row with its start token."""
+        return self.draw(num, steps, seed, sampler).ids
+
+    def draw(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> Samples:
+        """`sample`, with the ids, the sampler's name and the time.
+
+        As many rows are computed as are asked for, rounded up to a multiple of the devices; above sampling.ROWS in calls of that
+        many.
+        """
+        num, steps = _whole("num", num, 1), _whole("steps", steps, 1)
+        seed = _whole("seed", seed, 0, 2**32 - 1)
+        name, family = named_sampler(self.run.experiment.family, sampler)
+        kind = name, steps, min(num, ROWS)
+        if kind not in self._drawing:
+            self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, steps, self.layout, min(num, ROWS))
+        draw = self._drawing[kind]
+        ids = draw(self.run.params, jax.random.key(seed), num)
+        texts = self.tokenizer.decode_batch(ids)
+        return Samples(texts, ids, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
+
+    def log_prob_bound(self, texts: Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
+        """An upper bound on -log p of each text, in nats, given the start token: float32 [num].
+
+        It is exact for an autoregressive model. For the others it is an unbiased estimate from one draw of time and noise for each
+        text, which varies much; the mean over a text given many times, `log_prob_bound([text] * 64).mean()`, varies less than
+        64 draws would, because the times of a call are spread evenly.
+
+        Args:
+          texts: each fills a row: it has as many tokens as a row behind the start token, or fewer where the run's data is padded.
+            Or rows of ids [num, L] as `sample_ids` returns them.
+          seed: of the noise.
+
+        Raises:
+          ValueError: the family has no bound; or names the texts that do not fit a row or cannot be spelled.
+        """
+        family, net = self.run.experiment.family, self.run.experiment.net
+        if "bound" not in family.likelihoods():
+            raise ValueError(
+                f"no bound on the likelihood is known of the family {self.config.objective.family!r} with the prior "
+                f"{self.config.prior!r}: load a run of another"
+            )
+        rows = self._rows(texts)
+        if self._bound is None:
+            self._bound = on_rows(self.layout, net, family.likelihoods()["bound"])
+        key = jax.random.key(_whole("seed", seed, 0, 2**32 - 1))
+        return sampling.in_parts(self._bound, self.run.params, rows, ROWS, key)
+
+    def _rows(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Rows of ids int32 [num, L] of texts."""
+        if isinstance(texts, str):
+            raise ValueError("texts is one text: give a list of them")
+        length, vocab = self.run.experiment.net.length, self.tokenizer.vocab_size
+        if isinstance(texts, np.ndarray) and np.issubdtype(texts.dtype, np.integer):
+            if texts.ndim != 2 or texts.shape[1] != length or not ((texts >= 0) & (texts < vocab)).all():
+                raise ValueError(f"rows of ids have the shape [num, {length}] and lie below {vocab}, got {texts.shape}")
+            return texts.astype(np.int32)
+        texts = list(texts)
+        if not texts:
+            raise ValueError("texts is empty: give at least one")
+        spelled = [self.tokenizer.encode_counted([text]) for text in texts]  # one by one, so that an error is of one
+        found = [ids for (ids,), _ in spelled]
+        if wrong := [i for i, (_, (count,)) in enumerate(spelled) if count]:
+            parts = ", ".join(map(repr, self.tokenizer.unspelled(texts[wrong[0]])))
+            raise ValueError(f"{_named(wrong)} cannot be spelled by the run's tokenizer, such as {parts}")
+        pad, room = self._pad, length - 1
+        if wrong := [i for i, ids in enumerate(found) if len(ids) > room or (len(ids) < room and pad is None)]:
+            sizes = ", ".join(str(len(found[i])) for i in wrong[:_SHOWN])
+            raise ValueError(
+                f"{_named(wrong)} of {sizes} tokens: a row of this run has {'exactly' if pad is None else 'at most'} {room}"
+            )
+        rows = np.full((len(found), room), 0 if pad is None else pad, np.int32)
+        for row, ids in zip(rows, found):
+            row[: len(ids)] = ids
+        return framed(rows, self.tokenizer.start)
+
+    @property
+    def _pad(self) -> int | None:
+        """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
+        name = self.config.data.name
+        if name in shipped_names():
+            return Grammar.load(name).pad
+        return self.tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
+
+
+def load(directory: str | os.PathLike, **objective: Any) -> Model:
+    """Loads a trained run; see `flowlm.load`."""
+    layout = Layout(make_mesh(), fsdp=True)
+    return Model(load_trained(directory, layout, objective), layout)
+
+
+def _named(numbers: Sequence[int]) -> str:
+    """texts[0], texts[3] and 2 more."""
+    named = ", ".join(f"texts[{i}]" for i in numbers[:_SHOWN])
+    return named + (f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else "")
+
+
+def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < low or (high is not None and found > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number, {span}, got {value!r}")
+    return found

@@ -1,0 +1,151 @@
+"""Evaluations at a terminal: tables that fit it, what their columns mean, and samples as whole lines."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flowlm.judges.base import shown
+from flowlm.system.terminal import console
+
+COLUMNS = 6  # of a table, the first of them for names, unless all are asked for
+HEAD = 8  # characters of a column's head in one line, unless a word of it is longer
+
+Line = tuple[str, str, dict[str, float]]
+
+
+def _table(names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(names, overflow="fold")
+    return table
+
+
+def _add(table: Table, head: str) -> None:
+    width = max(HEAD, *map(len, head.split()))
+    table.add_column("\n".join(textwrap.wrap(head, width)), justify="right", no_wrap=True)
+
+
+def _width(table: Table) -> int:
+    """Columns that it takes where no cell is broken."""
+    return console(least=10_000).measure(table).maximum
+
+
+def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
+    """Prints what an evaluation says of held-out rows: cross-entropies by time, a line each, and the likelihood bound."""
+    held = {k.removeprefix("held_out/"): v for k, v in metrics.items() if k.startswith("held_out/")}
+    taus = sorted({k.split("@")[1] for k in held if "@" in k}, key=float)
+    columns = [name for name in ("cross_entropy", "context_free") if name in held]
+    screen = console()
+    if taus:
+        screen.print(Text(f"Held-out nats / token at step {step}", style="bold"))
+        grid = _table("tau")
+        for column in columns:
+            grid.add_column(shown(column), justify="right")
+        for tau in taus:
+            grid.add_row(tau, *(f"{held[f'{column}@{tau}']:.3f}" for column in columns))
+        grid.add_row("mean", *(f"{held[column]:.3f}" for column in columns))
+        screen.print(grid)
+        screen.print(Text("context free: the best guess that looks at a token's own position alone\n"))
+    if "bound_nats_per_token" in held:
+        nats, bits = (
+            f"{held[key]:.3f} ± {held[f'{key}_stderr']:.3f}" for key in ("bound_nats_per_token", "bound_bits_per_token")
+        )
+        screen.print(Text("Likelihood bound of held-out rows", style="bold"))
+        screen.print(Text(f"{nats} nats / token, {bits} bits / token\n"))
+
+
+def _lines(runs: Mapping[str, Mapping]) -> list[Line]:
+    """(run, sampler@steps, metrics) of every run, and behind them under no run what all are read beside, a line each.
+
+    Those are rows of real text and of counting samplers; what the first run did not ask of them is another's.
+    """
+    samplers: dict[tuple[str, str], dict] = {}
+    beside: dict[tuple[str, str], dict] = {}
+    for run, record in runs.items():
+        for key, value in record["metrics"].items():
+            if key.startswith("samples/"):
+                _, name, metric = key.split("/")
+                lines, place = (samplers, run) if "@" in name else (beside, "")
+                lines.setdefault((place, name), {}).setdefault(metric, value)
+    return [(run, name, values) for (run, name), values in (samplers | beside).items()]
+
+
+def _fitting(lines: Sequence[Line], columns: Sequence[str], named: bool, wide: bool) -> tuple[Table, Sequence[str]]:
+    """The table, and those of the columns that it has: all if `wide`, otherwise as many from the left as there is room for."""
+    while True:
+        table = _table("sampler @ steps")
+        for column in columns:
+            _add(table, shown(column))
+        above = ""
+        for run, name, values in lines:
+            if named and run not in ("", above):
+                table.add_row(Text(run, style="bold"))
+            above = run
+            label = f"  {name}" if named and run else _called(name)
+            table.add_row(label, *(_cell(values, column, wide) for column in columns))
+        if wide or len(columns) <= 1 or _width(table) <= console().width:
+            return table, columns
+        columns = columns[:-1]
+
+
+def _called(name: str) -> str:
+    """A row as people read it; the name of a sampler stands as it is typed."""
+    return name if "@" in name else shown(name)
+
+
+def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
+    value, stderr = values.get(metric), values.get(f"{metric}_stderr")
+    # The places of the value, of which a small one has a fourth, are those of its error too.
+    places = 4 if value is not None and 0 < abs(value) < 0.01 else 3
+    told = "" if value is None else f"{value:.{places}f}"
+    return told if stderr is None or not told or not wide else f"{told} ± {stderr:.{places}f}"
+
+
+def print_samples(
+    runs: Mapping[str, Mapping],
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
+    wide: bool,
+    title: str = "Samples before the judges",
+) -> None:
+    """Prints what the judges said of samples, what each column means, and samples as whole lines.
+
+    Args:
+      runs: {name of the run, or "" where it needs none: its evaluation.json}.
+      texts: {name of the run: {sampler@steps: samples to be shown}}.
+      wide: all metrics, with standard errors, in a table as wide as it gets.
+    """
+    lines, named = _lines(runs), any(runs)
+    known = dict.fromkeys(m for _, _, values in lines for m in values if not m.endswith("_stderr"))
+    main = dict.fromkeys(m for record in runs.values() for m in record.get("main", ()) if m in known)
+    columns = [*(main | known)] if wide or not main else [*main]
+    table, columns = _fitting(lines, columns if wide else columns[: COLUMNS - 1], named, wide)
+    screen = console(least=_width(table) if wide else 0)
+    screen.print(Text(title, style="bold"), table, sep="\n")
+    meanings = {m: text for record in runs.values() for m, text in record.get("meanings", {}).items()}
+    told = [f"{shown(column)}: {meanings[column]}" for column in columns if column in meanings]
+    counting = [shown(name) for _, name, _ in lines if "@" not in name and name != "held_out"]
+    told += [f"{', '.join(counting)}: made by counting training text, without a network"] if counting else []
+    if left_out := len(known) - len(columns):
+        told.append(f"{left_out} more metrics are in evaluation.json, and shown by --wide")
+    notes = {f"{run}: {note}" if run else note for run, record in runs.items() for note in record.get("notes", ())}
+    for number, sentence in enumerate((*told, *sorted(notes))):
+        screen.print(Text(sentence if number else f"\n{sentence}"))
+    _print_texts(screen, texts)
+
+
+def _print_texts(screen: Console, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    """Samples as whole lines under their names; what all runs are read beside is of the first."""
+    beside = set()
+    for run, samples in texts.items():
+        for name, some in samples.items():
+            own = "@" in name
+            if not own and name in beside:
+                continue
+            beside.add(name)
+            screen.print(Text(f"\n{run} {name}" if run and own else f"\n{_called(name)}", style="bold"))
+            for sample in some:
+                for line in Text(sample).wrap(screen, screen.width - 2):
+                    screen.print(Text("  ") + line)

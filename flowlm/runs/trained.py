@@ -1,0 +1,147 @@
+"""Trained runs from their directories, to sample, to judge, to go on from and to learn from."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from flowlm.config import flat
+from flowlm.data.tokenizers import Tokenizer
+from flowlm.engine.build import Experiment, abstract_state, build
+from flowlm.engine.sharding import Layout
+from flowlm.engine.state import Teacher
+from flowlm.models.attention import runs_on
+from flowlm.objectives import FAMILIES
+from flowlm.runs import directory as run_directory
+from flowlm.runs import integrity
+from flowlm.runs.checkpoint import Checkpoints, has_params, load_params
+from flowlm.system import storage
+
+
+class Trained(NamedTuple):
+    """A run from its directory: settings, tokenizer, things, averaged parameters and the step they are of."""
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    experiment: Experiment
+    params: Any
+    step: int
+
+
+# Settings of a teacher that its student may change; all others of the same network, path and data must agree.
+STUDENTS_OWN = (
+    "dropout",
+    "weak_dropout",
+    "preview",
+    "preview_time",
+    "time_embeddings",
+    "end_time_scale",
+    "remat",
+    "attention",
+    "dtype",
+    "loss_weight",
+)
+
+
+def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] = ()) -> str:
+    """Settings of the network, and the others named, that must agree and do not, as text."""
+    names = [f"model.{key}" for key in ours.model if key not in STUDENTS_OWN]
+    settings = [flat(config.to_dict()) for config in (theirs, ours)]
+    pairs = {name: [each.get(name) for each in settings] for name in (*others, *names)}
+    return ", ".join(f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b)
+
+
+def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
+    """The averaged parameters of the run `config.init_from`, in this run's architecture (Network.adopt).
+
+    Raises:
+      FileNotFoundError: it is not a trained run.
+      ValueError: it has another tokenizer or network, and what differs; or there is a teacher, from which a student starts.
+    """
+    if config.teacher:
+        raise ValueError("a student starts from its teacher: give config.teacher or config.init_from, not both")
+    run = load_trained(config.init_from, layout)
+    if run.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"init_from {config.init_from} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
+        )
+    if differ := _differences(run.config, config):
+        raise ValueError(f"init_from {config.init_from} is another network: {differ}")
+    try:
+        jax.eval_shape(lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs), run.params)
+    except ValueError as error:
+        raise ValueError(f"init_from {config.init_from} is another network: {error}") from error
+    return run.params
+
+
+def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
+    """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
+
+    Raises:
+      FileNotFoundError: config.teacher is not a trained run.
+      ValueError: it has another tokenizer, network, prior or time warp; names what differs.
+    """
+    run = load_trained(config.teacher, layout)
+    theirs = run.config
+    ours, taught = config.objective.family, theirs.objective.family
+    if ours != taught and not (FAMILIES[ours].continuous and FAMILIES[taught].continuous):
+        raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
+    if run.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"the teacher {config.teacher} has the tokenizer {theirs.data.tokenizer!r}, not {config.data.tokenizer!r}"
+        )
+    if differ := _differences(theirs, config, ("prior", "time_warp", "data.length")):
+        raise ValueError(f"the teacher {config.teacher} is another network: {differ}")
+    wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
+    if (theirs.objective.family == "residual") != (wanted == "residual"):
+        raise ValueError(
+            f"the teacher {config.teacher} is of the family {theirs.objective.family!r}; here a {wanted} is wanted: the family "
+            "residual teaches objective.target residual, and that alone"
+        )
+    adopt = lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
+    places = layout.places(jax.eval_shape(adopt, run.params))
+    params = jax.jit(adopt, out_shardings=places)(run.params)
+    if wanted == "flow":
+        return Teacher(params)
+    return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, layout).params), params)
+
+
+def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
+    """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
+
+    Args:
+      objective: settings of the run's `objective` section to replace, such as those of its sampler.
+
+    Raises:
+      FileNotFoundError: not a run directory, or nothing was saved yet.
+      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says (integrity.check); or
+        what is exported in a format that other commands read.
+    """
+    run_directory.check_is_run(directory)
+    integrity.check(directory)
+    config, tokenizer = run_directory.load(directory)
+    for key, value in (objective or {}).items():
+        if key not in config.objective:
+            raise ValueError(
+                f"the objective of {directory} has no {key!r}: it has {', '.join(sorted(config.objective))}"
+            )
+        try:
+            config.objective[key] = value
+        except TypeError as error:
+            held = config.objective[key]
+            told = f"it is a {type(held).__name__}, {held!r} there" if held is not None else "it is a number"
+            raise ValueError(f"objective.{key} cannot be {value!r}: {told}") from error
+    if not runs_on(config.model.attention, layout.platform):
+        config.model.attention = "xla"  # it was trained elsewhere
+    experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
+    if has_params(directory):
+        abstract = abstract_state(experiment, layout)
+        params, step = load_params(directory, abstract.params, abstract.step)
+        return Trained(config, tokenizer, experiment, params, step)
+    checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
+    state = checkpoints.restore(abstract_state(experiment, layout))
+    checkpoints.close()
+    if state is None:
+        raise FileNotFoundError(f"{directory} has no complete checkpoint yet: let the run reach its first save")
+    return Trained(config, tokenizer, experiment, state.ema, int(state.step))

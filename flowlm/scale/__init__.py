@@ -1,0 +1,1 @@
+"""What a step costs on paper, compiled for chips that are not here, or measured."""

@@ -1,0 +1,1 @@
+"""Many runs: sweeps of settings, how they are carried out, their tables and the report."""

@@ -1,0 +1,1 @@
+"""The machine: files and buckets, processes, signals, terminals, and what a setting is."""

@@ -1,0 +1,91 @@
+"""Several processes that train one model, and how all of them stop at one place when any of them is told to.
+
+Every host runs the same command, and cluster.py finds the others. On CPUs the processes talk over gloo.
+"""
+
+import os
+import signal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flowlm.system import cluster, signals
+from flowlm.system.signals import Stopped
+
+# Under this key JAX tells all processes that one of them was sent SIGTERM.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
+
+def start(distributed: bool) -> None:
+    """Joins the other processes where there are any, and listens to signals (signals.py). To be called once, first.
+
+    From then on several processes stop only where all of them ask: JAX hears SIGTERM and tells the others, and the rest is
+    handed on as SIGTERM.
+
+    Args:
+      distributed: there must be others: an error, not a single process, where nothing says so.
+
+    Raises:
+      ValueError: the variables that say who is who are no whole numbers, too few, or contradict `distributed`.
+      RuntimeError: the cluster that seems to be here cannot be joined.
+    """
+    signals.listen()
+    cluster.join(distributed)
+    if jax.distributed.is_initialized():
+        signals.hold(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def preempted(step: int) -> bool:
+    """Whether to save and stop before this step: the same answer in all processes. To be asked by all at every step."""
+    if jax.distributed.is_initialized():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return signals.told()
+
+
+def check_stopped() -> None:
+    """Raises Stopped, in all processes alike, if any was told to stop. All must ask; for places inside a step."""
+    told = signals.told()
+    if jax.distributed.is_initialized():
+        client = multihost_utils.distributed.global_state.client
+        try:
+            client.key_value_try_get(_NOTICE)
+            told = True
+        except jax.errors.JaxRuntimeError:  # it is not there
+            told = False
+    if not all_agree(not told):
+        raise Stopped
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints what all of them know."""
+    return jax.process_index() == 0
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether it holds in every process; all must ask, and none goes on before the others have."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of every process's values, in their own type, in every process; all must call."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).sum(0, dtype=values.dtype)
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """The whole of an array that may be spread over the devices of several processes, on every host; all must call."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def check_mesh(mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError unless every process has a device in the mesh."""
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ValueError(
+            f"the mesh of {mesh.size} devices leaves processes {sorted(idle)} without one: let it take all "
+            f"{jax.device_count()} devices, or start fewer processes"
+        )
