@@ -30,7 +30,13 @@ def nothing_expensive(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(reader, "_prepare", expensive)
-    for name in ("training.Checkpoints", "sampling.Sampler", "evaluation.Evaluator", "bench._run", "bench._child"):
+    for name in (
+        "training.Checkpoints",
+        "engine.sampling.Sampler",
+        "evaluation.evaluator.Evaluator",
+        "scale.bench._run",
+        "scale.bench._child",
+    ):
         monkeypatch.setattr(f"flowlm.{name}", expensive)
     return tmp_path / "data"
 

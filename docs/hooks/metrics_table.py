@@ -5,8 +5,8 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 
+from flowlm import judges
 from flowlm.evaluation.evaluator import MEANINGS
-from flowlm.judges import base as judges
 from tables import markdown
 
 
