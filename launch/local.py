@@ -1,7 +1,7 @@
 """This machine: N processes that stand for N hosts, all started again when one of them fails.
 
-The command stays until the jobs have ended, one after another. SIGTERM and Ctrl-C are handed to the processes, which save and
-end. A job's processes write to WORKDIR/logs/PROCESS.log; what the first says is shown too. logs/job.json says how it stands;
+The command stays until the jobs have ended, one after another. SIGTERM, SIGHUP and Ctrl-C are handed to the processes, which save
+and end. A job's processes write to WORKDIR/logs/PROCESS.log; what the first says is shown too. logs/job.json says how it stands;
 whoever has started it, and its processes, hold a lock on logs/job.lock.
 """
 
@@ -160,7 +160,11 @@ class _Supervisor:
         self._stopping = False
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        # SIGHUP, of a closed terminal, unless it is ignored, as under nohup.
+        numbers = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (
+            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+        )
+        self._before = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
