@@ -392,8 +392,8 @@ def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert Checkpoints(tmp_path / "run/checkpoints", read_only=True).steps[-1] == 2
     student.update_from_flattened_dict(small | {"teacher": str(tmp_path / "run")})
-    experiment, _, dataset, _, teacher, _ = training._prepare(student, tmp_path / "student")  # all but its steps
-    assert experiment.net.vocab_size == dataset.tokenizer.vocab_size == 300 and teacher is not None
+    _, _, dataset, _, teacher, _ = training._prepare(student, tmp_path / "student")  # all but its steps
+    assert student.model.vocab_size == dataset.tokenizer.vocab_size == 300 and teacher is not None
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------
