@@ -131,12 +131,12 @@ from flowlm import cluster, evaluation, panel, sharding
 
 judge = panel.Panel.judge
 
-def slow_judge(self, ids):
+def slow_judge(self, *given):
     seconds = Path(__file__).with_name("judge_for")
     if seconds.exists():
         Path(__file__).with_name("judging").touch()
         time.sleep(float(seconds.read_text()))
-    return judge(self, ids)
+    return judge(self, *given)
 
 panel.Panel.judge = slow_judge
 rows = sharding.global_rows
