@@ -12,6 +12,7 @@ esac
 cd "$(dirname "$0")/.."
 workdir=${1:-runs/quickstart}
 shift || true
+trap 'exit 130' INT TERM HUP # because a command that is stopped has saved and exits with 0
 bash launch/setup.sh
 # On CPU XLA spends a fifth of a step on page faults; huge pages take most of that away.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
