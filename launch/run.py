@@ -98,8 +98,11 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
     if len(left) > len(ready):
         waiting = ", ".join(run.name for run in left if not run.ready)
         print(f"when their teachers are finished, give the same command again for {waiting}", file=sys.stderr)
+
     # Without the Python in front: backends have their own.
-    point = lambda run: Job(job_name(run.name), tuple(run.command[1:]), str(run.directory), resources, environment)
+    def point(run):
+        return Job(job_name(run.name), tuple(run.command[1:]), str(run.directory), resources, environment)
+
     return [point(run) for run in ready]
 
 

@@ -98,7 +98,10 @@ def _cloud(job: Job) -> CloudTpu:
 
 def script(job: Job) -> str:
     """The startup script: tpu_vm.sh with the job's values above it."""
-    array = lambda words: f"({shlex.join(words)})"
+
+    def array(words):
+        return f"({shlex.join(words)})"
+
     values = {
         "bundle": shlex.quote(f"{job.workdir}/launch/flowlm.bundle"),
         "logs": shlex.quote(f"{job.workdir}/logs"),

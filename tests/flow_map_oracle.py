@@ -160,7 +160,9 @@ def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[FunctionNetwork,
         start = s / (1 - s)
         end = jnp.maximum(t / jnp.maximum(1 - t, 1e-6), start)
         h = (jnp.minimum(end, LIMIT) - start) / steps
-        push = lambda d: dot(d, params["embedding"])
+
+        def push(d):
+            return dot(d, params["embedding"])
 
         def step(i, carry):
             y, total = carry
@@ -177,5 +179,7 @@ def network(flow: GaussianFlow, warp, steps: int = 32) -> tuple[FunctionNetwork,
         delta = inside * delta + (1 - inside) * denoiser(y, jnp.minimum(end, LIMIT))
         return jnp.log(delta + 1e-30)
 
-    head = lambda params: Partial(_shift, params["tilt"])
+    def head(params):
+        return Partial(_shift, params["tilt"])
+
     return FunctionNetwork(apply, head, vocab, flow.sequences.shape[1], width), parameters(flow.embedding)

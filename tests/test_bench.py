@@ -45,7 +45,10 @@ def test_mean_loss_and_gradients_agree(vocab, width):
             return value[None], grads["embedding"].ravel(), grads["blocks"]["qkv"]["kernel"].ravel()
 
         keys = jax.random.split(jax.random.key(seed), draws)
-        every = lambda params, keys: jax.lax.map(lambda key: one(params, key), keys)
+
+        def every(params, keys):
+            return jax.lax.map(lambda key: one(params, key), keys)
+
         out = jax.jit(every, **QUICKLY)(params, keys)
         return [np.asarray(a, np.float64) for a in out]
 

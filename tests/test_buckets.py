@@ -158,7 +158,10 @@ def test_a_long_run_does_not_write_its_metrics_again_with_every_line(monkeypatch
 
 def test_metrics_go_with_a_run_between_a_bucket_and_a_disk(tmp_path):
     there, here = f"{BUCKET}/moved", tmp_path / "moved"
-    steps = lambda place: [m["step"] for m in read_metrics(place)]
+
+    def steps(place):
+        return [m["step"] for m in read_metrics(place)]
+
     writer = MetricWriter(there)
     for step in range(1, 131):
         writer.write(step, {"loss": 1.0})
@@ -202,7 +205,10 @@ def test_sources_in_a_bucket(tmp_path):
         (place / "sources/text8").write_text(text)
     rows = [open_dataset("text8", "chars", 32, place).test.rows(0, 100) for place in (f"{BUCKET}/texts", tmp_path)]
     np.testing.assert_array_equal(*rows)
-    read = lambda place: "".join(t for split in corpora.SPLITS for _, t in corpora.documents("text8", split, place))
+
+    def read(place):
+        return "".join(t for split in corpora.SPLITS for _, t in corpora.documents("text8", split, place))
+
     assert read(f"{BUCKET}/texts") == read(tmp_path) == text
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):
         corpora.check("openwebtext", f"{BUCKET}/texts")

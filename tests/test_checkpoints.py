@@ -134,7 +134,9 @@ def test_kill_9_loses_only_steps_since_the_last_checkpoint(uninterrupted, data_d
         f"from toy import run_config\ndef get_config(arg=''): return run_config({str(data_dir)!r}, steps={STEPS})\n"
     )
     checkpoints = tmp_path / "checkpoints"
-    unfinished = lambda: [p for p in checkpoints.glob("*") if not p.name.isdigit()]
+
+    def unfinished():
+        return [p for p in checkpoints.glob("*") if not p.name.isdigit()]
 
     assert _kill_when(_start(tmp_path), lambda: 3 in steps_in(checkpoints))
     for _ in range(5):
@@ -253,7 +255,10 @@ def test_a_run_under_other_odd_names(config, tmp_path):
 def state_of(step):
     """A state whose numbers zstd cannot make shorter, of several types."""
     rng = np.random.default_rng(step)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     return {"w": draw(64, 48), "h": draw(40, 40).astype(jnp.bfloat16), "zero": jnp.zeros(100), "step": jnp.int32(step)}
 
 

@@ -111,7 +111,10 @@ def test_shards_kernels_and_branches():
 
     traced = jax.make_jaxpr(product)(a)
     assert count_flops(traced, kernels_only=True) == 2 * 16 * 8 * 8 and count_flops(traced) == 2 * 2 * 16 * 8 * 8
-    either = lambda a: jax.lax.cond(a.sum() > 0, lambda a: a @ jnp.ones((8, 8)), lambda a: a, a)
+
+    def either(a):
+        return jax.lax.cond(a.sum() > 0, lambda a: a @ jnp.ones((8, 8)), lambda a: a, a)
+
     assert count_flops(jax.make_jaxpr(either)(a)) == 2 * 16 * 8 * 8
 
 

@@ -92,7 +92,9 @@ def exact(sequences, weights, kind):
         posterior = jax.nn.softmax(jnp.log(jnp.asarray(weights))[:, None] + others, 1)
         return jnp.log(jnp.einsum("bkl,klv->blv", posterior, jax.nn.one_hot(data, V)) + 1e-30)
 
-    head = lambda params: Partial(oracle.log_prob_head)
+    def head(params):
+        return Partial(oracle.log_prob_head)
+
     return FunctionNetwork(apply, head, V, L, size), {"embedding": jnp.eye(size)}
 
 
@@ -107,9 +109,12 @@ def test_bound_is_tight_at_the_exact_posterior_and_loose_elsewhere(kind):
     rng = np.random.default_rng(1)
     num = 60_000
     ids = jnp.asarray(SEQUENCES[rng.choice(len(WEIGHTS), num, p=WEIGHTS)])
-    bound = lambda net: np.asarray(
-        jax.jit(lambda key: FAMILIES[kind].bound(net, params, {"ids": ids}, key))(jax.random.key(0)), np.float64
-    )
+
+    def bound(net):
+        return np.asarray(
+            jax.jit(lambda key: FAMILIES[kind].bound(net, params, {"ids": ids}, key))(jax.random.key(0)), np.float64
+        )
+
     nats, entropy = bound(net), oracle.entropy(WEIGHTS)
     stderr = nats.std() / np.sqrt(num)
     assert stderr < 0.02 * entropy
@@ -122,7 +127,10 @@ def test_bound_is_tight_at_the_exact_posterior_and_loose_elsewhere(kind):
 def test_samples_reach_the_law_as_steps_grow_and_one_step_draws_every_token_by_itself(kind):
     net, params = exact(SEQUENCES, WEIGHTS, kind)
     num = 20_000
-    draw = lambda steps: jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, num, steps))(jax.random.key(steps))
+
+    def draw(steps):
+        return jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, num, steps))(jax.random.key(steps))
+
     assert oracle.total_variation(draw(128), SEQUENCES, WEIGHTS) < 0.04
     marginals = np.einsum("k,klv->lv", WEIGHTS, np.eye(V)[SEQUENCES])
     everything = np.array(list(itertools.product(range(V), repeat=L)))
@@ -233,7 +241,10 @@ def test_reverse_kernel_is_bayes_rule():
         log_softmax(np.asarray(uniform.reverse(*map(jnp.asarray, (logits, y, alpha, alpha_next))), np.float64))
     )
     p = np.exp(log_softmax(logits))
-    chain = lambda a: a * np.eye(V) + (1 - a) / V  # [from, to]
+
+    def chain(a):
+        return a * np.eye(V) + (1 - a) / V  # [from, to]
+
     for i in range(6):
         joint = (p[i] @ chain(0.7)) * chain(0.4 / 0.7)[:, y[i]]
         np.testing.assert_allclose(ours[i], joint / joint.sum(), rtol=1e-4)
@@ -308,9 +319,10 @@ def test_the_curriculum_ends_at_its_step():
     net, params, _ = networks()
     plain, batch = Uniform(warp=WARP), a_batch(Uniform(warp=WARP))
     staged = replace(plain, curriculum_steps=10, curriculum_temperature=0.3)
-    at = lambda family, step: np.asarray(
-        family.loss(net, params, Auxiliary(step=jnp.int32(step)), batch, None)[0]["diffusion"]
-    )
+
+    def at(family, step):
+        return np.asarray(family.loss(net, params, Auxiliary(step=jnp.int32(step)), batch, None)[0]["diffusion"])
+
     np.testing.assert_allclose(at(staged, 10), at(plain, 10), rtol=1e-4)
     assert np.abs(at(staged, 9) - at(plain, 9)).max() > 1e-2
 
@@ -323,7 +335,10 @@ def test_the_loss_of_soft_latents_by_hand():
     e = params["embedding"]
     y, z = (vocab.gaussian_latents(batch["noise"], batch["ids"], e, (t,), T)[0] for T in (None, 0.3))
     logits = net.unembed(params, net.apply(params, z, alpha))
-    wide = lambda a: jnp.broadcast_to(a[:, None], y.shape)
+
+    def wide(a):
+        return jnp.broadcast_to(a[:, None], y.shape)
+
     expected = uniform.diffusion(logits, batch["ids"], y, wide(alpha), wide(slope)).mean(-1)
     losses, _ = family.loss(net, params, Auxiliary(step=jnp.int32(0)), batch, None)
     np.testing.assert_allclose(losses["diffusion"], expected, rtol=1e-4)

@@ -71,7 +71,10 @@ def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     for end in (tau, jnp.ones(4)):
         ours = student.net.unembed(params, student.net.apply(params, z, tau, end))
         np.testing.assert_array_equal(ours, expected)
-    at = lambda params, end: student.net.apply(params, z, tau, end)
+
+    def at(params, end):
+        return student.net.apply(params, z, tau, end)
+
     moved = perturbed(params, 0.1)
     assert float(jnp.abs(at(moved, jnp.ones(4)) - at(moved, tau)).max()) > 1e-3
 
@@ -152,11 +155,12 @@ def test_surgery_takes_the_conflict_out():
 
     state = train_state.TrainState(jnp.int32(0), {"x": jnp.float32(0), "y": jnp.float32(0)}, None, None)
     state = state._replace(ema=state.params, opt_state=optax.sgd(1.0).init(state.params))
-    step = lambda family: (
-        train_state.make_step(None, family, optax.sgd(1.0), seed=0, ema_decay=0.9, accumulation=1, dropout=False)(
-            state, jnp.zeros((2, 1), jnp.int32)
-        )[0].params
-    )
+
+    def step(family):
+        return train_state.make_step(
+            None, family, optax.sgd(1.0), seed=0, ema_decay=0.9, accumulation=1, dropout=False
+        )(state, jnp.zeros((2, 1), jnp.int32))[0].params
+
     assert step(Pulls()) == {"x": -1.0, "y": -1.0}
     plain = Pulls()
     plain.parts = ("loss",)

@@ -51,7 +51,9 @@ def tabular(kind, steps):
         at = 0 if kind == "masked" else jnp.round((1 - alpha) / (1 - EPS) * steps).astype(int)
         return params["table"][at, state]
 
-    head = lambda params: Partial(oracle.log_prob_head)
+    def head(params):
+        return Partial(oracle.log_prob_head)
+
     teacher = {"embedding": jnp.eye(size), "table": jnp.asarray(exact_table(kind, times), jnp.float32)}
     return FunctionNetwork(apply, head, V, L, size), teacher
 

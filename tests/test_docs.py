@@ -285,7 +285,8 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
 @pytest.mark.needs("browser")
 def test_pages_in_a_browser_say_nothing_on_its_console(site, tmp_path):
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        log_message = lambda self, *args: None
+        def log_message(self, *args):
+            return None
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -210,9 +210,13 @@ def test_what_can_fail_of_the_judges_fails_before_training(data_dir, tmp_path, m
     judges = {"runs/a/seed0": "seed0", "runs/b/seed0": "seed0", "runs/b/broken": "broken", "runs/c/seed1": "seed1"}
     monkeypatch.setattr(panel, "run_judge", lambda rest, length, layout: Named(judges[rest], "broken" in rest))
     monkeypatch.setattr(training, "jit_step", None)
-    start = lambda *names: train(
-        run_config(data_dir, **{"evaluation.language_models": tuple(f"run:{name}" for name in names)}), tmp_path / "run"
-    )
+
+    def start(*names):
+        return train(
+            run_config(data_dir, **{"evaluation.language_models": tuple(f"run:{name}" for name in names)}),
+            tmp_path / "run",
+        )
+
     with pytest.raises(
         ValueError, match="'run:runs/a/seed0' and 'run:runs/b/seed0' are both called 'seed0' in the metr"
     ):

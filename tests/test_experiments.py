@@ -65,7 +65,10 @@ def test_builds_and_lowers(path, argument):
     step = jit_step(config, experiment, layout, state)
     traced = step.trace(state, ids, Teacher(state.params) if distils else None)
     new, metrics = traced.out_info
-    shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
     assert shapes(new) == shapes(state)  # or the second step would be another program
     assert all(metric.shape == () for metric in metrics.values())
     for platform in ("cpu", "tpu") if config.model.attention == "xla" else ("tpu",):

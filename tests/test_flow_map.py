@@ -109,13 +109,23 @@ def test_step_weights_are_what_the_steps_do(end):
 def formulas(e):
     """{name: (formula of what the live network says, what it says when it is exact)}; logits have arbitrary shifts."""
     rng = np.random.default_rng(2)
-    shift = lambda p: 3 * rng.standard_normal((*p.shape[:-1], 1))
-    logits = lambda p: jnp.asarray(np.log(p + 1e-12) + shift(p), jnp.float32)
-    moving = lambda d: (logits(e.delta), jnp.asarray(d / (e.delta + 1e-12) + shift(d), jnp.float32))
+
+    def shift(p):
+        return 3 * rng.standard_normal((*p.shape[:-1], 1))
+
+    def logits(p):
+        return jnp.asarray(np.log(p + 1e-12) + shift(p), jnp.float32)
+
+    def moving(d):
+        return (logits(e.delta), jnp.asarray(d / (e.delta + 1e-12) + shift(d), jnp.float32))
+
     first, second, start, end = map(logits, (e.first, e.second, e.at_start, e.at_end))
     s, u, t = (jnp.asarray(a[:, None], jnp.float32) for a in (e.s, e.u, e.t))
     lam, c, k = semigroup_weight(s, u, t), lagrangian_weight(s, t), eulerian_weight(s, t)
-    bend = lambda delta, d, s, t: jnp.asarray(2 * (delta - d) / column((1 - s) * (t - s)), jnp.float32)
+
+    def bend(delta, d, s, t):
+        return jnp.asarray(2 * (delta - d) / column((1 - s) * (t - s)), jnp.float32)
+
     bends = bend(e.first, e.at_start, e.s, e.u), bend(e.second, e.at_middle, e.u, e.t)
     return {
         "diagonal": (lambda x: flow_map.diagonal(x, start), logits(e.at_start)),
@@ -148,7 +158,9 @@ def gradient_norm(formula, live):
 
 
 def nudged(live, size=0.3):
-    noise = lambda x: x + size * np.random.default_rng(3).standard_normal(x.shape)
+    def noise(x):
+        return x + size * np.random.default_rng(3).standard_normal(x.shape)
+
     return jax.tree.map(noise, live)
 
 
@@ -225,7 +237,10 @@ def test_ecld_is_stationary_where_delta_stands_still_and_not_in_general():
     assert gradient_norm(formula, live).mean() > 0.05
     flow = jax.random.normal(jax.random.key(0), (8, 6))
     s, t = jnp.full(8, 0.2), jnp.full(8, 0.6)
-    still = lambda x: flow_map.ecld((x, jnp.zeros((8, 6))), flow, s, t)
+
+    def still(x):
+        return flow_map.ecld((x, jnp.zeros((8, 6))), flow, s, t)
+
     assert gradient_norm(still, flow).max() < 1e-6 < 1e-2 < gradient_norm(still, nudged(flow)).min()
 
 
@@ -234,7 +249,10 @@ def test_ecld_is_stationary_where_delta_stands_still_and_not_in_general():
 def test_nothing_overflows_near_the_end(objective, t):
     """Certain networks that move fast, at t = 1 too: values and gradients stay finite."""
     rng = np.random.default_rng(5)
-    draw = lambda scale: jnp.asarray(scale * rng.standard_normal((200, 6)), jnp.float32)
+
+    def draw(scale):
+        return jnp.asarray(scale * rng.standard_normal((200, 6)), jnp.float32)
+
     live, flow, s, t = (draw(30), draw(1e4)), draw(30), jnp.linspace(0, 0.99, 200) * t, jnp.full(200, t, jnp.float32)
     k, c = eulerian_weight(s, t), lagrangian_weight(s, t)
     weights = {"esd": (t, k), "esd_logit": (t, k), "csd": (s, t), "ecld": (s, t)}.get(objective, (c,))
@@ -315,7 +333,10 @@ def test_over_logits_equals_the_dense_computation(span, monkeypatch):
     monkeypatch.setattr(vocab, "SMALL", 0)
     batch, length, width, size = 3, 12, 5, 7
     keys = iter(jax.random.split(jax.random.key(9), 12))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
     params = {"kernel": 12 * normal(width, size), "bias": normal(size), "other": normal(width, size)}
     params |= {k: normal(batch, length, width) for k in ("hidden", "tangent", "second")}
     params |= {"row": normal(batch), "token": normal(batch, length)}
@@ -339,7 +360,10 @@ def test_over_logits_equals_the_dense_computation(span, monkeypatch):
 
     (value, pull), (expected, pull_dense) = jax.vjp(ours, params), jax.vjp(dense, params)
     cotangent = {"a": weights, "b": weights**2}
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
     jax.tree.map(close, value, expected)
     jax.tree.map(close, pull(cotangent)[0], pull_dense(cotangent)[0])
 
@@ -448,7 +472,9 @@ def test_both_stages_of_the_two_network_map_are_stationary_at_the_oracle():
     flow_params = params | {"bends": False, "gain": 1.0}
     bends = flow_params | {"bends": True}
     teacher = Teacher(flow_params, bends)
-    far = lambda batch: np.asarray(eulerian_weight(warp.t(batch["tau_s"]), warp.t(batch["tau_t"])) > 0.02)
+
+    def far(batch):
+        return np.asarray(eulerian_weight(warp.t(batch["tau_s"]), warp.t(batch["tau_t"])) > 0.02)
 
     first = make_family(warp=warp, teacher=True, **config.objective("residual").to_dict())
     batch = rows(first, flow, 256)
@@ -590,7 +616,9 @@ def test_the_adaptive_weight_divides_by_a_power_of_the_distance():
 def test_which_gradients_pass_through_the_derivative(target, through):
     """`gain` changes the network's derivative in time and not its value."""
     net, params = anything()
-    moves = lambda tau: tau - jax.lax.stop_gradient(tau)
+
+    def moves(tau):
+        return tau - jax.lax.stop_gradient(tau)
 
     def apply(params, z, tau_s, tau_t, keys=None):
         still = net.apply(params, z, tau_s, tau_t)
@@ -598,9 +626,12 @@ def test_which_gradients_pass_through_the_derivative(target, through):
 
     fam = family("wide", target=target)
     batch = rows(fam, setting("wide")[0], 64)
-    loss = lambda p: fam.loss(overriding(net, apply=apply), p, Auxiliary(Teacher(params | {"gain": 0.0})), batch, None)[
-        0
-    ][target].sum()
+
+    def loss(p):
+        return fam.loss(overriding(net, apply=apply), p, Auxiliary(Teacher(params | {"gain": 0.0})), batch, None)[0][
+            target
+        ].sum()
+
     gradient = jax.jit(jax.grad(loss))(params | {"gain": jnp.float32(1)})["gain"]
     assert abs(gradient) > 1e-2 if through else gradient == 0
 
@@ -769,8 +800,13 @@ def test_one_step_does_not_depend_on_gamma_and_more_do():
 def test_guidance():
     """weak + 2 (strong - weak) with strong the mean of weak and p is p itself, at every step."""
     net, params = anything()
-    p = lambda *args: jax.nn.softmax(net.apply(*args[:4]))
-    q = lambda *args: jax.nn.softmax(net.apply(*args[:4]) * 0.3 + TILT[:6])
+
+    def p(*args):
+        return jax.nn.softmax(net.apply(*args[:4]))
+
+    def q(*args):
+        return jax.nn.softmax(net.apply(*args[:4]) * 0.3 + TILT[:6])
+
     strong = overriding(net, apply=lambda *a: jnp.log((p(*a) + q(*a)) / 2), weak=lambda *a: jnp.log(q(*a)))
     plain = family("wide", gamma=0.5)
     ids = draw_ids(plain, net, params, 3, 4096)

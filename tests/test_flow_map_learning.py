@@ -39,7 +39,9 @@ def fit(net, family, steps, rate, teacher=None):
     step = make_step(net, family, optimizer, seed=0, ema_decay=0.99, accumulation=1, dropout=False)
     teacher = None if teacher is None else Teacher(teacher)
     table, logits = jnp.asarray(PAIRS), jnp.log(jnp.asarray(WEIGHTS))
-    rows = lambda i: table[jax.random.categorical(jax.random.fold_in(jax.random.key(1), i), logits, shape=(BATCH,))]
+
+    def rows(i):
+        return table[jax.random.categorical(jax.random.fold_in(jax.random.key(1), i), logits, shape=(BATCH,))]
 
     @jax.jit
     def train(state):
@@ -74,7 +76,10 @@ def test_one_step_of_the_denoiser_fails(teacher):
     flow, net, params, exact = teacher
     assert distance(law(flow, net, params, 1), exact) > 0.3
     diagonal = family("flow_map", temperature=1.0)
-    single = lambda params, z, tau_s, tau_t, keys=None: net.apply(params, z, tau_s)
+
+    def single(params, z, tau_s, tau_t, keys=None):
+        return net.apply(params, z, tau_s)
+
     draws = law(diagonal, overriding(net, apply=single), params, 1)
     assert draws[2] > 0.4
 

@@ -197,7 +197,9 @@ def test_traffic_is_what_is_sliced_and_updated_in_hbm():
 
 def test_products_of_unoptimized_text_count_every_iteration():
     def fn(x, w):
-        step = lambda x, w: (jnp.tanh(jnp.matmul(x, w, precision="highest")), None)
+        def step(x, w):
+            return (jnp.tanh(jnp.matmul(x, w, precision="highest")), None)
+
         x, _ = jax.lax.scan(step, x, w)
         return jnp.einsum("bd,cd->bc", x.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
 
@@ -226,7 +228,10 @@ def known_program(mesh):
         return jax.lax.scan(round, (x, w), None, length=5)[0][0]
 
     fn = jax.shard_map(body, mesh=mesh, in_specs=(P(("a", "b")), P("b")), out_specs=P(("a", "b")), check_vma=False)
-    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+
+    def place(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+
     return jax.jit(fn).lower(place((512, 128), P(("a", "b"))), place((128, 128), P("b")))
 
 
@@ -250,7 +255,10 @@ def scanned_products(mesh):
         return jax.lax.scan(lambda x, w: (jax.lax.psum(jnp.tanh(x @ w), "data"), None), x, w)[0]
 
     fn = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
-    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+
+    def place(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+
     return jax.jit(fn).lower(place((32, 128), P("data")), place((6, 128, 128), P()))
 
 

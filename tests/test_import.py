@@ -132,7 +132,10 @@ def test_names_of_wrapped_networks(prefix, tmp_path):
 
 def test_one_array_under_two_names_is_refused(tmp_path):
     name = "vocab_embed.embedding"
-    twice = lambda held: held["state_dict"].update({f"module.{name}": held["state_dict"][f"backbone.{name}"]})
+
+    def twice(held):
+        return held["state_dict"].update({f"module.{name}": held["state_dict"][f"backbone.{name}"]})
+
     with pytest.raises(ValueError, match=f"has {name} twice, under different prefixes"):
         importing.load(changed(tmp_path, "flm", twice), "live")
 

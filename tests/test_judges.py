@@ -165,7 +165,10 @@ def test_statistics_against_brute_force(vocab):
 def test_a_start_token_is_left_out_only_where_it_is_the_frame():
     ids = np.array([[START, 1, 1, START], [1, 1, START, 1]])
     scores = Statistics(None, START).score(ids, ["", ""])
-    of = lambda *shares: -sum(share * math.log(share) for share in shares)
+
+    def of(*shares):
+        return -sum(share * math.log(share) for share in shares)
+
     assert scores["entropy"] == pytest.approx((of(1 / 3, 2 / 3) + of(1 / 4, 3 / 4)) / 2)
     assert scores["distinct_1"] == 2 / 7
     assert scores["distinct_2"] == 3 / 5  # 1 1, 1 S | 1 1, 1 S, S 1

@@ -47,7 +47,10 @@ def test_documents_in_a_sample_stand_apart():
     start, (speech, fellow) = tokenizer.start, tokenizer.encode_batch(["speech.", "Fellow"])
     inside = np.array([start, *speech, start, *fellow, start])
     assert tokenizer.decode(inside) == "speech.Fellow"
-    letters = lambda texts: [[ord(letter) for letter in text] for text in texts]
+
+    def letters(texts):
+        return [[ord(letter) for letter in text] for text in texts]
+
     read = []
     judge = LanguageModel("x", letters, lambda ids: read.append(ids) or ids[:, 1:] + 10.0, END, 20)
     scores = judge.score(None, with_breaks(tokenizer, [inside]))
@@ -64,7 +67,10 @@ def test_documents_in_a_sample_stand_apart():
     with pytest.raises(UnicodeEncodeError):
         BREAK.encode()
     features = []
-    states = lambda ids, last: features.append(ids[0, : last[0] + 1].tolist()) or np.zeros((len(ids), 2))
+
+    def states(ids, last):
+        return features.append(ids[0, : last[0] + 1].tolist()) or np.zeros((len(ids), 2))
+
     mauve.last_states(states, letters, with_breaks(tokenizer, [inside]), END, 20)
     assert features == [spelt]
 
@@ -102,7 +108,10 @@ WIDTH, HEAD, HIDDEN, LAYERS, VOCAB = 24, 4, 40, 3, 31
 
 def weights(seed=0):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape) / np.sqrt(shape[0])
+
+    def normal(*shape):
+        return rng.standard_normal(shape) / np.sqrt(shape[0])
+
     sizes = {"attn_q": (WIDTH, 6 * HEAD), "attn_k": (WIDTH, 2 * HEAD), "attn_v": (WIDTH, 2 * HEAD)}
     sizes |= {"attn_output": (6 * HEAD, WIDTH), "ffn_gate": (WIDTH, HIDDEN), "ffn_up": (WIDTH, HIDDEN)}
     sizes["ffn_down"] = (HIDDEN, WIDTH)
@@ -120,7 +129,10 @@ def in_halves(matrix, heads):
 def llama(embedding, final, layers, ids):
     """-log p of ids[1:] of one row: loops, float64, weights in the published order."""
     length, half = len(ids) - 1, HEAD // 2
-    rms = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG["epsilon"]) * scale
+
+    def rms(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG["epsilon"]) * scale
+
     angle = np.arange(length)[:, None] * CONFIG["base"] ** (-np.arange(half) / half)
 
     def rotated(x):
@@ -161,7 +173,10 @@ def test_the_network_is_a_llama():
 def test_every_digit_is_a_token_and_bytes_are_spelt():
     base = [chr(c) for c in range(33, 127)] + ["\u0120", "\u00c3", "\u00a9", "\u0120a"]
     encode = smollm2.make_encoder(base, ["\u0120 a"])
-    shown = lambda text: [base[i] for i in encode([text])[0]]
+
+    def shown(text):
+        return [base[i] for i in encode([text])[0]]
+
     assert shown("b a12") == ["b", "\u0120a", "1", "2"]
     assert shown("\u00e9") == ["\u00c3", "\u00a9"]
 
@@ -175,7 +190,10 @@ def test_the_pretrained_judge_ranks_texts():
     judge = smollm2.make_judge("~/.cache/flowlm", 32)
     story = "Once upon a time there was a little girl who lived in a small house near the forest. One day she went out."
     shuffled = " ".join(np.random.default_rng(0).permutation(story.split()))
-    perplexity = lambda text: judge.score(None, [text])["smollm2_perplexity"]
+
+    def perplexity(text):
+        return judge.score(None, [text])["smollm2_perplexity"]
+
     assert perplexity(story) < 20
     assert perplexity(shuffled) > 400
 

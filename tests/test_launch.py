@@ -61,9 +61,10 @@ def test_two_processes_through_a_kill_and_a_stop(tmp_path, data_dir):
         "--backend=local", f"--config={experiment}", f"--workdir={workdir}", "--processes=2", "--cpu_devices=1",
         "--max_restarts=1", f"--compile_cache={tmp_path}/cache",
     )  # fmt: skip
-    told = lambda action: subprocess.run(
-        launch(action, f"--workdir={workdir}"), cwd=ROOT, text=True, capture_output=True
-    )
+
+    def told(action):
+        return subprocess.run(launch(action, f"--workdir={workdir}"), cwd=ROOT, text=True, capture_output=True)
+
     here = dict(cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests"})
     supervisor = subprocess.Popen(start, **here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

@@ -27,7 +27,9 @@ def test_a_tiny_network_learns_a_finite_law():
 
     @jax.jit
     def train(state):
-        batch = lambda number: table[jax.random.categorical(jax.random.key(number), logits, shape=(BATCH,))]
+        def batch(number):
+            return table[jax.random.categorical(jax.random.key(number), logits, shape=(BATCH,))]
+
         return jax.lax.fori_loop(0, STEPS, lambda number, state: step(state, batch(number))[0], state)
 
     state = jax.jit(lambda: init_state(net, family, optimizer, seed=0))()
@@ -36,11 +38,17 @@ def test_a_tiny_network_learns_a_finite_law():
     # Both losses on the same rows, times and noise, which neither has seen. The oracle's embedding does not matter where V < D.
     ids = table[jax.random.categorical(jax.random.key(10**6), logits, shape=(8192,))]
     batch = {"ids": ids, **family.draw(jax.random.key(10**6 + 1), len(ids))}
-    loss = lambda net: jax.jit(lambda params: family.loss(net, params, None, batch, None)[0]["cross_entropy"].mean())
+
+    def loss(net):
+        return jax.jit(lambda params: family.loss(net, params, None, batch, None)[0]["cross_entropy"].mean())
+
     optimum, params = oracle.oracle(sequences, weights, np.asarray(learnt["embedding"]), warp)
     best, reached = float(loss(optimum)(params)), loss(net)
     assert best < float(reached(learnt)) < 1.1 * best < 0.5 * float(reached(fresh))
 
     sample = jax.jit(lambda params, key: family.sample(net, params, key, 2048, 64))
-    distance = lambda params: oracle.total_variation(sample(params, jax.random.key(1)), sequences, weights)
+
+    def distance(params):
+        return oracle.total_variation(sample(params, jax.random.key(1)), sequences, weights)
+
     assert distance(learnt) < 0.1 < 0.5 < distance(fresh)

@@ -55,14 +55,20 @@ def test_two_clusters_have_the_area_of_the_paper():
 def library(monkeypatch):
     """A stand-in for the library, which returns what it was given."""
     calls = []
-    stand_in = lambda p_features, q_features: calls.append((p_features, q_features)) or SimpleNamespace(mauve=0.5)
+
+    def stand_in(p_features, q_features):
+        return calls.append((p_features, q_features)) or SimpleNamespace(mauve=0.5)
+
     monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=stand_in))
     return calls
 
 
 def test_as_many_samples_as_held_out_texts(library):
     read = []
-    features = lambda texts: read.append(list(texts)) or np.array([[float(text)] for text in texts])
+
+    def features(texts):
+        return read.append(list(texts)) or np.array([[float(text)] for text in texts])
+
     judge = mauve.Mauve("x", features, lambda num: ["7", "8", "9"][:num])
     for texts in (["1", "2"], ["3", "4"], ["1", "2", "3", "4"]):
         assert judge.score(None, texts) == {"mauve_x": 0.5}
@@ -90,7 +96,10 @@ def tiny(monkeypatch):
     embedding, norm, layers = weights()
     blocks = {name: jnp.asarray(np.stack([layer[name] for layer in layers]), jnp.float32) for name in layers[0]}
     params = {"embedding": jnp.float32(embedding), "norm": jnp.float32(norm), "blocks": blocks}
-    encode = lambda texts: [[ord(letter) % VOCAB for letter in text] for text in texts]
+
+    def encode(texts):
+        return [[ord(letter) % VOCAB for letter in text] for text in texts]
+
     monkeypatch.setattr(smollm2, "read", lambda path: (encode, params, CONFIG))
     return params, CONFIG
 

@@ -159,7 +159,10 @@ def test_texts_go_to_a_file(run, model, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "load", None)
-    refused = lambda out: error_of("sample", run, f"--out={out}")
+
+    def refused(out):
+        return error_of("sample", run, f"--out={out}")
+
     (tmp_path / "file").touch()
     assert f"{tmp_path} is a directory, where a file is wanted" in refused(tmp_path)
     assert f"there is no directory {tmp_path / 'not/there'} for texts.txt" in refused(tmp_path / "not/there/texts.txt")

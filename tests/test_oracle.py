@@ -40,7 +40,10 @@ def test_samples_reach_the_data_law_as_steps_grow(vocab, width, eta):
 
 def test_a_drawn_token_in_place_of_the_mean_also_reaches_the_law():
     net, params, family, sequences, weights = case(5, 8)
-    sample = lambda family: jax.jit(lambda key: family.sample(net, params, key, 20_000, 128))(jax.random.key(0))
+
+    def sample(family):
+        return jax.jit(lambda key: family.sample(net, params, key, 20_000, 128))(jax.random.key(0))
+
     assert oracle.total_variation(sample(replace(family, temperature=1.0)), sequences, weights) < 0.03
     cold = sample(replace(family, temperature=0.25))
     assert oracle.total_variation(cold, sequences, weights) > 0.1

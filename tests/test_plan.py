@@ -104,7 +104,10 @@ def test_the_largest_batch_of_the_device_at_hand(tmp_path, monkeypatch, capsys):
     """What fits is compiled and needs no more than the limit; a little more would need more."""
     config, needs = run_config(tmp_path), {}
     config.model.blocks = 1
-    remember = lambda config, rows: needs.setdefault(rows, device_need(config, rows))
+
+    def remember(config, rows):
+        return needs.setdefault(rows, device_need(config, rows))
+
     monkeypatch.setattr(plan, "device_need", remember)
     limit = 1.5 * remember(config, 16)
     found = plan_device(config, limit)

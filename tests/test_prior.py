@@ -62,7 +62,10 @@ def toy_gradients(name, vocab, width, num):
         return loss_of_state(x @ e)
 
     keys = jax.random.split(jax.random.key(3), num)
-    evaluate = lambda fn: jax.jit(jax.vmap(jax.value_and_grad(fn), (None, 0)))(e, keys)
+
+    def evaluate(fn):
+        return jax.jit(jax.vmap(jax.value_and_grad(fn), (None, 0)))(e, keys)
+
     return evaluate(ours), evaluate(theirs)
 
 

@@ -197,7 +197,10 @@ COMMANDS = {
 def test_a_place_that_cannot_be_written_is_said_first(name, tmp_path, monkeypatch, data_dir):
     """A file, something below a file, and a file system that cannot be written."""
     monkeypatch.chdir(ROOT)
-    expensive = lambda *arguments, **settings: pytest.fail("expensive work before the error")
+
+    def expensive(*arguments, **settings):
+        return pytest.fail("expensive work before the error")
+
     # Where it comes from is last, so that no module is imported, and keeps it, while it is replaced.
     for module in ("trained", "panel", "export", "importing", "inspection", "assembly"):
         monkeypatch.setattr(f"flowlm.{module}.load_trained", expensive)

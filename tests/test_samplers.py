@@ -79,8 +79,13 @@ def test_noise_dropout_and_tokens_are_drawn_with_keys_of_their_own(family, objec
     """All keys that are drawn with in one call of a sampler, and those that they are made of, are different keys."""
     net, family, params = built(family, **objective)
     used = []
-    take = lambda words: used.extend(map(tuple, np.asarray(words).reshape(-1, 2).tolist()))
-    note = lambda keys: jax.debug.callback(take, jax.random.key_data(keys))
+
+    def take(words):
+        return used.extend(map(tuple, np.asarray(words).reshape(-1, 2).tolist()))
+
+    def note(keys):
+        return jax.debug.callback(take, jax.random.key_data(keys))
+
     fresh, draw = type(family).fresh, Prediction.draw
 
     def noted_fresh(self, net, params, key, *rest):
@@ -157,7 +162,10 @@ LIMIT = 1e-6  # of a temperature that goes to 0
 def test_temperature_0_is_the_limit_of_small_temperatures(family, objective):
     net, family, params = built(family, temperature=LIMIT, **objective)
     steps = net.length - 1 if isinstance(family, Autoregressive) else STEPS
-    draw = lambda family: jax.jit(lambda key: family.sample(net, params, key, 8, steps))(jax.random.key(1))
+
+    def draw(family):
+        return jax.jit(lambda key: family.sample(net, params, key, 8, steps))(jax.random.key(1))
+
     limit = np.asarray(draw(family))
     assert len(np.unique(limit)) > 2
     np.testing.assert_array_equal(draw(dataclasses.replace(family, temperature=0.0)), limit)

@@ -71,7 +71,10 @@ LIMITS = {
 
 def numeric(config):
     """Paths of all settings that are a number, a tuple of numbers, or a number that is not set."""
-    is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
     names = set()
     for name, value in flat(config.to_dict()).items():
         section, _, key = name.rpartition(".")

@@ -45,7 +45,10 @@ def begin(made):
     """A state whose matrices are not zero: everything has a gradient."""
     net, family, optimizer, _ = made
     state = init_state(net, family, optimizer, 0)
-    noisy = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), a.shape)
+
+    def noisy(path, a):
+        return a + 0.1 * jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), a.shape)
+
     params = jax.tree_util.tree_map_with_path(noisy, state.params)
     return state._replace(params=params, ema=params)
 
@@ -172,7 +175,10 @@ def test_operations_over_a_sharded_vocabulary(name):
     def run(params, shard):
         def of(params):
             if shard:
-                place = lambda k, a: jax.lax.with_sharding_constraint(a, NamedSharding(layout.mesh, axes[k]))
+
+                def place(k, a):
+                    return jax.lax.with_sharding_constraint(a, NamedSharding(layout.mesh, axes[k]))
+
                 params = {k: place(k, a) if k in axes else a for k, a in params.items()}
             return OPERATIONS[name](Partial(affine, params["kernel"], params["bias"]), params, rest)
 

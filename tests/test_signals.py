@@ -122,7 +122,9 @@ def test_an_error_is_shown_as_ever():
 
 
 def test_nohup_is_heeded():
-    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    def ignored():
+        return signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
     assert ended("tell()\ntime.sleep(0.1)\nprint('alive')", signal.SIGHUP, preexec_fn=ignored) == (0, ["alive"])
 
 

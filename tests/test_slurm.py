@@ -85,9 +85,15 @@ def test_two_nodes_through_a_time_limit_and_a_requeue(tmp_path, data_dir):
     ]  # fmt: skip
     # Whoever sends it reads the experiment too.
     subprocess.run(start, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests"})
-    told = lambda action: subprocess.run(
-        [sys.executable, "-m", "launch.run", action, f"--workdir={workdir}"], cwd=ROOT, text=True, capture_output=True
-    )
+
+    def told(action):
+        return subprocess.run(
+            [sys.executable, "-m", "launch.run", action, f"--workdir={workdir}"],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+        )
+
     ((_, _, handle),) = jobs.recall(str(workdir))
 
     wait_until(lambda: len(read_metrics(workdir)) >= 7, handle)
@@ -95,10 +101,13 @@ def test_two_nodes_through_a_time_limit_and_a_requeue(tmp_path, data_dir):
     subprocess.run(["scancel", "--batch", "--signal=USR1", handle["id"]], check=True)  # what --signal=B:USR1@... sends
     wait_until(lambda: "saved; back into the queue" in slurm.logs(handle), handle)
     (stopped,) = re.findall(r"told to stop: at step (\d+)", Path(handle["log"]).read_text(errors="replace"))
-    resumed = lambda: [
-        int(step)
-        for step in re.findall(r"from step (\d+) to 60, in 2 proc", Path(handle["log"]).read_text(errors="replace"))
-    ]
+
+    def resumed():
+        return [
+            int(step)
+            for step in re.findall(r"from step (\d+) to 60, in 2 proc", Path(handle["log"]).read_text(errors="replace"))
+        ]
+
     wait_until(lambda: len(resumed()) == 2, handle)
     assert resumed() == [0, int(stopped)]
     assert (workdir / "checkpoints" / stopped).is_dir()
@@ -221,7 +230,9 @@ def _shown(handle):
     ids=str,
 )
 def test_bad_resources_are_refused_before_submission(resources, expected, tmp_path):
-    queued = lambda: subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+    def queued():
+        return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+
     before = queued()
     with pytest.raises(ValueError, match=f"SLURM would refuse this: {expected}"):
         slurm.check([python(tmp_path, "print()", **resources)])

@@ -100,7 +100,9 @@ signal.pause()
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_told_to_stop_it_lets_what_is_under_way_save_and_begins_nothing_else(tmp_path, monkeypatch, capfd, parallel):
-    line = lambda run, seed, *others: [sys.executable, "-c", _SAVES, str(tmp_path / f"{run.name}{seed}")]
+    def line(run, seed, *others):
+        return [sys.executable, "-c", _SAVES, str(tmp_path / f"{run.name}{seed}")]
+
     monkeypatch.setattr(running, "command", line)
     monkeypatch.setattr(running, "shares_of_cores", lambda parallel: [os.sched_getaffinity(0)] * parallel)
     signals.listen()
@@ -216,7 +218,10 @@ def test_a_setting_that_another_beats_is_left_out():
     settings = {2.0: 1.0, 2.4: 3.9, 2.5: 2.0, 3.0: 4.0}
     rows = [{"entropy": entropy, "nats": nats, "other": entropy} for entropy, nats in settings.items()]
     records = [row | {"method": "m", "seed": 0, "sampler": "map", "sampling_steps": 4} for row in rows]
-    at = lambda entropy: [point.value for point in matched(records, ["nats", "other"], entropy)["m, map", 4]]
+
+    def at(entropy):
+        return [point.value for point in matched(records, ["nats", "other"], entropy)["m, map", 4]]
+
     assert at(2.5) == pytest.approx([2.0, 2.5])
     assert at(2.4) == pytest.approx([1.8, 2.4])
     assert at(2.75) == pytest.approx([3.0, 2.75])

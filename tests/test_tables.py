@@ -152,7 +152,10 @@ def test_runs_on_different_data_are_compared_in_tables_of_their_own(tmp_path, ca
     results.compare([str(tmp_path / name) for name in "abcd"])
     one, other = capsys.readouterr().out.split("Samples before the judges: ")[1:]
     assert one.startswith("sotu, sotu, rows of 32\n") and other.startswith("grammar98, grammar98, rows of 32\n")
-    names = lambda table: [line for line in table.splitlines() if re.fullmatch("[abcd]", line.strip())]
+
+    def names(table):
+        return [line for line in table.splitlines() if re.fullmatch("[abcd]", line.strip())]
+
     assert [name.strip() for name in names(one)] == ["a", "c", "d"] and [name.strip() for name in names(other)] == ["b"]
     assert one.count("held out  ") == other.count("held out  ") == 1
 

@@ -86,7 +86,10 @@ def test_between_is_as_far_from_ambient_as_from_embedded():
         TimeWarp("gaussian", kind, vocab, width) for kind in ("ambient", "embedded", "between")
     )
     ratio = jnp.array([0.5, 1.0, 2.0, 3.0])
-    t = lambda r: r / (1 + r)
+
+    def t(r):
+        return r / (1 + r)
+
     np.testing.assert_allclose(between.tau(t(2 * ratio)), ambient.tau(t(ratio)), atol=1e-4)
     np.testing.assert_allclose(embedded.tau(t(4 * ratio)), ambient.tau(t(ratio)), atol=1e-4)
 

@@ -79,7 +79,10 @@ def perturbed(params, scale=0.3, seed=0):
 def drawn(net, scale=0.2, seed=0):
     """Parameters of a network, all drawn from one normal law around 1 (norms) or 0: quick, and nothing is left at zero."""
     rng = np.random.default_rng(seed)
-    draw = lambda path, a: jnp.float32(scale * rng.standard_normal(a.shape) + ("scale" in jax.tree_util.keystr(path)))
+
+    def draw(path, a):
+        return jnp.float32(scale * rng.standard_normal(a.shape) + ("scale" in jax.tree_util.keystr(path)))
+
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
 
 

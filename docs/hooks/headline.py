@@ -37,7 +37,10 @@ TABLE = re.compile(r"(<!-- begin results -->\n).*?(<!-- end results -->)", re.DO
 def table() -> str:
     """Share grammatical by network calls, every method at its best setting."""
     found = best_settings(STUDY.relative_to(ROOT).as_posix(), "grammatical")
-    cell = lambda row, steps: mean_and_spread(row[steps][0]) if steps in row else "-"
+
+    def cell(row, steps):
+        return mean_and_spread(row[steps][0]) if steps in row else "-"
+
     rows = [[told, *(cell(found[method], steps) for steps in (1, 2, 4, 8))] for method, told in METHODS.items()]
     return markdown(["share grammatical, by network calls", "1", "2", "4", "8"], rows)
 

@@ -17,7 +17,10 @@ GIB, GB = 2**30, 1e9
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = True) -> str:
     """A table; figures stand to the right, words and the first column to the left."""
-    line = lambda cells: f"| {' | '.join(cells)} |"
+
+    def line(cells):
+        return f"| {' | '.join(cells)} |"
+
     rule = "|---" + ("|--:" if figures else "|---") * (len(head) - 1) + "|"
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
 
@@ -78,7 +81,10 @@ def _judged(metrics: dict) -> dict[str, dict]:
             _, name, metric = key.split("/")
             out[name][metric] = value
     order = list(dict.fromkeys(name.partition("@")[0] for name in out))
-    place = lambda name: ("@" not in name, order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0))
+
+    def place(name):
+        return ("@" not in name, order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0))
+
     return {name: out[name] for name in sorted(out, key=place)}
 
 

@@ -43,7 +43,10 @@ class Flag(NamedTuple):
 def _flag(define, name: str, form: str, help: str, default: Any, *more: Any, is_output: bool = False) -> Flag:
     shown = ",".join(default) if isinstance(default, list) else default
     told = help if shown in (None, "", False) or isinstance(default, bool) else f"{help} (default: {shown})"
-    make = lambda values, line: define(name, default, help, *more, flag_values=values)
+
+    def make(values, line):
+        return define(name, default, help, *more, flag_values=values)
+
     return Flag(name, form, told, make, is_output)
 
 
@@ -76,20 +79,25 @@ def words(name: str, form: str, help: str, default: Sequence[str] | None = None)
 
 
 def choice(name: str, help: str, default: str | None, choices: Sequence[str]) -> Flag:
-    define = lambda name, default, help, **more: flags.DEFINE_enum(name, default, list(choices), help, **more)
+    def define(name, default, help, **more):
+        return flags.DEFINE_enum(name, default, list(choices), help, **more)
+
     return _flag(define, name, "|".join(choices), help, default)
 
 
 def flags_of_another(name: str, help: str) -> Flag:
-    make = lambda values, line: flags.DEFINE(overrides.FlagsParser(), name, None, help, flag_values=values)
+    def make(values, line):
+        return flags.DEFINE(overrides.FlagsParser(), name, None, help, flag_values=values)
+
     return Flag(name, "FLAG,FLAG,...", help, make)
 
 
 def experiment(help: str) -> Flag:
     """--config, and with it --config.KEY=VALUE for every setting of the experiment."""
-    make = lambda values, line: config_flags.DEFINE_config_file(
-        "config", None, help, flag_values=values, sys_argv=list(line)
-    )
+
+    def make(values, line):
+        return config_flags.DEFINE_config_file("config", None, help, flag_values=values, sys_argv=list(line))
+
     return Flag("config", "experiments/NAME.py[:ARG]", help, make)
 
 

@@ -46,7 +46,10 @@ class Sampler:
 
     def __init__(self, net, family, steps: int, layout: Layout, rows: int = ROWS):
         self.rows = rows = -(-rows // layout.devices) * layout.devices
-        sample = lambda params, key: family.sample(net, params, key, rows, steps)
+
+        def sample(params, key):
+            return family.sample(net, params, key, rows, steps)
+
         self._sample = layout.jit(sample, out_shardings=layout.rows)
         self.trace = self._sample.trace
         self._prepare = jax.jit(net.prepared) if family.continuous else lambda params: params

@@ -149,7 +149,10 @@ class Layout:
         wanted = next(axes for pattern, axes in RULES if re.search(pattern, path))
         lead = len(shape) - len(wanted)
         axes: list[Any] = [None] * lead + [None if axis == "data" and not self.fsdp else axis for axis in wanted]
-        fits = lambda axis, size: size % self.mesh.shape[axis] == 0
+
+        def fits(axis, size):
+            return size % self.mesh.shape[axis] == 0
+
         model, data = self.mesh.shape["model"], self.mesh.shape["data"] if self.fsdp else 1
         for i, axis in enumerate(axes):
             if axis is None or self.mesh.shape[axis] == 1:
@@ -166,7 +169,10 @@ class Layout:
         """The axes along which it is used: never `data`; `model` even where that leaves parts of unequal size."""
         wanted = next(axes for pattern, axes in RULES if re.search(pattern, path))
         lead = len(shape) - len(wanted)
-        uneven = lambda axis, size: axis == "model" and size >= self.mesh.shape["model"] > 1
+
+        def uneven(axis, size):
+            return axis == "model" and size >= self.mesh.shape["model"] > 1
+
         return P(*[None] * lead, *(a if uneven(a, n) else None for a, n in zip(wanted, shape[lead:])))
 
     def places(self, tree):
@@ -175,7 +181,10 @@ class Layout:
 
     def whole(self, params):
         """Parameters that any jitted program can use: on every device, but for `model`."""
-        used = lambda name, a: NamedSharding(self.mesh, self.used(name, a.shape))
+
+        def used(name, a):
+            return NamedSharding(self.mesh, self.used(name, a.shape))
+
         return _map_named(lambda name, a: jax.lax.with_sharding_constraint(a, used(name, a)), params)
 
     def jit(self, fn: Callable, **options) -> Callable:
@@ -203,7 +212,10 @@ class Layout:
             block = {
                 name.split("blocks/")[1]: shape[1:] for name, shape in shapes.items() if name.startswith("blocks/")
             }
-            by_hand = lambda name, a: P(*(_cut(axis) for axis in self.stored(name, a.shape)))
+
+            def by_hand(name, a):
+                return P(*(_cut(axis) for axis in self.stored(name, a.shape)))
+
             specs = _map_named(by_hand, params), _map_named(by_hand, aux)
 
             def whole(tree):

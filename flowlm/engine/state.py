@@ -57,7 +57,10 @@ def init_state(
 
 def _project(gradient, other):
     """`gradient` without its part against `other`, where they conflict (gradient surgery, 2001.06782)."""
-    dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+    def dot(a, b):
+        return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
     against = jnp.minimum(dot(gradient, other), 0) / jnp.maximum(dot(other, other), 1e-30)
     return jax.tree.map(lambda g, o: g - against * o, gradient, other)
 
@@ -85,7 +88,10 @@ def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulati
             return {name: parts[name] for name in names}, {"loss": parts["loss"], **means}
 
         parts, pullback, metrics = jax.vjp(losses, params, has_aux=True)
-        pick = lambda name: {other: jnp.float32(other == name) for other in parts}
+
+        def pick(name):
+            return {other: jnp.float32(other == name) for other in parts}
+
         return metrics, {name: pullback(pick(name))[0] for name in parts}
 
     def accumulated(net, whole, params, aux, batch):

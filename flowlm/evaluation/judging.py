@@ -75,7 +75,10 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
         )
     nats = layout.jit(partial(family.nats, net))
     name = storage.path(directory).name
-    score = lambda ids: processes.gathered(nats(run.params, jnp.asarray(ids)))
+
+    def score(ids):
+        return processes.gathered(nats(run.params, jnp.asarray(ids)))
+
     return LanguageModel(name, run.tokenizer.encode_batch, score, family.start, min(length, net.length - 1))
 
 

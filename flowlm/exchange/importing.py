@@ -138,7 +138,10 @@ def read_ckpt(path, weights: str) -> Source:
     ) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ValueError(f"{path} is no checkpoint that can be imported ({what}); nothing in it was run") from error
-    to_array = lambda tensor: tensor.detach().to(torch.float32).numpy()
+
+    def to_array(tensor):
+        return tensor.detach().to(torch.float32).numpy()
+
     names = _bare_names(live, str(path))
     if average is None and weights == "ema":
         raise ValueError(f"{path} holds no averaged parameters: take the others with --weights=live")

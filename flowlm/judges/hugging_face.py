@@ -29,7 +29,10 @@ def load(name: str, length: int):
         raise ValueError(f"the judge {name!r} reads {limit} tokens at most, and rows here have {length}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the judge {name!r} has no end-of-text token")
-    encode = lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    def encode(texts):
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
     label = name.rstrip("/").rpartition("/")[2].replace("-", "_")
     return label, encode, model, tokenizer.eos_token_id
 

@@ -79,7 +79,10 @@ def read(path: epath.Path):
     if _sha256(path) != SHA256:
         raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
     file = GGUFReader(path)
-    field = lambda name: file.fields[name].contents()
+
+    def field(name):
+        return file.fields[name].contents()
+
     weights = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in file.tensors}
     layers = field("llama.block_count")
     config = {

@@ -172,7 +172,9 @@ def categorical(
     """
     if temperature == 0 and kernel is None:
         return argmax(head, hidden, span)
-    gumbel = lambda key, logits: jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
+
+    def gumbel(key, logits):
+        return jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
     def draw(h, position, *parts):
         logits = tempered(head(h), temperature)
@@ -204,7 +206,9 @@ def gaussian_latents(
     size = embedding.shape[0]
 
     def see(y, position):
-        row = lambda key, at: jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (size,)))(at)
+        def row(key, at):
+            return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (size,)))(at)
+
         eps, clean = jax.vmap(row)(keys, position), jax.nn.one_hot(y, size)
         out = []
         for t in times:

@@ -88,7 +88,10 @@ def _splash(q, k, v, cap, causal):
             block_sizes=sizes,
             attn_logits_soft_cap=cap or None,
         )
-        pad = lambda a: jnp.pad(jnp.moveaxis(a, 2, 1), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
+
+        def pad(a):
+            return jnp.pad(jnp.moveaxis(a, 2, 1), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
+
         q, k, v = pad(q / np.sqrt(q.shape[-1]).astype(q.dtype)), pad(k), pad(v)
         out = jax.lax.map(lambda qkv: kernel(*qkv), (q, k, v), batch_size=AT_ONCE)
         return jnp.moveaxis(out, 1, 2)[:, :length]

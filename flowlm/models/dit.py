@@ -150,7 +150,9 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, z, extra, tau_s, tau_t, keys=None, cache=None, position=0):
-        uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
+        def uniform(key, shape):
+            return jax.random.uniform(key, shape, minval=-1, maxval=1) / self.width**0.5
+
         self.param("embedding", uniform, (self.vocab + self.mask_token, self.width))
         self.param("unembed_kernel", nn.initializers.zeros, (self.width, self.vocab))
         self.param("unembed_bias", nn.initializers.zeros, (self.vocab,))
@@ -171,7 +173,10 @@ class DiT(nn.Module):
 
         block = Block
         if self.whole is not None:
-            gathered = lambda variables: {"params": self.whole(variables["params"])}
+
+            def gathered(variables):
+                return {"params": self.whole(variables["params"])}
+
             block = nn.map_variables(Block, "params", gathered)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_saveable if self.remat == "dots" else None

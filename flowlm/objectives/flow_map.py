@@ -157,7 +157,10 @@ def _eulerian(match):
     def target(self, nets: Networks, z, rows, keys) -> Match:
         s, t = nets.times(rows)
         flow = nets.flow.see(z, rows["tau_s"], rows["tau_s"])
-        step = lambda tau, z: nets.live.apply(z, tau, rows["tau_t"], keys)
+
+        def step(tau, z):
+            return nets.live.apply(z, tau, rows["tau_t"], keys)
+
         hidden, tangent = flow_map.d_flow(step, nets.warp, s, z, stop_gradient(nets.mean(flow)))
         moving = nets.live.head, hidden, stop_gradient(tangent)
         return vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
@@ -342,9 +345,10 @@ class FlowMap(PathSampler):
     def _rows(self, batch):
         """(diagonal rows, the others)."""
         diagonal, group = self._split
-        part = lambda pick: jax.tree.map(
-            lambda a: a.reshape(-1, group, *a.shape[1:])[:, pick].reshape(-1, *a.shape[1:]), batch
-        )
+
+        def part(pick):
+            return jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:])[:, pick].reshape(-1, *a.shape[1:]), batch)
+
         return part(slice(0, diagonal)), part(slice(diagonal, None))
 
     def loss(self, net, params, aux, batch, keys):
@@ -363,7 +367,10 @@ class FlowMap(PathSampler):
 
         mine = slice(0, width)
         model = delta(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
-        frozen = lambda params: delta(params, slice(-width, None))
+
+        def frozen(params):
+            return delta(params, slice(-width, None))
+
         flow = frozen(aux.teacher.flow).tempered(self.teacher_temperature) if self.teacher else model
         residual = frozen(aux.teacher.residual) if self.target == "residual" else None
         nets = Networks(delta(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)

@@ -48,7 +48,10 @@ class Prediction(NamedTuple):
 
         def draw(p, keys):
             logits = vocab.nucleus(vocab.tempered(jnp.log(jnp.maximum(p, 1e-30)), temperature), top_p)
-            pick = lambda k, x: jax.random.categorical(k, x, mode="high")
+
+            def pick(k, x):
+                return jax.random.categorical(k, x, mode="high")
+
             return jax.vmap(jax.vmap(pick))(jax.random.wrap_key_data(keys), logits).astype(jnp.int32)
 
         return self._probs(draw, (jax.random.key_data(keys),))

@@ -40,7 +40,10 @@ def alpha_of(r: jax.Array) -> jax.Array:
 def diffusion(logits: jax.Array, x: jax.Array, y: jax.Array, alpha: jax.Array, slope: jax.Array) -> jax.Array:
     """The loss of one token in nats: clean x [...], noised y [...], logits [..., V], alpha and d alpha / dr [...]."""
     size = logits.shape[-1]
-    at = lambda a, i: jnp.take_along_axis(a, i[..., None], -1)[..., 0]
+
+    def at(a, i):
+        return jnp.take_along_axis(a, i[..., None], -1)[..., 0]
+
     same, other = size * alpha + 1 - alpha, 1 - alpha  # xbar_x and the rest of xbar
     mine = jnp.log(size * alpha[..., None] * jax.nn.softmax(logits) + 1 - alpha[..., None])
     here = jnp.where(x == y, same, other)

@@ -17,7 +17,10 @@ MOST = 6  # lines of a legend in every panel
 
 def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
     """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
-    plain = lambda text: text.replace("$", r"\$")  # in a name it begins no formula
+
+    def plain(text):
+        return text.replace("$", r"\$")  # in a name it begins no formula
+
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)

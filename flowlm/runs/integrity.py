@@ -145,7 +145,10 @@ def check(directory) -> dict[str, Any] | None:
     except (ValueError, KeyError, AttributeError, TypeError):
         wrong = MANIFEST
     if wrong is None and processes.is_first():
-        intact = lambda file, digest: file.is_file() and _digest(file) == digest
+
+        def intact(file, digest):
+            return file.is_file() and _digest(file) == digest
+
         wrong = next((name for name, digest in digests if not intact(directory / name, digest)), None)
     if not processes.all_agree(wrong is None):
         raise ValueError(

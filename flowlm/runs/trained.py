@@ -99,7 +99,10 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
             f"the teacher {config.teacher} is of the family {theirs.objective.family!r}; here a {wanted} is wanted: the family "
             "residual teaches objective.target residual, and that alone"
         )
-    adopt = lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
+
+    def adopt(theirs):
+        return experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs)
+
     places = layout.places(jax.eval_shape(adopt, run.params))
     params = jax.jit(adopt, out_shardings=places)(run.params)
     if wanted == "flow":

@@ -214,7 +214,10 @@ def compile_point(config: ConfigDict, topology: Topology, program: str, per_chip
             child.wait()
         if not _dumped(directory):
             return _failed(directory, topology)
-        newest = lambda pattern: max((directory / "dump").glob(pattern), key=lambda p: p.stat().st_mtime).read_text()
+
+        def newest(pattern):
+            return max((directory / "dump").glob(pattern), key=lambda p: p.stat().st_mtime).read_text()
+
         memory = hlo.memory(
             newest("*after_optimizations-memory-usage-report.txt"), newest("*after_optimizations-buffer-assignment.txt")
         )

@@ -115,12 +115,19 @@ def _sampling(formulation: str, net, family, batch: int):
     argument = jax.random.key(1)
     if formulation in ("sample", "masked_sample"):
         steps = 1 if formulation == "sample" else MASKED_STEPS
-        draw = lambda params, key: family.sample(net, params, key, batch, steps)
+
+        def draw(params, key):
+            return family.sample(net, params, key, batch, steps)
     elif formulation == "dense_sample":
-        draw = lambda params, key: dense_sample(net, params, key, batch)
+
+        def draw(params, key):
+            return dense_sample(net, params, key, batch)
     else:
         time = jnp.zeros((batch,))
-        draw = lambda params, z: vocabulary.argmax(net.head(params), net.apply(params, z, time, time + 1))
+
+        def draw(params, z):
+            return vocabulary.argmax(net.head(params), net.apply(params, z, time, time + 1))
+
         argument = jax.random.normal(jax.random.key(1), (batch, net.length, net.width))
     return jax.jit(draw).lower(params, argument).compile(), params, (argument,)
 
@@ -311,7 +318,10 @@ def bench(pairs: Sequence[str], settings: dict, rounds: int, out: str | None = N
         if not any(MEMORY in summary[name] for name in names)
     }
     told = [result for results in runs.values() for result in results]
-    used = lambda key: ", ".join(dict.fromkeys(result[key] for result in told if key in result))
+
+    def used(key):
+        return ", ".join(dict.fromkeys(result[key] for result in told if key in result))
+
     device = used("device")
     _show(summary, results, ", ".join(f"{name} {value}" for name, value in settings.items()))
     peak = f"{PEAKS[device] / 1e12:g} TFLOP/s" if device in PEAKS else "not known here, so no MFU"

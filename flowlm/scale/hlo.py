@@ -387,7 +387,10 @@ def memory(report: str, assignment: str) -> Memory:
         raise ValueError(f"not a memory report of XLA: {report[:60]!r}")
     # Newer XLA names the page too; other memories have a color.
     line = r"^allocation \d+: size (\d+), (?:page \d+, )?"
-    sizes = lambda kind: [int(n) for n in re.findall(line + kind, assignment, re.MULTILINE)]
+
+    def sizes(kind):
+        return [int(n) for n in re.findall(line + kind, assignment, re.MULTILINE)]
+
     if not sizes("parameter"):
         raise ValueError(f"no parameter in a buffer assignment of XLA: {assignment[:60]!r}")
     return Memory(sum(sizes("parameter")), sum(sizes("preallocated-temp")), int(total[1]))

@@ -122,7 +122,10 @@ def plan(
 
 def _most(config: ConfigDict, unit: int, place: Topology, point: Mapping) -> int:
     """The largest batch of training, from the point that is known already."""
-    need = lambda rows: total(compile_point(config, place, "train", rows))
+
+    def need(rows):
+        return total(compile_point(config, place, "train", rows))
+
     known = {int(point["train"]["per_chip"]): total(point["train"])}
     return largest_batch(need, unit, place.chip.hbm, known)
 

@@ -50,7 +50,10 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     row("sent per chip and step, GB", lambda p: train(p)["wire"] / 1e9)
     row("sent between slices, GB", lambda p: train(p)["dcn"] / 1e9 if any(train(q).get("dcn") for q in points) else "-")
     for kind in dict.fromkeys(kind for p in points for kind in train(p).get("collectives", {}) if kind != "dcn"):
-        get = lambda p, key, kind=kind: train(p)["collectives"].get(kind, {}).get(key, 0.0)
+
+        def get(p, key, kind=kind):
+            return train(p)["collectives"].get(kind, {}).get(key, 0.0)
+
         row(f"{kind}: number, GB", lambda p, get=get: f"{get(p, 'count'):,.0f}, {get(p, 'wire') / 1e9:.3g}")
     for part in ("compute", "memory", "network"):
         row(f"roofline: {part}, ms", lambda p, part=part: 1e3 * train(p)["roofline"][part])

@@ -36,7 +36,10 @@ from flowlm.system import signals, storage
 
 def keep(path: Path, place: Path, run: Run) -> None:
     """Writes into one file what the tables are made of, the evaluations of the run in `path`, and what says how it was made."""
-    read = lambda name: storage.read_json(path / name)
+
+    def read(name):
+        return storage.read_json(path / name)
+
     places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
     record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}

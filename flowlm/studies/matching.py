@@ -86,7 +86,10 @@ def _unbeaten(records: Sequence[dict], metric: str, diversity: str) -> list[dict
     """The settings of a sampler that none of the others beats: better in the metric, and at least as diverse."""
     sign = -1 if metric in MORE_IS_BETTER else 1
     known = _usable(records, metric, diversity)
-    beats = lambda a, b: sign * a[metric] < sign * b[metric] and a[diversity] >= b[diversity]
+
+    def beats(a, b):
+        return sign * a[metric] < sign * b[metric] and a[diversity] >= b[diversity]
+
     beaten = [row for row in known if any(beats(other, row) for other in known)]
     return [row for row in records if row not in beaten]
 

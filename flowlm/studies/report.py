@@ -114,7 +114,10 @@ def read_run(path, name: str) -> Report:
     settings = (path / "sweep").iterdir() if (path / "sweep").exists() else ()
     for place in sorted(settings, key=lambda place: by_number(place.name)):
         if (other := _json(place / "evaluation.json")) is not None:
-            renamed = lambda sampler, place=place: sampler.replace("@", f" {place.name}@")
+
+            def renamed(sampler, place=place):
+                return sampler.replace("@", f" {place.name}@")
+
             for key, value in other["metrics"].items():
                 if key.startswith("samples/") and "@" in key:
                     metrics[renamed(key)] = value

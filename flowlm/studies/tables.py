@@ -146,8 +146,13 @@ def mean_and_spread(group: Sequence[dict], metric: str) -> str:
 
 def markdown(head: Sequence, rows: Sequence[Sequence]) -> list[str]:
     """Lines of a table, in which no cell can end a cell or a line."""
-    escaped = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")
-    line = lambda cells: f"| {' | '.join(map(escaped, cells))} |"
+
+    def escaped(cell):
+        return str(cell).replace("|", "\\|").replace("\n", " ")
+
+    def line(cells):
+        return f"| {' | '.join(map(escaped, cells))} |"
+
     return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
