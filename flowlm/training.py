@@ -18,7 +18,7 @@ from flowlm.evaluation import evaluator as evaluation
 from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import Checkpoints, has_params
 from flowlm.runs.curves import draw_curves
-from flowlm.runs.metrics import MetricWriter, read_metrics
+from flowlm.runs.metrics import MetricWriter, is_evaluated, read_metrics
 from flowlm.runs.trained import load_origin, load_teacher
 from flowlm.system import processes, signals, storage
 from flowlm.system.profiling import Profiler, Recompilations
@@ -177,7 +177,7 @@ def _prepare(config: ConfigDict, workdir: str):
 def _is_judged(workdir, step: int) -> bool:
     """Whether the evaluation of this step is in the metrics already, or there is none of it; the same in all processes."""
     lines = [line for line in read_metrics(workdir) if line["step"] == step]
-    held = step == 0 or any(name.startswith(("samples/", "held_out/")) for line in lines for name in line)
+    held = step == 0 or any(is_evaluated(name) for line in lines for name in line)
     return processes.all_agree(held)
 
 

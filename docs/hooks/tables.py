@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flowlm.judges.base import shown
+from flowlm.runs.metrics import by_row, of_held_out, parse_row
 
 ROOT = Path(__file__).parents[2]
 GIB, GB = 2**30, 1e9
@@ -75,23 +76,26 @@ def _digits(value: float) -> int:
 
 def _judged(metrics: dict) -> dict[str, dict]:
     """{sampler@steps: {metric: value}}, samplers one after another by their steps; rows of reference, which have none, last."""
-    out: dict[str, dict] = defaultdict(dict)
-    for key, value in metrics.items():
-        if key.startswith("samples/"):
-            _, name, metric = key.split("/")
-            out[name][metric] = value
-    order = list(dict.fromkeys(name.partition("@")[0] for name in out))
+    out = by_row(metrics)
+    order = list(dict.fromkeys(parse_row(name)[0] for name in out))
 
     def place(name):
-        return ("@" not in name, order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0))
+        sampler, steps = parse_row(name)
+        return steps is None, order.index(sampler), steps or 0
 
     return {name: out[name] for name in sorted(out, key=place)}
+
+
+def _called(row: str) -> str:
+    """A row as people read it: the sampler and its steps."""
+    sampler, steps = parse_row(row)
+    return shown(sampler) if steps is None else f"{shown(sampler)}, {steps}"
 
 
 def samples(path: str, *metrics: str) -> str:
     """The samples of an evaluation before the judges: a line for each sampler and number of steps."""
     rows = [
-        [shown(name).replace("@", ", "), *(_number(values, metric) for metric in metrics)]
+        [_called(name), *(_number(values, metric) for metric in metrics)]
         for name, values in _judged(read(path)["metrics"]).items()
     ]
     return markdown(["sampler, steps", *map(shown, metrics)], rows)
@@ -99,14 +103,9 @@ def samples(path: str, *metrics: str) -> str:
 
 def held_out(path: str) -> str:
     """Held-out cross-entropy on the grid of warped time, and the bound on the likelihood."""
-    held = {
-        key.removeprefix("held_out/"): value
-        for key, value in read(path)["metrics"].items()
-        if key.startswith("held_out/")
-    }
-    taus = sorted({key.split("@")[1] for key in held if "@" in key}, key=float)
+    held, taus = of_held_out(read(path)["metrics"])
     names = {"cross_entropy": "network", "context_free": "context-free line"}
-    rows = [[names[key], *(f"{held[f'{key}@{tau}']:.3f}" for tau in taus), f"{held[key]:.3f}"] for key in names]
+    rows = [[names[key], *(f"{at[key]:.3f}" for at in taus.values()), f"{held[key]:.3f}"] for key in names]
     nats, bits = (_number(held, f"bound_{unit}_per_token") for unit in ("nats", "bits"))
     return (
         markdown(["tau", *taus, "mean"], rows)
@@ -128,7 +127,7 @@ def seeds(names: str, *metrics: str) -> str:
             digits = _digits(np.mean(values))
             each = ", ".join(f"{value:.{digits}f}" for value in values)
             cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({each})")
-        rows.append([shown(sampler).replace("@", ", "), *cells])
+        rows.append([_called(sampler), *cells])
     return markdown(["sampler, steps", *map(shown, metrics)], rows)
 
 

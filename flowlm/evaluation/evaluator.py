@@ -25,6 +25,7 @@ from flowlm.engine.state import EVALUATION, SAMPLE, purpose_key
 from flowlm.evaluation import naive
 from flowlm.evaluation.judging import MAX_ROWS, Panel
 from flowlm.evaluation.results import Evaluation
+from flowlm.runs.metrics import held_out_key, row_name, sample_key
 from flowlm.system import progress
 from flowlm.system.processes import check_stopped, gathered
 
@@ -68,7 +69,7 @@ class Evaluator:
         if samples_only:
             chosen = dict([*chosen.items()][-1:])
         self._samplers = {
-            f"{name}@{n}": Sampler(net, variant, n, layout) for n in steps for name, variant in chosen.items()
+            (name, n): Sampler(net, variant, n, layout) for n in steps for name, variant in chosen.items()
         }
         key = jax.random.key(0)
         for sampler in self._samplers.values():
@@ -80,7 +81,7 @@ class Evaluator:
         # One of each sampler is followed, the one with the most steps that a page can show.
         followed = sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
         self._trajectories = {
-            f"{name}@{n}": layout.jit(partial(variant.trajectory, net), static_argnums=(2, 3))
+            (name, n): layout.jit(partial(variant.trajectory, net), static_argnums=(2, 3))
             for n in followed
             for name, variant in chosen.items()
             if variant.continuous
@@ -110,13 +111,12 @@ class Evaluator:
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
         texts = {}
-        for name, sampler in self._samplers.items():
-            taken = name.rpartition("@")[2]
-            about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == '1' else 's'}")
+        for (name, taken), sampler in self._samplers.items():
+            about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == 1 else 's'}")
             ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about)
-            texts[name], scores = self._panel.judge(ids, about)
+            texts[row_name(name, taken)], scores = self._panel.judge(ids, about)
             scores["seconds_per_100"] = sampler.seconds
-            metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
+            metrics |= {sample_key(name, taken, k): v for k, v in scores.items()}
         notes, *more = self._told
         if self._samples_only:
             return Evaluation(step, metrics, texts, {}, notes, *more)
@@ -126,7 +126,7 @@ class Evaluator:
         others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
         for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
             texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
-            metrics |= {f"samples/{name}/{k}": v for k, v in scores.items()}
+            metrics |= {sample_key(name, None, k): v for k, v in scores.items()}
         if (held_out := len(texts["held_out"])) < num_samples:
             notes = (
                 *notes,
@@ -137,10 +137,11 @@ class Evaluator:
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
         out = {}
-        for name, follow in self._trajectories.items():
+        for (sampler, steps), follow in self._trajectories.items():
             check_stopped()
+            name = row_name(sampler, steps)
             begin(f"following {FOLLOWED} samples of {name}")
-            ids = gathered(follow(params, key, FOLLOWED, int(name.rpartition("@")[2]))).swapaxes(0, 1)
+            ids = gathered(follow(params, key, FOLLOWED, steps)).swapaxes(0, 1)
             pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
         return out
@@ -163,12 +164,12 @@ class Evaluator:
             if name in self._of_rows:
                 extra = (jnp.asarray(self._log_marginals),) if name == "context_free" else ()
                 at = {tau: float(of_rows(name, tau, *extra).mean()) for tau in self._settings.taus}
-                metrics |= {f"held_out/{metric}@{tau}": value for tau, value in at.items()}
-                metrics[f"held_out/{metric}"] = float(np.mean(list(at.values())))
+                metrics |= {held_out_key(metric, tau): value for tau, value in at.items()}
+                metrics[held_out_key(metric)] = float(np.mean(list(at.values())))
         if "bound" in self._of_rows:
             # The start token is the same in every row and carries nothing.
             nats = of_rows("bound") / (self._net.length - 1)
             for unit, scale in (("nats", 1.0), ("bits", 1 / np.log(2))):
-                metrics[f"held_out/bound_{unit}_per_token"] = float(nats.mean() * scale)
-                metrics[f"held_out/bound_{unit}_per_token_stderr"] = float(nats.std(ddof=1) / count**0.5 * scale)
+                metrics[held_out_key(f"bound_{unit}_per_token")] = float(nats.mean() * scale)
+                metrics[held_out_key(f"bound_{unit}_per_token_stderr")] = float(nats.std(ddof=1) / count**0.5 * scale)
         return metrics

@@ -9,6 +9,7 @@ import numpy as np
 from flowlm.runs import directory as run_directory
 from flowlm.runs import tables
 from flowlm.runs.curves import draw_evaluation
+from flowlm.runs.metrics import parse_row
 from flowlm.system import storage
 
 SHOWN = 16  # samples of each kind in samples.txt
@@ -96,7 +97,7 @@ def lines_of_samples(directory, num: int) -> dict[str, list[str]]:
         name: [line for line in rest.split("\n") if line][:num] for name, _, rest in (b.partition("\n") for b in blocks)
     }
     # Of the samplers with as many steps the plain one stands first.
-    as_set = {name.rpartition("@")[2]: name for name in every if "@" in name}
+    as_set = {steps: name for name in every if (steps := parse_row(name)[1]) is not None}
     return {name: every[name] for name in (*as_set.values(), "held_out") if name in every}
 
 

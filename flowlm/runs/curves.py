@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flowlm.judges.base import shown
-from flowlm.runs.metrics import read_metrics
+from flowlm.runs.metrics import by_row, parse_held_out_key, parse_row, parse_sample_key, read_metrics, row_name
 from flowlm.system import storage
 
 COLUMNS = 4
@@ -49,6 +49,15 @@ def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, fi
         figure.savefig(file, format="png", dpi=90)
 
 
+def _panel(key: str) -> tuple[str, str]:
+    """(panel, line in it) of a metric: of samples a line for each row, of held-out rows one for each warped time."""
+    if (parsed := parse_sample_key(key)) is not None:
+        sampler, steps, metric = parsed
+        return metric, row_name(sampler, steps)
+    metric, tau = parse_held_out_key(key) or (key, None)
+    return metric, tau or ""
+
+
 def draw_curves(workdir) -> None:
     """Writes `workdir`/curves.png from metrics.jsonl: the loss and every evaluated metric against training steps."""
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
@@ -56,11 +65,7 @@ def draw_curves(workdir) -> None:
         for name, value in line.items():
             if name == "step" or value is None or name.endswith("_stderr"):
                 continue
-            # samples/ancestral@64/entropy is the line "ancestral@64" of the panel "entropy"; held_out/bound is a panel.
-            group, _, rest = name.rpartition("/")
-            panel, _, label = rest.partition("@")
-            if group.startswith("samples/"):
-                label = group.removeprefix("samples/")
+            panel, label = _panel(name)
             panels[panel][label].append((line["step"], value))
     if panels:
         draw_panels(storage.path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
@@ -72,15 +77,15 @@ def draw_evaluation(directory) -> None:
     metrics = storage.read_json(directory / "evaluation.json")["metrics"]
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     real: dict[str, float] = {}
-    for name, value in metrics.items():
-        group, _, panel = name.rpartition("/")
-        if not group.startswith("samples/") or panel.endswith("_stderr") or value is None:
-            continue
-        sampler, _, steps = group.removeprefix("samples/").partition("@")
-        if steps:
-            panels[panel][sampler].append((int(steps), value))
-        elif sampler == "held_out":
-            real[panel] = value
+    for row, values in by_row(metrics).items():
+        sampler, steps = parse_row(row)
+        for panel, value in values.items():
+            if panel.endswith("_stderr") or value is None:
+                continue
+            if steps is not None:
+                panels[panel][sampler].append((steps, value))
+            elif sampler == "held_out":
+                real[panel] = value
 
     def finish(axes, panel):
         axes.set_xscale("log", base=2)

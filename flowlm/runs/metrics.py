@@ -2,15 +2,83 @@
 
 They go to metrics.jsonl. A bucket has no appending, so there they go to parts, metrics/000000.jsonl and so on, of which only the
 last one is written anew with a line. Reading joins whatever of both is there.
+
+The names of what an evaluation measures are made and read here alone, because files and tables are keyed by them:
+
+    samples/SAMPLER@STEPS/METRIC   of a sampler's samples, drawn in so many steps
+    samples/ROWS/METRIC            of rows of reference, which take no steps: real ones (held_out), and counted ones
+    held_out/METRIC@TAU            of held-out rows at one warped time; held_out/METRIC where there is none
 """
 
 import json
 import math
 import os
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from flowlm.system import storage
 
 PART = 100  # lines in a part that is full
+
+
+def row_name(sampler: str, steps: int | None = None) -> str:
+    """SAMPLER@STEPS, or what rows of reference are called: it names a block of samples, and a line of a table."""
+    return sampler if steps is None else f"{sampler}@{steps}"
+
+
+def parse_row(name: str) -> tuple[str, int | None]:
+    """(sampler, steps) of a `row_name`; (name, None) of whatever does not end in steps."""
+    found = re.fullmatch(r"(.*)@(\d+)", name)
+    return (name, None) if found is None else (found[1], int(found[2]))
+
+
+def sample_key(sampler: str, steps: int | None, metric: str) -> str:
+    """The name of a metric of samples, or with steps None of rows of reference."""
+    return f"samples/{row_name(sampler, steps)}/{metric}"
+
+
+def parse_sample_key(key: str) -> tuple[str, int | None, str] | None:
+    """(sampler or rows of reference, steps or None, metric) of a `sample_key`; None of any other key."""
+    found = re.fullmatch(r"samples/([^/]+)/(.+)", key)
+    return None if found is None else (*parse_row(found[1]), found[2])
+
+
+def held_out_key(metric: str, tau: float | str | None = None) -> str:
+    """The name of a metric of held-out rows, at one warped time if there is one."""
+    return f"held_out/{metric}" if tau is None else f"held_out/{metric}@{tau}"
+
+
+def parse_held_out_key(key: str) -> tuple[str, str | None] | None:
+    """(metric, warped time as it is spelled, or None) of a `held_out_key`; None of any other key."""
+    found = re.fullmatch(r"held_out/([^/@]+)(?:@([^/@]+))?", key)
+    return None if found is None else (found[1], found[2])
+
+
+def is_evaluated(key: str) -> bool:
+    """Whether a key is one of an evaluation's, and not of a training step."""
+    return parse_sample_key(key) is not None or parse_held_out_key(key) is not None
+
+
+def by_row(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{SAMPLER@STEPS or rows of reference: {metric: value}} of what `metrics` has of samples."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, value in metrics.items():
+        if (parsed := parse_sample_key(key)) is not None:
+            sampler, steps, metric = parsed
+            rows.setdefault(row_name(sampler, steps), {})[metric] = value
+    return rows
+
+
+def of_held_out(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """({metric: value}, {tau: {metric: value}}) of what `metrics` has of held-out rows; taus ascend, as they are spelled."""
+    whole: dict[str, Any] = {}
+    at: dict[str, dict[str, Any]] = {}
+    for key, value in metrics.items():
+        if (parsed := parse_held_out_key(key)) is not None:
+            metric, tau = parsed
+            (whole if tau is None else at.setdefault(tau, {}))[metric] = value
+    return whole, {tau: at[tau] for tau in sorted(at, key=float)}
 
 
 class MetricWriter:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowlm.judges.base import shown
+from flowlm.runs.metrics import by_row, of_held_out, parse_row
 from flowlm.system.terminal import console
 
 COLUMNS = 6  # of a table, the first of them for names, unless all are asked for
@@ -35,8 +36,7 @@ def _width(table: Table) -> int:
 
 def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
     """Prints what an evaluation says of held-out rows: cross-entropies by time, a line each, and the likelihood bound."""
-    held = {k.removeprefix("held_out/"): v for k, v in metrics.items() if k.startswith("held_out/")}
-    taus = sorted({k.split("@")[1] for k in held if "@" in k}, key=float)
+    held, taus = of_held_out(metrics)
     columns = [name for name in ("cross_entropy", "context_free") if name in held]
     screen = console()
     if taus:
@@ -44,8 +44,8 @@ def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
         grid = _table("tau")
         for column in columns:
             grid.add_column(shown(column), justify="right")
-        for tau in taus:
-            grid.add_row(tau, *(f"{held[f'{column}@{tau}']:.3f}" for column in columns))
+        for tau, at in taus.items():
+            grid.add_row(tau, *(f"{at[column]:.3f}" for column in columns))
         grid.add_row("mean", *(f"{held[column]:.3f}" for column in columns))
         screen.print(grid)
         screen.print(Text("context free: the best guess that looks at a token's own position alone\n"))
@@ -65,11 +65,10 @@ def _lines(runs: Mapping[str, Mapping]) -> list[Line]:
     samplers: dict[tuple[str, str], dict] = {}
     beside: dict[tuple[str, str], dict] = {}
     for run, record in runs.items():
-        for key, value in record["metrics"].items():
-            if key.startswith("samples/"):
-                _, name, metric = key.split("/")
-                lines, place = (samplers, run) if "@" in name else (beside, "")
-                lines.setdefault((place, name), {}).setdefault(metric, value)
+        for name, values in by_row(record["metrics"]).items():
+            lines, place = (samplers, run) if _takes_steps(name) else (beside, "")
+            known = lines.get((place, name), {})
+            lines[place, name] = known | values | known
     return [(run, name, values) for (run, name), values in (samplers | beside).items()]
 
 
@@ -91,9 +90,14 @@ def _fitting(lines: Sequence[Line], columns: Sequence[str], named: bool, wide: b
         columns = columns[:-1]
 
 
+def _takes_steps(name: str) -> bool:
+    """Whether a row is a sampler's, and not one of reference."""
+    return parse_row(name)[1] is not None
+
+
 def _called(name: str) -> str:
     """A row as people read it; the name of a sampler stands as it is typed."""
-    return name if "@" in name else shown(name)
+    return name if _takes_steps(name) else shown(name)
 
 
 def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
@@ -126,7 +130,7 @@ def print_samples(
     screen.print(Text(title, style="bold"), table, sep="\n")
     meanings = {m: text for record in runs.values() for m, text in record.get("meanings", {}).items()}
     told = [f"{shown(column)}: {meanings[column]}" for column in columns if column in meanings]
-    counting = [shown(name) for _, name, _ in lines if "@" not in name and name != "held_out"]
+    counting = [shown(name) for _, name, _ in lines if not _takes_steps(name) and name != "held_out"]
     told += [f"{', '.join(counting)}: made by counting training text, without a network"] if counting else []
     if left_out := len(known) - len(columns):
         told.append(f"{left_out} more metrics are in evaluation.json, and shown by --wide")
@@ -141,7 +145,7 @@ def _print_texts(screen: Console, texts: Mapping[str, Mapping[str, Sequence[str]
     beside = set()
     for run, samples in texts.items():
         for name, some in samples.items():
-            own = "@" in name
+            own = _takes_steps(name)
             if not own and name in beside:
                 continue
             beside.add(name)

@@ -298,9 +298,9 @@ def bench(pairs: Sequence[str], settings: dict, rounds: int, out: str | None = N
     Raises:
       ValueError: pairs or settings that make no sense, or a place where nothing can be written. RuntimeError: a process failed.
     """
-    split = {pair: pair.split("/") for pair in pairs}
+    split = {pair: pair.partition("/")[::2] for pair in pairs}
     for pair, names in split.items():
-        if len(names) != 2 or not set(names) <= set(FORMULATIONS):
+        if not set(names) <= set(FORMULATIONS):
             raise ValueError(f"--pairs takes FIRST/SECOND of {', '.join(FORMULATIONS)}, got {pair!r}")
     if out:
         if Path(out).is_dir():

@@ -23,7 +23,16 @@ from flowlm.judges.base import shown
 from flowlm.runs import directory as run_directory
 from flowlm.runs import tables
 from flowlm.runs.directory import FREE, flat
-from flowlm.runs.metrics import read_metrics
+from flowlm.runs.metrics import (
+    by_row,
+    held_out_key,
+    parse_held_out_key,
+    parse_row,
+    parse_sample_key,
+    read_metrics,
+    row_name,
+    sample_key,
+)
 from flowlm.studies.tables import markdown
 from flowlm.system import storage
 from flowlm.system.terminal import console
@@ -33,7 +42,7 @@ SHOWN_TEXT = 4000  # characters of the samples of each sampler
 UNTOLD = ("data.dir",)  # settings that say nothing of an experiment
 FEW = 5  # settings that vary are columns of the table if they are no more than this; they have a table of their own too
 RENAMED = {"steps": "training_steps"}  # beside sampling_steps no step goes without its name
-HEAD = ("loss", "held_out/cross_entropy", "held_out/bound_nats_per_token")
+HEAD = ("loss", held_out_key("cross_entropy"), held_out_key("bound_nats_per_token"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Report:
     @property
     def told_step(self) -> int:
         """The training step that its figures are of: the evaluation's, else the last of a held-out likelihood, else the newest."""
-        held = [line["step"] for line in self.lines if any(key.startswith("held_out/") for key in line)]
+        held = [line["step"] for line in self.lines if any(map(parse_held_out_key, line))]
         return self.evaluated if self.evaluated is not None else max(held, default=self.step)
 
     def figures(self) -> dict[str, float | None]:
@@ -114,14 +123,14 @@ def read_run(path, name: str) -> Report:
     settings = (path / "sweep").iterdir() if (path / "sweep").exists() else ()
     for place in sorted(settings, key=lambda place: by_number(place.name)):
         if (other := _json(place / "evaluation.json")) is not None:
-
-            def renamed(sampler, place=place):
-                return sampler.replace("@", f" {place.name}@")
-
             for key, value in other["metrics"].items():
-                if key.startswith("samples/") and "@" in key:
-                    metrics[renamed(key)] = value
-            texts |= {renamed(key): text for key, text in other["samples"].items() if "@" in key}
+                sampler, steps, metric = parse_sample_key(key) or ("", None, "")
+                if steps is not None:
+                    metrics[sample_key(f"{sampler} {place.name}", steps, metric)] = value
+            for row, text in other["samples"].items():
+                sampler, steps = parse_row(row)
+                if steps is not None:
+                    texts[row_name(f"{sampler} {place.name}", steps)] = text
     lines = read_metrics(path)
     evaluated = None if evaluation is None else evaluation["step"]
     return Report(
@@ -182,15 +191,16 @@ def records(runs: Sequence[Report], keys: Sequence[str]) -> list[dict]:
     for run in runs:
         start = {"run": run.name, "data": run.data, "status": run.status, "training_step": run.told_step}
         start |= {key: run.config.get(key) for key in keys} | run.figures()
-        samplers: dict[str, dict] = {}
-        for key, value in run.metrics.items():
-            if key.startswith("samples/"):
-                _, sampler, metric = key.split("/")
-                lines = samplers if "@" in sampler else beside
-                lines.setdefault(sampler, {}).setdefault(metric, value)
-        for sampler, values in samplers.items() or [("", {})]:
-            name, _, steps = sampler.partition("@")
-            out.append(start | {"sampler": name, "sampling_steps": int(steps) if steps else None} | values)
+        samplers: dict[tuple, dict] = {}
+        for row, values in by_row(run.metrics).items():
+            sampler, steps = parse_row(row)
+            if steps is None:
+                known = beside.get(sampler, {})
+                beside[sampler] = known | values | known
+            else:
+                samplers[sampler, steps] = values
+        for (name, steps), values in samplers.items() or [(("", None), {})]:
+            out.append(start | {"sampler": name, "sampling_steps": steps} | values)
     nobody = {"run": "", "data": runs[0].data, "sampling_steps": None}
     return out + [nobody | {"sampler": name} | values for name, values in beside.items()]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from flowlm.judges.base import shown
 from flowlm.runs.curves import draw_panels
+from flowlm.runs.metrics import by_row, held_out_key, parse_row
 from flowlm.studies.matching import Point, matched
 from flowlm.studies.study import Run, Study, kept_file, setting_name
 from flowlm.system import storage
@@ -37,24 +38,20 @@ def gather(study: Study, kept: Path) -> list[dict]:
     """One record for each finished run, setting, sampler and number of steps, and one for each row of reference of seed 0."""
     records = []
     for run, seed, setting, metrics in evaluations(study, kept):
-        samples: dict[str, dict] = defaultdict(dict)
-        for key, value in metrics.items():
-            if key.startswith("samples/"):
-                _, sampler, metric = key.split("/")
-                samples[sampler][metric] = value
-        bound = {key: metrics.get(f"held_out/{key}") for key in ("bound_nats_per_token", "bound_nats_per_token_stderr")}
+        samples = by_row(metrics)
+        bound = {key: metrics.get(held_out_key(key)) for key in ("bound_nats_per_token", "bound_nats_per_token_stderr")}
         if not setting:
             plain = samples
         for sampler, values in samples.items():
             if setting and sampler in plain and _same(values, plain[sampler]):
                 continue  # the setting does not touch this sampler
-            name, _, steps = sampler.partition("@")
+            name, steps = parse_row(sampler)
             record = {
                 "method": run.name,
                 "seed": seed,
                 "setting": setting,
                 "sampler": name,
-                "sampling_steps": int(steps or 0),
+                "sampling_steps": steps or 0,
             }
             records.append(record | (bound if steps else {}) | values)
     references: dict[str, dict] = {}
