@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from flowlm.cli.command import parse
 from flowlm.cli.commands import COMMANDS
 from flowlm.cli.train import TRAIN
+from flowlm.studies.study import train_arguments
 from flowlm.system import storage
 
 # What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
@@ -36,17 +37,29 @@ class Job:
 
     Attributes:
       name: of letters, digits and dashes, as every engine takes them.
-      command: what Python is given, on every host the same, such as ("-m", "flowlm", "train", ...).
+      config: its experiment, such as experiments/grammar.py:flow_map.
+      flags: further ones of `flowlm train`, such as --config.steps=10.
       workdir: the run directory: a path that all hosts see, or a bucket.
       resources: the `Resources` of the backend that it is meant for.
       environment: variables of its processes beside those that the backend sets. No secrets: they are printed.
     """
 
     name: str
-    command: tuple[str, ...]
+    config: str
+    flags: tuple[str, ...]
     workdir: str
     resources: Any
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `flowlm train` is given."""
+        return train_arguments(self.config, self.flags, self.workdir)
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What Python is given, on every host the same; each backend has a Python of its own."""
+        return ("-m", "flowlm", "train", *self.arguments)
 
 
 class Backend(Protocol):
@@ -71,10 +84,9 @@ def training_job(
     config: str, extra: Sequence[str], workdir: str, resources: Any, environment: Mapping[str, str]
 ) -> Job:
     """The job of one `flowlm train`. extra: further flags of it, such as --config.steps=10."""
-    command = ("-m", "flowlm", "train", f"--config={config}", *extra, f"--workdir={workdir}")
     # A bucket's client may not be here, and a dry run needs none.
     name = workdir.rstrip("/").rpartition("/")[2] if storage.in_bucket(workdir) else storage.path(workdir).name
-    return Job(job_name(name), command, workdir, resources, environment)
+    return Job(job_name(name), config, tuple(extra), workdir, resources, environment)
 
 
 def job_name(name: str) -> str:
@@ -84,7 +96,7 @@ def job_name(name: str) -> str:
 
 def settings(job: Job) -> ConfigDict:
     """The settings that the job's run will have. Raises ValueError for what is wrong with its line, before it is queued."""
-    return parse(TRAIN, job.command[3:], COMMANDS).config
+    return parse(TRAIN, job.arguments, COMMANDS).config
 
 
 # ---- What was started, in the run directory itself: launch.json.

@@ -99,11 +99,7 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
         waiting = ", ".join(run.name for run in left if not run.ready)
         print(f"when their teachers are finished, give the same command again for {waiting}", file=sys.stderr)
 
-    # Without the Python in front: backends have their own.
-    def point(run):
-        return Job(job_name(run.name), tuple(run.command[1:]), str(run.directory), resources, environment)
-
-    return [point(run) for run in ready]
+    return [Job(job_name(run.name), run.config, run.flags, str(run.directory), resources, environment) for run in ready]
 
 
 def check(command_line: list[Job], ours: Sequence[str]) -> None:
@@ -113,7 +109,7 @@ def check(command_line: list[Job], ours: Sequence[str]) -> None:
       ours: names of the flags of this command and its backend, one of which may be meant by a flag that neither knows.
     """
     for job in command_line:
-        for name, value in given(job.command[3:]):
+        for name, value in given(job.arguments):
             known = TRAIN.flag(name) or re.match(r"(no)?config\.", name)
             if not known and (close := nearest(name, ours, 0.75)):
                 meant = f"--{close}" + ("" if value is None else f"={value}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import Program
 from toy import experiment_file, run_config, sweep_file, train_only
 
 from flowlm.runs.metrics import read_metrics
@@ -37,7 +38,7 @@ def wait_until(holds, process=None):
 
 def python(workdir, program, **resources):
     """A job that is a few words of Python."""
-    return jobs.Job("toy", ("-c", program), str(workdir), local.Resources(**resources))
+    return Program("toy", program, (), str(workdir), local.Resources(**resources))
 
 
 def submit(job):
@@ -123,7 +124,7 @@ def test_the_others_are_ended_when_one_has_failed(tmp_path):
 def test_the_other_jobs_are_done_when_one_has_failed(tmp_path):
     good = python(tmp_path / "good", "print('well')")
     with pytest.raises(RuntimeError, match="bad failed") as error:
-        bad = jobs.Job("bad", ("-c", "raise SystemExit(1)"), str(tmp_path / "bad"), local.Resources(max_restarts=0))
+        bad = Program("bad", "raise SystemExit(1)", (), str(tmp_path / "bad"), local.Resources(max_restarts=0))
         local.submit([bad, good], lambda job, handle: jobs.remember("local", job, handle))
     assert "toy" not in str(error.value)
     assert local.status(handle_of(good)) == "ended" and "well" in local.logs(handle_of(good))
@@ -132,11 +133,12 @@ def test_the_other_jobs_are_done_when_one_has_failed(tmp_path):
 def test_processes_without_their_supervisor(tmp_path):
     """Still seen, still stopped."""
     code = (
-        "from launch import job, local;"
-        f"j = job.Job('toy', ('-c', 'import time; time.sleep(1000)'), {str(tmp_path)!r}, local.Resources());"
+        "from launch import job, local; from programs import Program;"
+        f"j = Program('toy', 'import time; time.sleep(1000)', (), {str(tmp_path)!r}, local.Resources());"
         "local.submit([j], lambda j, h: job.remember('local', j, h))"
     )
-    supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | paths)
     wait_until((tmp_path / "logs/job.json").exists, supervisor)
     supervisor.kill()
     supervisor.wait()
@@ -149,7 +151,7 @@ def test_processes_without_their_supervisor(tmp_path):
 def test_what_a_dry_run_prints_is_what_would_be_run(tmp_path, capfd):
     """The very lines, in a shell, do what the job does."""
     program = "import os; print(os.environ['JAX_PROCESS_ID'], os.environ['A'], os.environ['CUDA_VISIBLE_DEVICES'])"
-    job = jobs.Job("toy", ("-c", program), str(tmp_path), local.Resources(processes=2, gpus=2), {"A": "a 'word'"})
+    job = Program("toy", program, (), str(tmp_path), local.Resources(processes=2, gpus=2), {"A": "a 'word'"})
     (tmp_path / "logs").mkdir()
     subprocess.run(["bash", "-c", local.describe([job])], check=True)
     assert (tmp_path / "logs/0.log").read_text() == "0 a 'word' 0,1\n"
@@ -172,6 +174,18 @@ def test_a_sweep_of_two_points(tmp_path, data_dir):
     assert f"--config.teacher={tmp_path}/sweep/ema_decay=0.5/seed0" in left and "ema_decay=0.9" not in left
 
 
+def test_a_job_has_an_experiment_and_flags_and_its_command_says_no_more(tmp_path):
+    """launch.json keeps the command that was given to Python, whichever fields it was made of."""
+    job = jobs.training_job("experiments/test.py", ["--config.steps=3"], str(tmp_path / "A run"), None, {})
+    assert (job.name, job.config, job.flags) == ("flowlm-a-run", "experiments/test.py", ("--config.steps=3",))
+    arguments = ["--config=experiments/test.py", "--config.steps=3", f"--workdir={tmp_path}/A run"]
+    jobs.remember("local", job, {"pid": 1})
+    kept = json.loads((tmp_path / "A run/launch.json").read_text())
+    command = ["-m", "flowlm", "train", *arguments]
+    assert kept == {"backend": "local", "name": "flowlm-a-run", "command": command, "handle": {"pid": 1}}
+    assert jobs.settings(job).steps == 3
+
+
 # --- what is sent to SLURM ---------------------------------------------------------------------------------------
 
 
@@ -179,7 +193,7 @@ def test_an_array_of_jobs(tmp_path):
     """One script; each of its elements has its own command, workdir and variables, quoted."""
     resources = slurm.Resources(nodes=2, tasks_per_node=1, gpus=4, partition="gpu", time="2:00:00", grace=300)
     points = [
-        jobs.Job("toy", ("-c", "print('it is')"), str(tmp_path / f"point {i}"), resources, {"A": f"{i} $HOME"})
+        Program("toy", "print('it is')", (), str(tmp_path / f"point {i}"), resources, {"A": f"{i} $HOME"})
         for i in range(2)
     ]
     text = slurm.script(points)
@@ -211,7 +225,7 @@ ODD = 'it\'s 50%j of "#1" & $HOME'  # the name of a folder
 def test_sbatch_reads_odd_names_as_they_are(tmp_path, points):
     """A line of options is split as a shell would, the name of the log has no number of a job in it, nor any other."""
     resources = slurm.Resources(partition="big one", account="a#b")
-    made = [jobs.Job("toy", ("-c", ""), str(tmp_path / ODD / f"{i}"), resources) for i in range(points)]
+    made = [Program("toy", "", (), str(tmp_path / ODD / f"{i}"), resources) for i in range(points)]
     lines = [line.removeprefix("#SBATCH ") for line in slurm.script(made).splitlines() if line.startswith("#SBATCH")]
     options = [shlex.split(line, comments=True) for line in lines]
     assert all(len(words) == 1 for words in options)

@@ -250,8 +250,7 @@ def test_the_last_flag_wins_among_those_that_a_study_hands_on():
         "a", CONFIG.partition("=")[2], {"evaluation.steps": (1, 8), "steps": 5, "objective.temperature": None}
     )
     extra = overrides.FlagsParser().parse("--config.evaluation.steps=(4, 2),--config.steps=7,--config.log_every=9")
-    line = study.command(run, 0, Path("w"), {}, extra)
-    flags = shlex.split(shlex.join(line))[5:-1]
+    flags = shlex.split(shlex.join(study.flags_of(run, 0, Path("w"), {}, extra)))
     config = parsed("--config.objective.temperature=0.5", *flags)
     assert (config.evaluation.steps, config.steps, config.log_every) == ((4, 2), 7, 9)
     assert config.objective.temperature is None

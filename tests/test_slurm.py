@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import Program
 from toy import experiment_file, run_config, sweep_file, train_only
 
 from flowlm.runs.metrics import read_metrics
@@ -52,7 +53,7 @@ def cluster():
 
 
 def python(workdir, program, **resources):
-    return jobs.Job("toy", ("-c", program), str(workdir), slurm.Resources(**resources))
+    return Program("toy", program, (), str(workdir), slurm.Resources(**resources))
 
 
 def submit(*points):

@@ -70,9 +70,7 @@ class Worker:
     def start(self, do, **resources):
         """The startup script, running; do: what the command does, in bash."""
         resources = tpu_vm.Resources(project="p", zone="z", **resources)
-        job = tpu_vm.Job(
-            "flowlm-x", ("-m", "flowlm.main", "a b"), "gs://b", resources, {"NOTE": "it's a 'note'", "DO": do}
-        )
+        job = tpu_vm.Job("flowlm-x", "a b", (), "gs://b", resources, {"NOTE": "it's a 'note'", "DO": do})
         return subprocess.Popen(["bash", "-c", tpu_vm.script(job)], env=self.environment, start_new_session=True)
 
     def end(self, script):
@@ -108,7 +106,10 @@ def wait_until(holds, *scripts):
 def test_the_script_on_a_worker_that_is_there(worker, status):
     """It fetches, installs, runs, reports, and is gone, since nobody would ask it for another turn."""
     assert worker.start(f"exit {status}", existing="mine").wait(PATIENCE) == 0
-    assert re.search(r"it's a 'note': -m flowlm.main a b --distributed as (\d+) is \1\n", worker.log)
+    assert re.search(
+        r"it's a 'note': -m flowlm train --config=a b --workdir=gs://b --distributed as (\d+) is \1\n",
+        worker.log,
+    )
     assert "extras tpu,gcp for python3.11" in worker.log
     assert worker.exit == f"1 {status}\n"
 

@@ -23,6 +23,7 @@ from flowlm.studies.study import (
     complete,
     directory,
     finished,
+    flags_of,
     in_order,
     is_kept,
     kept_file,
@@ -118,7 +119,8 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
         path, name, wrong = directory(workdir, run, seed), f"{run.name}-seed{seed}", []
         if not finished(path):
             print(f"== {path}", file=sys.stderr, flush=True)
-            if not call(command(run, seed, workdir, runs, extra), name) or not finished(path):
+            line = command(run.config, flags_of(run, seed, workdir, runs, extra), path)
+            if not call(line, name) or not finished(path):
                 return [str(path)]
         if not is_kept(kept, run, seed):
             for place in (swept(path, setting) for setting in run.sweep):

@@ -4,6 +4,7 @@ The methods of a comparison under one budget are a study, and so are the points 
 where its files lie and what is left of it to do; carry_out.py runs it, study_tables.py shows it.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -85,13 +86,23 @@ def before(run: Run, seed: int, runs: Mapping[str, Run]) -> list[tuple[Run, int]
     return [(other, seed if seed in other.seeds else other.seeds[0]) for other in others]
 
 
-def command(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> list[str]:
-    """The command line of one run."""
-    line = [sys.executable, "-m", "flowlm", "train", f"--config={run.config}", f"--config.seed={seed}"]
-    line += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in run.settings.items()]
+def flags_of(run: Run, seed: int, workdir: Path, runs: Mapping[str, Run], extra: Sequence[str]) -> tuple[str, ...]:
+    """The flags of one run beside its experiment and its directory."""
+    flags = [f"--config.seed={seed}"]
+    flags += [f"--config.{key}={value}".replace("{workdir}", str(workdir)) for key, value in run.settings.items()]
     if run.teacher is not None:
-        line.append(f"--config.teacher={directory(workdir, *before(run, seed, runs)[0])}")
-    return [*line, *extra, f"--workdir={directory(workdir, run, seed)}"]
+        flags.append(f"--config.teacher={directory(workdir, *before(run, seed, runs)[0])}")
+    return (*flags, *extra)
+
+
+def train_arguments(config: str, flags: Sequence[str], workdir: str | os.PathLike) -> tuple[str, ...]:
+    """What `flowlm train` is given to run the experiment `config` with further flags in `workdir`."""
+    return (f"--config={config}", *flags, f"--workdir={os.fspath(workdir)}")
+
+
+def command(config: str, flags: Sequence[str], workdir: str | os.PathLike) -> list[str]:
+    """The command line of one `flowlm train`."""
+    return [sys.executable, "-m", "flowlm", "train", *train_arguments(config, flags, workdir)]
 
 
 def in_order(study: Study) -> tuple[list[tuple[Run, int]], dict[str, Run]]:
@@ -113,12 +124,23 @@ def in_order(study: Study) -> tuple[list[tuple[Run, int]], dict[str, Run]]:
 
 
 class Unfinished(NamedTuple):
-    """A run that is left to do. ready: its teacher, if it has one, and what else it needs are finished."""
+    """A run that is left to do.
+
+    Attributes:
+      config, flags: its experiment, and its further flags of `flowlm train`.
+      ready: its teacher, if it has one, and what else it needs are finished.
+    """
 
     name: str
     directory: Path
-    command: list[str]
+    config: str
+    flags: tuple[str, ...]
     ready: bool
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that makes it."""
+        return command(self.config, self.flags, self.directory)
 
 
 def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: Path | None = None) -> list[Unfinished]:
@@ -130,7 +152,8 @@ def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: 
         done = results is not None and is_kept(results / "runs", run, seed)
         if not done and not finished(path):
             ready = all(finished(directory(workdir, *other)) for other in before(run, seed, runs))
-            left.append(Unfinished(f"{run.name}-seed{seed}", path, command(run, seed, workdir, runs, extra), ready))
+            flags = flags_of(run, seed, workdir, runs, extra)
+            left.append(Unfinished(f"{run.name}-seed{seed}", path, run.config, flags, ready))
     return left
 
 
