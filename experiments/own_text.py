@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(
             f"{folder} has no {own_text.MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
         )
-    manifest = own_text.load(folder)
+    manifest = own_text.load_manifest(folder)
     if manifest["rows"] is None:
         raise ValueError(
             f"the preparation of {folder} was cut: run the same `flowlm prepare` again, it goes on where it was"

@@ -40,7 +40,7 @@ def load(directory: str | os.PathLike, **objective: Any) -> "Model":
     """
     from flowlm.runs import model
 
-    return model.load(directory, **objective)
+    return model.load_model(directory, **objective)
 
 
 def experiment(path: str, **changes: Any) -> "ConfigDict":
@@ -57,10 +57,10 @@ def experiment(path: str, **changes: Any) -> "ConfigDict":
       ValueError: there is no such experiment, it has no such setting (the nearest is named), or a value is out of its range.
     """
     from flowlm.cli.command import configured
-    from flowlm.config import check
+    from flowlm.config import check_settings
 
     config = configured(path, changes)
-    check(config)
+    check_settings(config)
     return config
 
 

@@ -178,7 +178,7 @@ def ranges(family: str) -> dict[str, Setting]:
     return {name: each for name, each in declared(family).items() if each.range}
 
 
-def check(config: ConfigDict, trained: bool = False) -> None:
+def check_settings(config: ConfigDict, trained: bool = False) -> None:
     """Raises ValueError for the first setting that is out of its range; says what it may be and how to mend it.
 
     Args:

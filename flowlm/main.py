@@ -52,7 +52,7 @@ def _read(argv: Sequence[str]) -> Call:
     return Call(command, parse(command, others, COMMANDS))
 
 
-def read(argv: Sequence[str]) -> Call:
+def read_call(argv: Sequence[str]) -> Call:
     """The command that a line names, first word the program's. Ends the process where help is asked for or the line is wrong."""
     try:
         return _read(argv)
@@ -98,7 +98,7 @@ def run() -> None:
     terminal.replace_what_cannot_be_printed()
     open_files.raise_limit()
     platforms.leave_out_absent_tpu()
-    app.run(carry_out, flags_parser=read)
+    app.run(carry_out, flags_parser=read_call)
 
 
 if __name__ == "__main__":

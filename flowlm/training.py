@@ -167,9 +167,9 @@ def _prepare(config: ConfigDict, workdir: str):
     origin = load_origin(config, tokenizer, experiment, layout) if config.init_from else None
     if has_params(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
-    run_directory.check(workdir, config, tokenizer)  # before data are prepared, which may take hours
+    run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
-    run_directory.prepare(workdir, config, dataset.tokenizer)
+    run_directory.prepare_workdir(workdir, config, dataset.tokenizer)
     evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
     return experiment, layout, dataset, evaluator, teacher, origin
 

@@ -31,7 +31,7 @@ BACKENDS = ("local", "slurm", "tpu_vm")
 ACTIONS = ("start", "status", "logs", "stop")
 
 
-def load(name: str) -> Backend:
+def load_backend(name: str) -> Backend:
     """A backend's module. Raises ImportError naming the extra where its client is not installed."""
     return importlib.import_module(f"launch.{name}")
 
@@ -88,7 +88,7 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
     environment = dict(pair.split("=", 1) for pair in asked.environment)
     if asked.sweep is None:
         return [training_job(asked.config, extra, asked.workdir, resources, environment)]
-    left = study.unfinished(study.load(asked.sweep), storage.path(asked.workdir), extra)
+    left = study.unfinished(study.load_study(asked.sweep), storage.path(asked.workdir), extra)
     ready = [run for run in left if run.ready]
     if not ready:
         raise ValueError(
@@ -102,7 +102,7 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
     return [Job(job_name(run.name), run.config, run.flags, str(run.directory), resources, environment) for run in ready]
 
 
-def check(command_line: list[Job], ours: Sequence[str]) -> None:
+def check_jobs(command_line: list[Job], ours: Sequence[str]) -> None:
     """Raises ValueError for what is wrong with the jobs wherever they run, before any of them is sent.
 
     Args:
@@ -121,7 +121,7 @@ def start(argv: list[str]) -> None:
     name = _parsed(_parser(), argv)[0].backend
     if name is None:
         raise ValueError(f"give --backend=NAME, one of {', '.join(BACKENDS)}, with --config and --workdir")
-    backend = load(name)
+    backend = load_backend(name)
     asked, extra = _parsed(_parser(backend), argv)
     if (asked.config is None) == (asked.sweep is None) or asked.workdir is None:
         raise ValueError(
@@ -133,7 +133,7 @@ def start(argv: list[str]) -> None:
         storage.check_writable(asked.workdir)
     resources = {field.name: getattr(asked, field.name) for field in dataclasses.fields(backend.Resources)}
     wanted = jobs(asked, extra, backend.Resources(**resources))
-    check(wanted, [*vars(asked)])
+    check_jobs(wanted, [*vars(asked)])
     if asked.dry_run:
         print(backend.describe(wanted))
         return
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         asked, extra = _parsed(_parser(), argv)
         if {"-h", "--help"} & set(extra):
-            _parser(load(asked.backend) if asked.backend else None).print_help()
+            _parser(load_backend(asked.backend) if asked.backend else None).print_help()
             return
         if asked.action == "start":
             start(argv)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{asked.action} needs --workdir=DIR, that of a job that was started")
         found = recall(asked.workdir)
         for workdir, name, handle in found:
-            answer = getattr(load(name), asked.action)(handle) or load(name).status(handle)
+            answer = getattr(load_backend(name), asked.action)(handle) or load_backend(name).status(handle)
             print(answer if len(found) == 1 else f"{workdir}: {answer}")
     except KeyboardInterrupt:
         sys.exit(130)

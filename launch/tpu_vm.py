@@ -177,7 +177,7 @@ def _upload(job: Job) -> None:
     with tempfile.TemporaryDirectory() as here:
         _git("bundle", "create", f"{here}/flowlm.bundle", "HEAD")
         storage.copy(storage.path(f"{here}/flowlm.bundle"), folder / "flowlm.bundle")
-    storage.write(folder / "startup.sh", script(job))
+    storage.write_text(folder / "startup.sh", script(job))
 
 
 # ---- Sending, and seeing to the end.

@@ -19,7 +19,7 @@ def next_turn(workdir: str) -> None:
     """Asks every worker to run the command anew; how the turns before ended counts no more."""
     folder = storage.path(workdir) / "launch"
     folder.mkdir(parents=True, exist_ok=True)
-    storage.write(folder / "turn", f"{turn(workdir) + 1}\n")
+    storage.write_text(folder / "turn", f"{turn(workdir) + 1}\n")
 
 
 def exits(workdir: str) -> dict[str, str]:

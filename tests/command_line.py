@@ -30,7 +30,7 @@ def flowlm(*arguments) -> Ended:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            main.carry_out(main.read(["flowlm", *map(str, arguments)]))
+            main.carry_out(main.read_call(["flowlm", *map(str, arguments)]))
         except SystemExit as exit:
             status = exit.code if isinstance(exit.code, int) else 1  # as Python does with a message
             if isinstance(exit.code, str):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from toy import FIELDS, drawn, network
 
-from flowlm.config import check, declared, defaults
+from flowlm.config import check_settings, declared, defaults
 from flowlm.engine.build import build
 from flowlm.engine.state import Auxiliary, Teacher, init_state, make_step
 from flowlm.maths import vocab
@@ -50,7 +50,7 @@ def test_a_family_is_a_class_and_a_line(monkeypatch):
     assert declared("unigram")["objective.smoothing"].doc == "share of the uniform law in what is learnt"
     config.objective.smoothing = 1.0
     with pytest.raises(ValueError, match=r"objective.smoothing must be in \[0, 1\), got 1.0"):
-        check(config)
+        check_settings(config)
     config.objective.update(smoothing=0.5, kind="softly")
     with pytest.raises(ValueError, match=r"unknown objective.kind 'softly': choose one of \['hard', 'soft'\]"):
         build(config, 12)

@@ -337,7 +337,7 @@ import contextlib, sys
 from flowlm import main
 for line in sys.argv[1:]:
     with contextlib.suppress(SystemExit):
-        main.read(["flowlm", *line.split()])
+        main.read_call(["flowlm", *line.split()])
 assert "jax" not in sys.modules
 """
     lines = ["--help", "--version", "sample --help", "bench --help", "trian", "sample --stepz=1", "inspect"]
@@ -350,7 +350,7 @@ assert "jax" not in sys.modules
 def test_a_directory_of_another_experiment(nothing_expensive, tmp_path):
     """Names what differs; settings that may change do not count."""
     held = run_config("", **{"optimizer.learning_rate": 0.5, "seed": 3, "log_every": 7})
-    run_directory.prepare(tmp_path, held, shipped("grammar98"))
+    run_directory.prepare_workdir(tmp_path, held, shipped("grammar98"))
     before = (tmp_path / "config.json").read_text()
     (tmp_path / "experiment.py").write_text("from toy import run_config\ndef get_config(): return run_config('')\n")
     message = error_of("train", f"--config={tmp_path}/experiment.py", f"--workdir={tmp_path}")
@@ -359,7 +359,7 @@ def test_a_directory_of_another_experiment(nothing_expensive, tmp_path):
 
 
 def test_a_run_without_checkpoints(data_dir, tmp_path):
-    run_directory.prepare(tmp_path, run_config(data_dir), shipped("grammar98"))
+    run_directory.prepare_workdir(tmp_path, run_config(data_dir), shipped("grammar98"))
     assert "no checkpoints under" in error_of("sample", f"--checkpoint={tmp_path}")
     (tmp_path / "checkpoints").mkdir()
     assert "no complete checkpoint yet" in error_of("sample", f"--checkpoint={tmp_path}")

@@ -15,7 +15,7 @@ import pytest
 from toy import run_config, train_only
 
 from flowlm.data import corpora, open_dataset, packing
-from flowlm.data.prepare import prepare
+from flowlm.data.prepare import prepare_text
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.evaluation import results
 from flowlm.runs.checkpoint import Checkpoints
@@ -72,7 +72,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(tmp_path, data_dir, capsys):
     capsys.readouterr()
     results.compare([there])
     assert "flow euler@1\n" in capsys.readouterr().out
-    report.write([f"{BUCKET}/runs"], f"{BUCKET}/report")
+    report.write_report([f"{BUCKET}/runs"], f"{BUCKET}/report")
     assert names_in(f"{BUCKET}/report") == ["index.html", "runs.csv", "runs.md"]
     rows = list(csv.DictReader((storage.path(BUCKET) / "report/runs.csv").read_text().splitlines()))
     assert {"euler", "held_out"} <= {row["sampler"] for row in rows} and rows[0]["run"] == "flow"
@@ -133,8 +133,8 @@ def test_every_metric_is_there_at_once():
 def test_a_long_run_does_not_write_its_metrics_again_with_every_line(monkeypatch):
     """Of 1,000 equal lines a part of 100 is written 1 + 2 + ... + 100 lines long: 50,500 lines in all, not 500,500."""
     written = []
-    write = storage.write
-    monkeypatch.setattr(storage, "write", lambda place, text: written.append(len(text)) or write(place, text))
+    write = storage.write_text
+    monkeypatch.setattr(storage, "write_text", lambda place, text: written.append(len(text)) or write(place, text))
     there = f"{BUCKET}/long"
     writer = MetricWriter(there)
     for step in range(1001, 2001):
@@ -211,7 +211,7 @@ def test_sources_in_a_bucket(tmp_path):
 
     assert read(f"{BUCKET}/texts") == read(tmp_path) == text
     with pytest.raises(FileNotFoundError, match=f"{BUCKET}/texts/sources/openwebtext is missing"):
-        corpora.check("openwebtext", f"{BUCKET}/texts")
+        corpora.check_corpus("openwebtext", f"{BUCKET}/texts")
 
 
 def lines(num_bytes, seed):
@@ -278,7 +278,7 @@ def test_own_text_that_was_copied_to_a_bucket(tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     for i in range(9):
         (tmp_path / f"texts/{i}.txt").write_text(f"The report of year {i} was laid before both houses. " * 20)
-    prepare("textfiles", str(tmp_path / "texts"), "sotu_bpe_512", 16, str(tmp_path / "own"), "")
+    prepare_text("textfiles", str(tmp_path / "texts"), "sotu_bpe_512", 16, str(tmp_path / "own"), "")
     there = storage.path(f"{BUCKET}/own")
     storage.copy(storage.path(tmp_path / "own"), there)
     shutil.rmtree(tmp_path / "texts")

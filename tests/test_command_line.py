@@ -72,7 +72,7 @@ def test_a_flag_has_one_meaning_in_all_commands_that_share_its_name():
 
 
 def read(*line):
-    return main.read(["flowlm", *line]).values
+    return main.read_call(["flowlm", *line]).values
 
 
 def test_words_stand_for_the_flag_that_says_where():
@@ -188,7 +188,7 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
 
     monkeypatch.setattr("flowlm.evaluation.evaluator.Evaluator", Judge)
     shipped = ROOT / "checkpoints/grammar_fmlm"
-    run = Trained(*run_directory.load(shipped), SimpleNamespace(), None, 0)
+    run = Trained(*run_directory.load_workdir(shipped), SimpleNamespace(), None, 0)
     monkeypatch.setattr("flowlm.runs.trained.load_trained", lambda *arguments: run)
     monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
     (tmp_path / "link").symlink_to(shipped)

@@ -90,7 +90,7 @@ def test_openwebtext_of_more_documents_than_wait(tmp_path, monkeypatch):
     directory = tmp_path / "sources" / "openwebtext"
     directory.mkdir(parents=True)
     (directory / "0.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(60)))
-    found = [*corpora.read("openwebtext", tmp_path)]
+    found = [*corpora.read_corpus("openwebtext", tmp_path)]
     assert [(number, text) for _, number, text in found] == [(str(i), f"document {i}") for i in range(60)]
     assert [split for split, _, _ in found] == ["train"] * 55 + ["validation"] * 3 + ["test"] * 2
 
@@ -111,4 +111,4 @@ def test_a_damaged_source_is_named(tmp_path, corpus, name, line):
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     (directory / name).write_bytes(line)
     with pytest.raises(ValueError, match=f"{name}(, line 1)? is (damaged|not a JSON object)"):
-        [*corpora.read(corpus, tmp_path)]
+        [*corpora.read_corpus(corpus, tmp_path)]

@@ -244,7 +244,7 @@ def test_a_teacher_with_another_tokenizer(data_dir, teacher, tmp_path):
     shutil.copytree(teacher, other)
     (other / "tokenizer.json").unlink()
     shipped("sotu_letters_112").save(other / "tokenizer.json")
-    config, _ = run_directory.load(other)
+    config, _ = run_directory.load_workdir(other)
     config.model.vocab_size = shipped("sotu_letters_112").vocab_size
     (other / "config.json").write_text(config.to_json())
     with pytest.raises(ValueError):  # its checkpoint is not of that size either; whichever is found first

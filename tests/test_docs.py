@@ -38,9 +38,9 @@ def _check_flowlm(words: list[str], whole: bool) -> None:
         return
     words = [pages.OWN_TEXT.sub("experiments/grammar.py", word) for word in words]
     for asked in (word.removeprefix("--study=") for word in words if word.startswith("--study=")):
-        study.load(asked)
+        study.load_study(asked)
     try:
-        main.read(words)
+        main.read_call(words)
     except SystemExit as error:
         told = str(error.code or "")
         if told and (whole or not re.search("Missing value| needs ", told)):
@@ -52,11 +52,11 @@ def _check_launch(words: list[str]) -> None:
     for each in action.split("|"):
         assert each in run.ACTIONS
     backend = next((word.partition("=")[2] for word in others if word.startswith("--backend=")), None)
-    parser = run._parser(run.load(backend) if backend in run.BACKENDS else None)
+    parser = run._parser(run.load_backend(backend) if backend in run.BACKENDS else None)
     others = [word for word in others if word not in ("--help", "--backend=...")]
     asked, extra = run._parsed(parser, run.joined(others))
     if asked.sweep:
-        study.load(asked.sweep.replace("NAME", "target"))
+        study.load_study(asked.sweep.replace("NAME", "target"))
     if asked.config:
         parse(TRAIN, [f"--config={asked.config}", "--workdir=DIR", *extra], COMMANDS)
 
@@ -75,7 +75,7 @@ def _check_bash(words: list[str]) -> None:
     if script == "launch/setup.sh":
         _check_pip([f".[{arguments[0]}]"] if arguments else [])
     if script == "launch/study.sh" and arguments:
-        study.load(f"experiments/study.py:{arguments[0]}")
+        study.load_study(f"experiments/study.py:{arguments[0]}")
     if script == "launch/quickstart.sh":
         settings = [word for word in arguments if word.startswith("--")]
         parse(TRAIN, ["--config=experiments/quickstart.py", "--workdir=DIR", *settings], COMMANDS)

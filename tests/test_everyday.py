@@ -22,7 +22,7 @@ from flowlm.judges.statistics import Statistics
 
 @pytest.fixture(scope="module")
 def sentences():
-    return [(split, text) for split, _, text in corpora.read("everyday", "")]
+    return [(split, text) for split, _, text in corpora.read_corpus("everyday", "")]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_damaged_corpus_is_named(tmp_path, monkeypatch):
     (tmp_path / "s.xz").write_bytes(b"x" + corpora.EVERYDAY.read_bytes()[1:])
     monkeypatch.setattr(corpora, "EVERYDAY", tmp_path / "s.xz")
     with pytest.raises(ValueError, match="damaged .*install flowlm again"):
-        next(corpora.read("everyday", ""))
+        next(corpora.read_corpus("everyday", ""))
 
 
 def test_the_file_beside_it_says_whose_it_is():

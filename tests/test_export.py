@@ -24,7 +24,7 @@ from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.exchange import inspection
 from flowlm.exchange.export import export
 from flowlm.exchange.importing import import_run
-from flowlm.exchange.inspection import inspect, show
+from flowlm.exchange.inspection import inspect, print_inspected
 from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import Checkpoints, save_params
 from flowlm.runs.integrity import checksum
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
         config = run_config("~/.cache/flowlm", family, **SMALL, **changes)
         tokenizer = shipped(config.data.tokenizer)
         params = drawn(build(config, tokenizer.vocab_size).net)
-        run_directory.prepare(folder / family, config, tokenizer)
+        run_directory.prepare_workdir(folder / family, config, tokenizer)
         save_params(folder / family, params, 5, jnp.float32)
         made[family] = folder / family
     return made
@@ -196,7 +196,7 @@ def test_every_form_has_the_same_checksum(runs, mesh, tmp_path, capsys):
     for path, kind in paths.items():
         found = inspect(path, mesh)
         assert found.kind == kind and found.step == 5 and checksum(found.params) == digest
-    show(found)
+    print_inspected(found)
     printed = capsys.readouterr().out
     assert (
         digest in printed and "blocks/mlp_in/kernel" in printed and "(1, 16, 64)" in printed and "grammar98" in printed

@@ -108,7 +108,7 @@ def test_smollm2_in_jax_is_that_of_transformers():
     source = {"pretrained_model_name_or_path": str(PREPARED.parent), "gguf_file": PREPARED.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     text = "In 1912, the little girl who lived near the forest didn't go out: it was 3 degrees, and the café was shut."
-    encode, params, config = smollm2.read(PREPARED)
+    encode, params, config = smollm2.read_weights(PREPARED)
     (ids,) = encode([text])
     assert ids == AutoTokenizer.from_pretrained(**source)(text, add_special_tokens=False)["input_ids"]
     ids = np.array([[smollm2.END, *ids]])

@@ -76,7 +76,7 @@ def test_fixtures_compute_what_the_reference_did(name, tmp_path):
 def test_mdlm_equals_the_reference_in_every_logit():
     """The mask's too, in the network that the arrays are of."""
     source = importing.read_ckpt(FIXTURES / "mdlm.ckpt", "ema")
-    config = importing.load(FIXTURES / "flm.ckpt").config  # the same sizes, no mask
+    config = importing.load_imported(FIXTURES / "flm.ckpt").config  # the same sizes, no mask
     net, io = build(config, 61).net, load_file(FIXTURES / "mdlm.io.safetensors")
     params = from_reference(source.arrays, net, "mdlm.ckpt")
     hidden = net.apply(params, net.embed(params, jnp.asarray(io["x"])), jnp.asarray(io["tau_s"]))
@@ -87,7 +87,7 @@ def test_mdlm_equals_the_reference_in_every_logit():
 
 def test_settings_of_omegaconf_are_read_without_it(tmp_path):
     """hyper_parameters as Lightning keeps them, names as torch.compile leaves them; see the fixtures' README."""
-    run = importing.load(FIXTURES / "omegaconf.ckpt")
+    run = importing.load_imported(FIXTURES / "omegaconf.ckpt")
     assert (run.config.data.length, run.config.model.width, run.config.model.blocks, run.step) == (6, 16, 1, 70)
 
 
@@ -107,7 +107,7 @@ def test_a_network_that_is_shown_another_time_is_refused(name, change, tmp_path)
 
 def test_settings_that_do_not_say_are_read(tmp_path):
     path = changed(tmp_path, "mdlm", lambda held: held["hyper_parameters"]["config"]["algo"].pop("time_conditioning"))
-    assert importing.load(path).config.objective.family == "masked"
+    assert importing.load_imported(path).config.objective.family == "masked"
 
 
 def same_params(ours, theirs):
@@ -126,8 +126,8 @@ def test_names_of_wrapped_networks(prefix, tmp_path):
         held["state_dict"] = {prefix + name: a for name, a in held["state_dict"].items()}
 
     for weights in ("ema", "live"):
-        whole = importing.load(FIXTURES / "flm.ckpt", weights).params
-        assert same_params(importing.load(changed(tmp_path, "flm", wrap), weights).params, whole)
+        whole = importing.load_imported(FIXTURES / "flm.ckpt", weights).params
+        assert same_params(importing.load_imported(changed(tmp_path, "flm", wrap), weights).params, whole)
 
 
 def test_one_array_under_two_names_is_refused(tmp_path):
@@ -137,7 +137,7 @@ def test_one_array_under_two_names_is_refused(tmp_path):
         return held["state_dict"].update({f"module.{name}": held["state_dict"][f"backbone.{name}"]})
 
     with pytest.raises(ValueError, match=f"has {name} twice, under different prefixes"):
-        importing.load(changed(tmp_path, "flm", twice), "live")
+        importing.load_imported(changed(tmp_path, "flm", twice), "live")
 
 
 ROTARY = "backbone.rotary_emb.inv_freq"
@@ -148,24 +148,24 @@ def test_a_rounded_rotary_table_is_the_same_table(dtype, tmp_path):
     def rounded(held, factor=1.0):
         held["state_dict"][ROTARY] = (held["state_dict"][ROTARY] * factor).to(getattr(torch, dtype))
 
-    whole = importing.load(FIXTURES / "flm.ckpt").params
-    assert same_params(importing.load(changed(tmp_path, "flm", rounded)).params, whole)
+    whole = importing.load_imported(FIXTURES / "flm.ckpt").params
+    assert same_params(importing.load_imported(changed(tmp_path, "flm", rounded)).params, whole)
     with pytest.raises(ValueError, match="other rotary frequencies"):
-        importing.load(changed(tmp_path, "flm", lambda held: rounded(held, 1.02)))
+        importing.load_imported(changed(tmp_path, "flm", lambda held: rounded(held, 1.02)))
 
 
 def test_a_rounded_rotary_table_in_safetensors(tmp_path):
     export(FIXTURES.parent / "run", tmp_path / "st", Layout(make_mesh(data=1)), format="safetensors")
     (tmp_path / "st/manifest.json").unlink()
     file = tmp_path / "st/model.safetensors"
-    whole = importing.load(file).params
+    whole = importing.load_imported(file).params
     for factor in (1.0, 1.02):
         table = jnp.asarray(factor * 1e4 ** (-np.arange(4) / 4), jnp.bfloat16)
         save_file(load_file(file) | {"module.rotary_emb.inv_freq": np.asarray(table)}, file)
         if factor == 1.0:
-            assert same_params(importing.load(file).params, whole)
+            assert same_params(importing.load_imported(file).params, whole)
     with pytest.raises(ValueError, match="other rotary frequencies"):
-        importing.load(file)
+        importing.load_imported(file)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -183,7 +183,7 @@ def test_a_diverged_checkpoint_is_refused(value, tmp_path):
         with pytest.raises(ValueError, match=rf"numbers that are not finite in {count} of its \d\d arrays"):
             importing.import_run(changed(tmp_path, "flm", change), tmp_path / "run", "ema", None)
     assert not (tmp_path / "run").exists()
-    assert importing.load(tmp_path / "flm.ckpt", "live").step == 1234
+    assert importing.load_imported(tmp_path / "flm.ckpt", "live").step == 1234
 
 
 def write(path, config, params, prefix="backbone.", live=0.0):
@@ -222,7 +222,7 @@ def test_an_imported_run_teaches(reference_run, tmp_path, data_dir):
     run = load_trained(tmp_path / "run", Layout(make_mesh(data=1)))
     assert run.config.data == config.data and run.tokenizer.start == 98
     np.testing.assert_array_equal(run.params["blocks"]["qkv"]["kernel"], params["blocks"]["qkv"]["kernel"])
-    live = importing.load(tmp_path / "it.ckpt", "live", config).params
+    live = importing.load_imported(tmp_path / "it.ckpt", "live", config).params
     np.testing.assert_array_equal(live["blocks"]["qkv"]["kernel"], params["blocks"]["qkv"]["kernel"] + np.float32(1))
     student = run_config(data_dir, "flow_map", teacher=str(tmp_path / "run"))
     student.model.update(input="raw", gate_init=0.0, width=16)
@@ -236,7 +236,7 @@ def test_an_imported_run_teaches(reference_run, tmp_path, data_dir):
 
 def test_a_mask_among_the_tokens_moves_behind_them(tmp_path):
     """BERT's [MASK] is token 103: here it is one more, with the same embedding, and 103 is never written."""
-    config = importing.load(changed(tmp_path, "mdlm", timed(False))).config
+    config = importing.load_imported(changed(tmp_path, "mdlm", timed(False))).config
     arrays = importing.read_ckpt(FIXTURES / "mdlm.ckpt", "ema").arrays
     moved = importing._mask_behind(arrays, 5)
     config.model.vocab_size = 61
@@ -345,5 +345,5 @@ def test_a_foreign_class_is_a_record_and_not_imported(tmp_path, monkeypatch):
     (tmp_path / "omegaconf").mkdir()
     (tmp_path / "omegaconf" / "__init__.py").write_text(f"open({str(ran)!r}, 'w')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert importing.load(FIXTURES / "omegaconf.ckpt").step == 70
+    assert importing.load_imported(FIXTURES / "omegaconf.ckpt").step == 70
     assert not ran.exists()

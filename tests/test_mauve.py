@@ -100,7 +100,7 @@ def tiny(monkeypatch):
     def encode(texts):
         return [[ord(letter) % VOCAB for letter in text] for text in texts]
 
-    monkeypatch.setattr(smollm2, "read", lambda path: (encode, params, CONFIG))
+    monkeypatch.setattr(smollm2, "read_weights", lambda path: (encode, params, CONFIG))
     return params, CONFIG
 
 

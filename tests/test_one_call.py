@@ -64,7 +64,7 @@ def test_an_experiment_is_what_the_command_makes_of_its_flags(monkeypatch):
     changes |= {"seed": 3, "objective.temperature": 0.5, "evaluation.language_models": ("smollm2",), "steps": 10**4}
     words = {"evaluation.steps": "1,3", "evaluation.language_models": "smollm2", "tensorboard": "true"}
     line = [f"--config.{key}={words.get(key, value)}" for key, value in changes.items()]
-    wanted = main.read(["flowlm", "train", f"--config={EXPERIMENT}", *line, "--workdir=x"]).values.config
+    wanted = main.read_call(["flowlm", "train", f"--config={EXPERIMENT}", *line, "--workdir=x"]).values.config
     made = flowlm.experiment(EXPERIMENT, **changes)
     assert made.to_json() == wanted.to_json() and made.is_locked
     flat = config.flat(made.to_dict())
@@ -158,7 +158,7 @@ def test_texts_go_to_a_file(run, model, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "load", None)
+    monkeypatch.setattr(run_directory, "load_workdir", None)
 
     def refused(out):
         return error_of("sample", run, f"--out={out}")

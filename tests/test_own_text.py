@@ -30,7 +30,7 @@ from flowlm.data import (
     windows,
 )
 from flowlm.data import prepare as prepare_module
-from flowlm.data.prepare import prepare
+from flowlm.data.prepare import prepare_text
 from flowlm.data.tokenizers import Tokenizer, shipped
 from flowlm.runs.checkpoint import Checkpoints
 from flowlm.runs.metrics import read_metrics
@@ -70,8 +70,8 @@ def shards(out):
 def test_prepared_from_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(builders, "SHARD_ROWS", 50)
     out = tmp_path / "out"
-    manifest = prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(out), "")
-    assert manifest == own_text.load(out)
+    manifest = prepare_text("textfiles", str(folder), "sotu_bpe_512", 16, str(out), "")
+    assert manifest == own_text.load_manifest(out)
     truth = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.txt")}
     assert {source["file"]: source["sha256"] for source in manifest["sources"]} == truth
     assert manifest["distinct_documents"] == 60 and sum(manifest["documents"].values()) == 62
@@ -104,7 +104,7 @@ def test_lines_and_files_split_alike(folder, tmp_path):
     (tmp_path / "one.jsonl").write_text("\n".join(lines) + "\n")
     sides = []
     for kind, path in (("textfiles", folder), ("jsonl", tmp_path / "one.jsonl")):
-        prepare(kind, str(path), "sotu_bpe_512", 8, str(tmp_path / kind), "")
+        prepare_text(kind, str(path), "sotu_bpe_512", 8, str(tmp_path / kind), "")
         sides.append({split: sorted(side) for split, side in by_split(tmp_path / kind).items()})
     assert sides[0] == sides[1]
 
@@ -129,7 +129,7 @@ def test_copies_that_differ_in_no_word_are_on_one_side(tmp_path):
             lines.append(json.dumps({"text": form.decode()}))
     (tmp_path / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     for kind, path in (("textfiles", tmp_path / "files"), ("jsonl", tmp_path / "lines.jsonl")):
-        manifest = prepare(kind, str(path), "sotu_bpe_512", 8, str(tmp_path / kind), "")
+        manifest = prepare_text(kind, str(path), "sotu_bpe_512", 8, str(tmp_path / kind), "")
         assert manifest["distinct_documents"] == 40 and sum(manifest["documents"].values()) == 240
         numbers = [{text.split()[2] for text in side} for side in by_split(tmp_path / kind).values()]
         assert [len(side) for side in numbers] == [36, 2, 2] and len(set().union(*numbers)) == 40
@@ -158,7 +158,7 @@ def test_every_file_is_taken_or_counted_and_named(tmp_path, monkeypatch):
     printed = flowlm(*line, f"--out={tmp_path / 'out'}").out
     assert sorted(text for side in by_split(tmp_path / "out").values() for text in side) == sorted(written)
     assert "left out: 2 other files, such as gone, notes.md" in printed
-    assert own_text.load(tmp_path / "out")["left_out"]["files"] == 2
+    assert own_text.load_manifest(tmp_path / "out")["left_out"]["files"] == 2
 
 
 def test_lines_under_another_key_packed_and_blank(tmp_path):
@@ -168,11 +168,11 @@ def test_lines_under_another_key_packed_and_blank(tmp_path):
     (tmp_path / "texts/a.jsonl").write_text("\n\n".join(lines[:6]) + "\n  \n")
     (tmp_path / "texts/b.JSONL.gz").write_bytes(gzip.compress("\r\n".join(lines[6:]).encode()))
     arguments = "jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), ""
-    manifest = prepare(*arguments, "content")
+    manifest = prepare_text(*arguments, "content")
     assert sorted(text for side in by_split(tmp_path / "out").values() for text in side) == sorted(written)
-    assert prepare(*arguments, "content") == manifest and manifest["left_out"]["files"] == 0
+    assert prepare_text(*arguments, "content") == manifest and manifest["left_out"]["files"] == 0
     with pytest.raises(ValueError, match=r'a.jsonl, line 1 .* under "text": its keys are \[.content., .id.\]'):
-        prepare(*arguments)
+        prepare_text(*arguments)
 
 
 def test_what_a_tokenizer_cannot_spell_is_reported(tmp_path, caplog):
@@ -192,12 +192,14 @@ def test_what_a_tokenizer_cannot_spell_is_reported(tmp_path, caplog):
         model.save(str(tmp_path / f"{name}.json"))
         arguments = "textfiles", str(tmp_path / "texts"), str(tmp_path / f"{name}.json"), 3, str(tmp_path / name), ""
         caplog.clear()
-        manifest = prepare(*arguments, allow_lossy=True)
+        manifest = prepare_text(*arguments, allow_lossy=True)
         assert lines[name] in caplog.text
         assert manifest["unspelled"]["such_as"] == ["\u00e9"]
         assert manifest["unspelled"]["count"] == {split: manifest["documents"][split] for split in corpora.SPLITS}
-        assert prepare(*arguments) == manifest
-    whole = prepare("textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "", allow_lossy=True)
+        assert prepare_text(*arguments) == manifest
+    whole = prepare_text(
+        "textfiles", str(tmp_path / "texts"), "chars", 3, str(tmp_path / "chars"), "", allow_lossy=True
+    )
     assert whole["unspelled"] == {}
 
 
@@ -218,7 +220,7 @@ def test_one_long_document_is_not_tokenised_at_once(tmp_path, monkeypatch):
         return spies[-1], unknown
 
     monkeypatch.setattr(tokenizer_files, "noticing", noticing)
-    prepare("jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 16, str(tmp_path / "out"), "")
+    prepare_text("jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 16, str(tmp_path / "out"), "")
     assert len(long) > 300_000 and 0 < max(spy.most for spy in spies) < 15_000
     tokenizer = shipped("sotu_bpe_512")
     (side,) = [split for split, side in by_split(tmp_path / "out").items() if long in side]
@@ -233,12 +235,12 @@ def test_one_long_document_is_not_tokenised_at_once(tmp_path, monkeypatch):
 def test_a_folder_of_an_older_version_is_left_as_it_is(folder, tmp_path):
     """Its manifest says less and its sides were chosen by the bytes of the text."""
     arguments = "textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "out"), ""
-    manifest = prepare(*arguments)
+    manifest = prepare_text(*arguments)
     old = {name: manifest[name] for name in manifest if name not in ("text_key", "left_out", "unspelled")}
     old["cuts"] = [cut - 1 for cut in old["cuts"]]
     (tmp_path / "out/manifest.json").write_text(json.dumps(old))
     before = shards(tmp_path / "out")
-    again = prepare(*arguments)
+    again = prepare_text(*arguments)
     assert again | old == again and shards(tmp_path / "out") == before
 
 
@@ -247,7 +249,7 @@ def test_a_folder_of_an_older_version_is_left_as_it_is(folder, tmp_path):
 KILLED = """
 import os, signal, sys
 from flowlm.data import packing
-from flowlm.data.prepare import prepare
+from flowlm.data.prepare import prepare_text
 packing._BATCH_CHARACTERS = 1000
 genuine, calls = packing.Tokenizer.encode_counted, []
 def dies(*arguments):
@@ -256,7 +258,7 @@ def dies(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return genuine(*arguments)
 packing.Tokenizer.encode_counted = dies
-prepare("textfiles", sys.argv[1], "sotu_bpe_512", 16, sys.argv[2], "")
+prepare_text("textfiles", sys.argv[1], "sotu_bpe_512", 16, sys.argv[2], "")
 """
 
 
@@ -264,22 +266,22 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
     """The same bytes as without the kill, and what was tokenised before it is not tokenised again."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed")], timeout=300)
     assert done.returncode == -signal.SIGKILL
-    assert own_text.load(tmp_path / "killed")["rows"] is None
+    assert own_text.load_manifest(tmp_path / "killed")["rows"] is None
     message = error_of("train", f"--config=experiments/own_text.py:{tmp_path / 'killed'}", "--workdir=x")
     assert "was cut: run the same `flowlm prepare` again" in message
 
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 1000)
     genuine, calls = Tokenizer.encode_counted, []
     monkeypatch.setattr(Tokenizer, "encode_counted", lambda *arguments: calls.append(0) or genuine(*arguments))
-    manifest = prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "")
+    manifest = prepare_text("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "")
     whole = len(calls)
     assert whole > 8
-    assert prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "killed"), "") == manifest
+    assert prepare_text("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "killed"), "") == manifest
     assert len(calls) == whole + whole - 7
     assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
     assert not list((tmp_path / "killed/tokens").iterdir())
     # What is whole is left as it is.
-    assert prepare("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "") == manifest
+    assert prepare_text("textfiles", str(folder), "sotu_bpe_512", 16, str(tmp_path / "whole"), "") == manifest
     assert len(calls) == whole + whole - 7
 
 
@@ -296,7 +298,7 @@ def test_told_to_stop_it_leaves_nothing_half_made_and_goes_on_to_the_same_bytes(
     encoded, encode = [], Tokenizer.encode_counted
     monkeypatch.setattr(Tokenizer, "encode_counted", lambda *given: encoded.append(0) or encode(*given))
     arguments = "textfiles", str(folder), "bpe:300", 16
-    whole = prepare(*arguments, str(tmp_path / "whole"), "")
+    whole = prepare_text(*arguments, str(tmp_path / "whole"), "")
     once = len(encoded)  # the first time to measure what is lost, then a batch each
     assert once > 5
     places = {  # what stops, at which call
@@ -318,10 +320,10 @@ def test_told_to_stop_it_leaves_nothing_half_made_and_goes_on_to_the_same_bytes(
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             patch.setattr(module, name, stops)
             patch.setitem(train_tokenizers.RECIPES, "bpe", (train_tokenizers.byte_level_bpe, 257))
-            prepare(*arguments, str(out), "")
+            prepare_text(*arguments, str(out), "")
         assert not list(out.rglob("*incomplete*")) and not list(out.rglob("*.tmp")), place
-        assert (place == "tokenizer" and not out.exists()) or own_text.load(out)["rows"] is None
-        assert prepare(*arguments, str(out), "") == whole
+        assert (place == "tokenizer" and not out.exists()) or own_text.load_manifest(out)["rows"] is None
+        assert prepare_text(*arguments, str(out), "") == whole
         assert tree(out) == tree(tmp_path / "whole") and len(encoded) == once, place  # nothing twice
 
 
@@ -433,7 +435,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines))
     assert "shorter than one row of 4000 ids" in bad(tmp_path, length=4000)
     assert not (tmp_path / "out").exists()  # so another length can be asked for at once
-    prepare("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
+    prepare_text("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
     assert "was prepared from something else (length differ)" in bad(tmp_path, length=9)
     assert "was prepared from something else (tokenizer_sha256 differ)" in bad(tmp_path, tokenizer="bpe:300")
     config = "--config=experiments/own_text.py"

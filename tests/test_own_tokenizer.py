@@ -10,7 +10,7 @@ import pytest
 from test_own_text import by_split, texts
 
 from flowlm.data import own_text, round_trip, train_tokenizers, windows
-from flowlm.data.prepare import prepare
+from flowlm.data.prepare import prepare_text
 from flowlm.data.tokenizers import Tokenizer, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def lines(tmp_path):
 
 def test_bpe_of_own_text_gives_back_every_document_and_has_seen_the_train_split_alone(lines, tmp_path):
     out = tmp_path / "out"
-    manifest = prepare("jsonl", lines, "bpe:300", 16, str(out), "")
+    manifest = prepare_text("jsonl", lines, "bpe:300", 16, str(out), "")
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     assert tokenizer.vocab_size == manifest["vocab_size"] == 300 and manifest["recipe"] == "bpe:300"
     sides = by_split(out)
@@ -43,7 +43,7 @@ def test_bpe_of_own_text_gives_back_every_document_and_has_seen_the_train_split_
     total = sum(len(text) for side in sides.values() for text in side)
     assert manifest["round_trip"] == {"characters": total, "changed": 0, "such_as": []}
 
-    again = prepare("jsonl", lines, "bpe:300", 16, str(tmp_path / "again"), "")
+    again = prepare_text("jsonl", lines, "bpe:300", 16, str(tmp_path / "again"), "")
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert again == manifest
     config = runpy.run_path(str(ROOT / "experiments/own_text.py"))["get_config"](str(out))
@@ -75,15 +75,15 @@ def test_a_long_document_is_counted_in_pieces_and_makes_the_same_words(monkeypat
 
 def test_a_tokenizer_that_the_folder_holds_is_not_made_again(lines, tmp_path, monkeypatch):
     arguments = "jsonl", lines, "words:200", 16, str(tmp_path / "out"), ""
-    manifest = prepare(*arguments)
+    manifest = prepare_text(*arguments)
     made = []
     genuine, least = train_tokenizers.RECIPES["words"]
     monkeypatch.setitem(train_tokenizers.RECIPES, "words", (lambda *of: made.append(0) or genuine(*of), least))
-    assert prepare(*arguments) == manifest and not made
+    assert prepare_text(*arguments) == manifest and not made
     (tmp_path / "out/tokenizer.json").unlink()
-    assert prepare(*arguments) == manifest and len(made) == 1
+    assert prepare_text(*arguments) == manifest and len(made) == 1
     by_its_path = "jsonl", lines, str(tmp_path / "out/tokenizer.json"), 16, str(tmp_path / "out"), ""
-    assert prepare(*by_its_path) == manifest
+    assert prepare_text(*by_its_path) == manifest
 
 
 # --- what is lost ------------------------------------------------------------------------------------------------
@@ -151,9 +151,9 @@ def test_a_tokenizer_that_loses_more_than_a_percent_is_refused_and_leaves_nothin
                 r"--tokenizer=chars changes or drops 1\.2 % of the characters, such as '.*C', which comes back as '.*c'"
             )
             with pytest.raises(ValueError, match=message + ": give --allow_lossy"):
-                prepare(*arguments)
+                prepare_text(*arguments)
             assert not (out / str(capitals)).exists()
-        manifest = prepare(*arguments, allow_lossy=not taken)
+        manifest = prepare_text(*arguments, allow_lossy=not taken)
         assert manifest["round_trip"]["characters"] == 600 and manifest["round_trip"]["changed"] == capitals
-        assert own_text.load(out / str(capitals)) == manifest
-        assert prepare(*arguments) == manifest  # what is whole is left as it is
+        assert own_text.load_manifest(out / str(capitals)) == manifest
+        assert prepare_text(*arguments) == manifest  # what is whole is left as it is

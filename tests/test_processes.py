@@ -103,7 +103,7 @@ def saved_steps(workdir):
 
 def assert_same_checkpoint(ours, theirs, step):
     """Parameters, average and optimizer state, as one device reads them: every array to 1e-5 of its norm."""
-    config, _ = run_directory.load(ours)
+    config, _ = run_directory.load_workdir(ours)
     abstract = abstract_state(build(config, 99), Layout(make_mesh(data=1)))
     ours, theirs = (ocp.load(workdir / "checkpoints" / str(step), abstract) for workdir in (ours, theirs))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

@@ -15,8 +15,8 @@ from flowlm.evaluation.results import compare
 from flowlm.judges.exact import GrammarJudge
 from flowlm.judges.statistics import Statistics
 from flowlm.runs.trained import load_trained
-from flowlm.studies.study import load
-from flowlm.studies.tables import write
+from flowlm.studies.study import load_study
+from flowlm.studies.tables import write_tables
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
@@ -109,7 +109,7 @@ STUDIES = {f"study/{name}": f"study.py:{name}" for name in ("grammar", "text", "
 def test_the_tables_are_those_of_the_runs(place, tmp_path, monkeypatch):
     """What a command wrote, not a hand: each file again, from the evaluations that are kept."""
     monkeypatch.chdir(ROOT)
-    write(load(f"experiments/{STUDIES[place]}"), ROOT / "results" / place / "runs", tmp_path)
+    write_tables(load_study(f"experiments/{STUDIES[place]}"), ROOT / "results" / place / "runs", tmp_path)
     written = [path for path in tmp_path.iterdir() if path.suffix in (".csv", ".md")]
     assert len(written) >= 3
     for path in written:

@@ -59,7 +59,7 @@ def runs(tmp_path):
 
 
 def test_runs_as_they_are(runs, tmp_path, capsys):
-    report.write([str(runs)], str(tmp_path / "out"))
+    report.write_report([str(runs)], str(tmp_path / "out"))
     with (tmp_path / "out/runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     told = [
@@ -100,7 +100,7 @@ def told(path, data, **settings):
 def test_runs_on_other_data_are_in_another_table_with_a_held_out_line_of_their_own(tmp_path):
     for name, data in (("a", "sotu"), ("b", "grammar98"), ("c", "sotu")):
         told(tmp_path / "w" / name, data)
-    report.write([str(tmp_path / "w")], str(tmp_path / "out"))
+    report.write_report([str(tmp_path / "w")], str(tmp_path / "out"))
     parts = (tmp_path / "out/runs.md").read_text().split("## ")[1:]
     assert [part.splitlines()[0] for part in parts] == ["sotu, sotu, rows of 8", "grammar98, grammar98, rows of 8"]
     firsts = [
@@ -158,7 +158,7 @@ def test_figures_of_one_line_are_of_one_training_step(tmp_path):
 
 
 def test_the_page_holds_all_and_asks_no_network(runs, tmp_path):
-    report.write([str(runs), str(runs / "finished/seed0")], str(tmp_path / "out"))
+    report.write_report([str(runs), str(runs / "finished/seed0")], str(tmp_path / "out"))
     page = (tmp_path / "out/index.html").read_text()
     assert NASTY not in page and "<b id=nasty>" not in page
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
@@ -264,7 +264,7 @@ chartOfLoss.dispatchEvent(new PointerEvent("pointermove", middle));
 
 @pytest.mark.needs("browser")
 def test_the_page_in_a_browser(runs, tmp_path):
-    report.write([str(runs)], str(tmp_path / "out"))
+    report.write_report([str(runs)], str(tmp_path / "out"))
     page = tmp_path / "out/index.html"
     page.write_text(page.read_text() + HOVER)
     document, console = browse(page, tmp_path / "profile")
@@ -287,7 +287,7 @@ def test_the_page_in_a_browser(runs, tmp_path):
 @pytest.mark.needs("browser")
 def test_runs_that_have_only_begun(tmp_path):
     make_run(tmp_path / "w/a", {})
-    report.write([str(tmp_path / "w")], str(tmp_path / "out"))
+    report.write_report([str(tmp_path / "w")], str(tmp_path / "out"))
     document, console = browse(Path(tmp_path / "out/index.html"), tmp_path / "profile")
     assert console == [] and "Nothing was evaluated yet." in document and "No trajectory was written yet." in document
 
@@ -300,7 +300,7 @@ def test_the_page_draws_runs_on_the_same_data_with_settings_in_order(tmp_path):
         found = json.loads(place.read_text()) | {"main": ["found"]}
         found["metrics"]["samples/map@1/found"] = 0.5
         place.write_text(json.dumps(found))
-    report.write([str(tmp_path / "w")], str(tmp_path / "out"))
+    report.write_report([str(tmp_path / "w")], str(tmp_path / "out"))
     document, console = browse(tmp_path / "out/index.html", tmp_path / "profile")
     assert console == []
     by_noise = re.search(

@@ -13,7 +13,7 @@ from toy import drawn, run_config
 
 from flowlm import main
 from flowlm.cli.evaluate import COMPARE
-from flowlm.data.prepare import prepare
+from flowlm.data.prepare import prepare_text
 from flowlm.data.tokenizers import Tokenizer, shipped
 from flowlm.engine.build import build
 from flowlm.evaluation import evaluator as evaluation
@@ -26,14 +26,14 @@ GRAMMAR = shipped("grammar98")
 
 
 def made(place, data_dir, **changes):
-    run_directory.prepare(place, run_config(data_dir, **changes), GRAMMAR)
+    run_directory.prepare_workdir(place, run_config(data_dir, **changes), GRAMMAR)
     return place
 
 
 def taken_up(place, data_dir, **changes):
     """Takes up the run of another flow's weights that `place` holds."""
     made(place, data_dir, **changes)
-    return run_directory.load(place)[0]
+    return run_directory.load_workdir(place)[0]
 
 
 # --- other runs --------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def own_text(tmp_path, name, word):
     for i in range(9):
         (tmp_path / f"texts-{name}/{i}.txt").write_text(f"The {word} of year {i} was laid before both houses. " * 20)
     folder = tmp_path / name
-    prepare("textfiles", str(tmp_path / f"texts-{name}"), "sotu_bpe_512", 16, str(folder), "")
+    prepare_text("textfiles", str(tmp_path / f"texts-{name}"), "sotu_bpe_512", 16, str(folder), "")
     return folder, on(folder)
 
 
@@ -103,7 +103,7 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
     folder, config = own_text(tmp_path, "data", "report")
     other, other_config = own_text(tmp_path, "other", "letter")
     tokenizer, run = Tokenizer.load(folder / "tokenizer.json"), tmp_path / "run"
-    run_directory.prepare(run, config, tokenizer)
+    run_directory.prepare_workdir(run, config, tokenizer)
     save_params(run, drawn(build(config, 512, tokenizer.start).net), 5, jnp.float32)
     folder.rename(tmp_path / "moved")
 
@@ -124,11 +124,11 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
     assert flowlm("evaluate", run, f"--data_dir={tmp_path / 'moved'}").status == 0
     assert opened[0].startswith("The report")
 
-    run_directory.prepare(run, on(tmp_path / "moved"), tokenizer)
+    run_directory.prepare_workdir(run, on(tmp_path / "moved"), tokenizer)
     assert f"data.dir was {folder} and is {tmp_path / 'moved'} now: the content is the same" in caplog.text
     assert flowlm("evaluate", run).status == 0
     with pytest.raises(ValueError, match=f"1 settings differ: data.dir = '{tmp_path / 'moved'}' there, '{other}' here"):
-        run_directory.prepare(run, other_config, tokenizer)
+        run_directory.prepare_workdir(run, other_config, tokenizer)
 
 
 def test_other_data_are_said_to_be_other(tmp_path, data_dir, capsys):
@@ -161,7 +161,7 @@ def test_settings_that_are_not_known_are_named(change, message, data_dir, tmp_pa
     said = error_of("sample", f"--checkpoint={run}")
     assert str(run / "config.json") in said and "\n" not in said
     with pytest.raises(ValueError, match=message):
-        run_directory.load(run)
+        run_directory.load_workdir(run)
 
 
 def test_settings_that_are_cut_name_their_file(data_dir, tmp_path):

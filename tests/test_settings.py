@@ -15,7 +15,7 @@ from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
 from flowlm import main
-from flowlm.config import check, defaults, flat, ranges
+from flowlm.config import check_settings, defaults, flat, ranges
 from flowlm.data.tokenizers import shipped
 from flowlm.engine import build as assembly
 from flowlm.engine import overrides
@@ -104,10 +104,10 @@ def test_settings_are_checked_at_the_ends_of_their_ranges_and_beyond(family):
             holder[key] = value
             unset = family in ("flow", "flow_map") and name == "objective.temperature"
             if value in inside or (value is None and unset):
-                check(config)
+                check_settings(config)
                 continue
             with pytest.raises(ValueError, match=rf"^{name} must be .*, got .*: set --config\.{name}=\S+$") as error:
-                check(config)
+                check_settings(config)
             assert f"got {value}" in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_an_error_says_what_a_setting_may_be_and_how_to_mend_it(family, name, va
     config = defaults(family)
     config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError) as error:
-        check(config)
+        check_settings(config)
     assert str(error.value) == message
 
 
@@ -196,7 +196,7 @@ def directory_of(family, path):
     config.update(seed=-1)
     config.optimizer.update(clip_norm=-1.0)
     made = assembly.build(config, 99, trained=True)
-    run_directory.prepare(path, config, shipped("grammar98"))
+    run_directory.prepare_workdir(path, config, shipped("grammar98"))
     save_params(path, drawn(made.net), 1, jnp.float32)
     return path
 
@@ -233,7 +233,7 @@ def parsed(*arguments):
     """The settings of the test experiment after these flags."""
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        values = main.read(["flowlm", "train", CONFIG, "--workdir=w", *arguments]).values
+        values = main.read_call(["flowlm", "train", CONFIG, "--workdir=w", *arguments]).values
     return values.config.copy_and_resolve_references()
 
 

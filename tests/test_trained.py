@@ -36,7 +36,7 @@ def make_run(directory, family, tokenizer="grammar98", **changes):
     """A run directory with parameters that no training made."""
     config = run_config("", family, **SMALL, **changes)
     tokenizer = numbers(config.model.vocab_size) if tokenizer is None else shipped(tokenizer)
-    run_directory.prepare(directory, config, tokenizer, copied=True)
+    run_directory.prepare_workdir(directory, config, tokenizer, copied=True)
     net = assembly.build(config, config.model.vocab_size).net
     save_params(directory, drawn(net, scale=0.3), 5, jnp.float32)
     return directory

@@ -40,9 +40,9 @@ def _import(values: FlagValues) -> None:
 
 def _inspect(values: FlagValues) -> None:
     from flowlm.engine.sharding import Layout, make_mesh
-    from flowlm.exchange.inspection import inspect, show
+    from flowlm.exchange.inspection import inspect, print_inspected
 
-    show(inspect(values.checkpoint, Layout(make_mesh(), fsdp=True), values.weights))
+    print_inspected(inspect(values.checkpoint, Layout(make_mesh(), fsdp=True), values.weights))
 
 
 EXPORT = Command(

@@ -80,7 +80,7 @@ def check_flags(
         if settings:
             raise ValueError(f"--config.{settings[0][0]} changes an experiment: give --config=experiments/NAME.py too")
         return
-    known = overrides.names(overrides.load(experiment))
+    known = overrides.names(overrides.load_experiment(experiment))
     for name, value in settings:
         if name not in known:
             meant = _setting(name, known) or nearest(name, known)

@@ -9,11 +9,11 @@ DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm
 
 
 def _prepare(values: FlagValues) -> None:
-    from flowlm.data.prepare import prepare
+    from flowlm.data.prepare import prepare_text
     from flowlm.data.round_trip import RoundTrip
 
     wanted = values.source, values.path, values.tokenizer, values.length, values.out
-    manifest = prepare(*wanted, values.data_dir, values.text_key, values.allow_lossy)
+    manifest = prepare_text(*wanted, values.data_dir, values.text_key, values.allow_lossy)
     if manifest.get("left_out", {}).get("files"):
         left_out = manifest["left_out"]
         print(f"left out: {left_out['files']} other files, such as {', '.join(left_out['such_as'])}")
@@ -30,7 +30,7 @@ def _prepare(values: FlagValues) -> None:
 def _prepare_judge(values: FlagValues) -> None:
     from flowlm.judges import smollm2
 
-    print(smollm2.prepare(values.data_dir))
+    print(smollm2.fetch_weights(values.data_dir))
 
 
 PREPARE = Command(

@@ -10,10 +10,10 @@ from flowlm.cli.train import TRAIN
 
 def _study(values: FlagValues) -> None:
     from flowlm.studies.carry_out import carry_out
-    from flowlm.studies.study import commands, load, unfinished
+    from flowlm.studies.study import commands, load_study, unfinished
     from flowlm.system import storage
 
-    study, workdir, extra = load(values.study), storage.path(values.workdir), values.extra or []
+    study, workdir, extra = load_study(values.study), storage.path(values.workdir), values.extra or []
     for run in unfinished(study, workdir, extra, Path(values.results)):
         parse(TRAIN, run.command[4:], [TRAIN])  # so that no run fails for its line when others are done
     if values.dry_run:
@@ -24,9 +24,9 @@ def _study(values: FlagValues) -> None:
 
 
 def _report(values: FlagValues) -> None:
-    from flowlm.studies.report import write
+    from flowlm.studies.report import write_report
 
-    write(values.runs, values.out)
+    write_report(values.runs, values.out)
 
 
 STUDY = Command(

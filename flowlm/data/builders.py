@@ -89,7 +89,7 @@ class PackedText(_Rows, skip_registration=True):
         config = self.builder_config
 
         def documents():
-            return ((split, text) for split, _, text in corpora.read(config.source, config.data_dir))
+            return ((split, text) for split, _, text in corpora.read_corpus(config.source, config.data_dir))
 
         # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
         separated = corpora.CORPORA[config.source].separated
@@ -117,7 +117,7 @@ class Sentences(_Rows, skip_registration=True):
     def _shard_iterators_per_split(self, dl_manager) -> Mapping[str, list]:
         del dl_manager
         config = self.builder_config
-        documents = list(corpora.read(config.source, config.data_dir))
+        documents = list(corpora.read_corpus(config.source, config.data_dir))
         every, unspelled = config.tokenizer.encode_counted([text for _, _, text in documents])
         rows = {split: [] for split in corpora.SPLITS}
         for (split, _, _), ids, count in zip(documents, every, unspelled, strict=True):

@@ -128,13 +128,13 @@ def _check_text8(sources: Path) -> None:
 def _open_text8(sources: Path) -> Iterator[tuple[BinaryIO, int]]:
     plain = sources / "text8"
     if plain.is_file():
-        with storage.read(plain) as file:
+        with storage.open_bytes(plain) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             yield file, size
     else:
         with (
-            storage.read(sources / "text8.zip") as file,
+            storage.open_bytes(sources / "text8.zip") as file,
             zipfile.ZipFile(file) as archive,
             archive.open("text8") as content,
         ):
@@ -221,26 +221,26 @@ CORPORA = {
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),
-    "own_text": Corpus(own_text.check, own_text.read, separated=True),
+    "own_text": Corpus(own_text.check_sources, own_text.read_sources, separated=True),
 }
 
 
-def check(name: str, data_dir: str | Path) -> None:
+def check_corpus(name: str, data_dir: str | Path) -> None:
     """Raises FileNotFoundError, with the mend, where files of the corpus are missing."""
     CORPORA[name].check(storage.path(data_dir) / "sources")
 
 
-def read(name: str, data_dir: str | Path) -> Iterator[Document]:
+def read_corpus(name: str, data_dir: str | Path) -> Iterator[Document]:
     """Streams the (split, id, text) of all documents of a corpus; the split is "train", "validation" or "test".
 
     Raises:
       FileNotFoundError: files of the corpus are missing; raised at the call, before the first document.
       ValueError: the files are there and damaged.
     """
-    check(name, data_dir)
+    check_corpus(name, data_dir)
     return CORPORA[name].read(storage.path(data_dir) / "sources")
 
 
 def documents(name: str, split: str, data_dir: str | Path) -> Iterator[tuple[str, str]]:
-    """The (id, text) of those documents of `read` that are of one split."""
-    return ((number, text) for found, number, text in read(name, data_dir) if found == split)
+    """The (id, text) of those documents of `read_corpus` that are of one split."""
+    return ((number, text) for found, number, text in read_corpus(name, data_dir) if found == split)

@@ -169,7 +169,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             storage.fetch(shared)
         else:
             if law is None:
-                corpora.check(name, data_dir)
+                corpora.check_corpus(name, data_dir)
             _prepare(builder)
             if storage.in_bucket(shared):
                 storage.copy(builder.data_path, shared, last=WHOLE)

@@ -68,7 +68,7 @@ def documents(kind: str, path: Path, text_key: str = "text") -> Iterator[tuple[s
 
 def _text(file: Path) -> str:
     try:
-        with storage.read(file) as content:
+        with storage.open_bytes(file) as content:
             return content.read().decode("utf-8-sig")  # a byte-order mark is no text
     except ValueError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
@@ -116,7 +116,7 @@ def describe(kind: str, path: Path, text_key: str = "text") -> dict:
     }
 
 
-def load(folder: Path) -> dict:
+def load_manifest(folder: Path) -> dict:
     """The manifest of a prepared folder. Raises FileNotFoundError where there is none."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
@@ -126,14 +126,14 @@ def load(folder: Path) -> dict:
     return {"text_key": "text"} | json.loads((folder / MANIFEST).read_text())
 
 
-def check(sources: Path) -> None:
+def check_sources(sources: Path) -> None:
     """As a corpus: the folder was described."""
-    load(sources.parent)
+    load_manifest(sources.parent)
 
 
-def read(sources: Path) -> Iterator[tuple[str, str, str]]:
+def read_sources(sources: Path) -> Iterator[tuple[str, str, str]]:
     """As a corpus: (split, id, text) of the documents, in the order of the files."""
-    return described(load(sources.parent))
+    return described(load_manifest(sources.parent))
 
 
 def described(manifest: dict) -> Iterator[tuple[str, str, str]]:

@@ -24,7 +24,7 @@ LOSSY = 0.01
 _MEASURED = 20_000_000
 
 
-def prepare(
+def prepare_text(
     kind: str,
     path: str,
     tokenizer: str,
@@ -51,7 +51,7 @@ def prepare(
     vocabulary = None if recipe else tokenizers.shipped(tokenizer, data_dir)
     out, path = Path(out).expanduser(), Path(path).expanduser()
     manifest = own_text.describe(kind, path, text_key) | {"length": length, "recipe": tokenizer if recipe else None}
-    held = own_text.load(out) if (out / own_text.MANIFEST).exists() else {}
+    held = own_text.load_manifest(out) if (out / own_text.MANIFEST).exists() else {}
     _check_same(held, manifest, _ASKED, out)
     vocabulary = vocabulary or _made(recipe, manifest, held, out)
     manifest |= {"tokenizer_sha256": vocabulary.sha256, "vocab_size": vocabulary.vocab_size, "rows": None}
@@ -109,7 +109,7 @@ def _pack(manifest: dict, vocabulary: Tokenizer, out: Path) -> dict:
     """The rows, and the manifest with their number; what is whole is left as it is."""
     held, empty = (out / own_text.MANIFEST).exists(), not out.exists() or not any(out.iterdir())
     out.mkdir(parents=True, exist_ok=True)
-    storage.write(out / "tokenizer.json", vocabulary.json)
+    storage.write_text(out / "tokenizer.json", vocabulary.json)
     # Before the packing, which reads it; rows are counted last, so a manifest that has them is of a folder that is whole.
     _write(out, manifest)
     try:
@@ -129,4 +129,4 @@ def _pack(manifest: dict, vocabulary: Tokenizer, out: Path) -> dict:
 
 
 def _write(out: Path, manifest: dict) -> None:
-    storage.write(out / own_text.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    storage.write_text(out / own_text.MANIFEST, json.dumps(manifest, indent=2) + "\n")

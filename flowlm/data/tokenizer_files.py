@@ -17,7 +17,7 @@ _CONTROL = (*START_TOKENS, PAD, "[SEP]", "[MASK]")
 _LOST = "\ufdd0lost"
 
 
-def read(path: epath.Path) -> str:
+def read_tokenizer(path: epath.Path) -> str:
     """The text of a tokenizer file that keeps its promises.
 
     Raises:

@@ -30,8 +30,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads a tokenizer file. Raises FileNotFoundError and ValueError as `tokenizer_files.read` does."""
-        return cls(tokenizer_files.read(storage.path(path)))
+        """Reads a tokenizer file. Raises FileNotFoundError and ValueError as `tokenizer_files.read_tokenizer` does."""
+        return cls(tokenizer_files.read_tokenizer(storage.path(path)))
 
     def with_pad(self) -> "Tokenizer":
         """The same with one more id, of a token [PAD] that no text has and that is not decoded."""

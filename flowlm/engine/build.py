@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from flowlm.config import check
+from flowlm.config import check_settings
 from flowlm.engine import state as train_state
 from flowlm.engine.optimizers import make_optimizer, make_schedule
 from flowlm.engine.sharding import Layout
@@ -34,7 +34,7 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     Raises:
       ValueError: a setting out of its range, a model for another vocabulary than the tokenizer's, or a student without a teacher.
     """
-    check(config, trained)
+    check_settings(config, trained)
     if config.teacher == "" and not trained:
         raise ValueError(
             "this experiment distils a run: give --config.teacher=RUNDIR, or --config.teacher=None to train without one"

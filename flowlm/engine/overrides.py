@@ -1,6 +1,7 @@
 """How values are said on the command line: settings in --config.key=value, and flags that hold flags.
 
-A setting is what its last flag says, whatever its type; None unsets one that may be unset (config.check refuses it for others).
+A setting is what its last flag says, whatever its type; None unsets one that may be unset; for others
+config.check_settings refuses it.
 """
 
 import difflib
@@ -77,7 +78,7 @@ def call(path: str, function: str, *arguments: str) -> Any:
         raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {told}") from error
 
 
-def load(experiment: str) -> ConfigDict:
+def load_experiment(experiment: str) -> ConfigDict:
     """The settings of `FILE.py[:ARGUMENT]`, locked.
 
     Raises:

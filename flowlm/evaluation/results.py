@@ -52,11 +52,11 @@ class Evaluation:
         directory = storage.path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         blocks = [f"== {name}\n" + "\n".join(texts[:SHOWN]) + "\n" for name, texts in self.texts.items()]
-        storage.write(directory / "samples.txt", "\n".join(blocks))
-        storage.write(directory / "trajectories.json", json.dumps(self.trajectories) + "\n")
+        storage.write_text(directory / "samples.txt", "\n".join(blocks))
+        storage.write_text(directory / "trajectories.json", json.dumps(self.trajectories) + "\n")
         record = self.record() | {"data": run_directory.data_name(run or directory)}
         # After the others, because a directory with an evaluation.json counts as evaluated.
-        storage.write(directory / "evaluation.json", json.dumps(record, indent=2) + "\n")
+        storage.write_text(directory / "evaluation.json", json.dumps(record, indent=2) + "\n")
         draw_evaluation(directory)
 
     def show(self, wide: bool = False) -> None:
@@ -65,7 +65,7 @@ class Evaluation:
         tables.print_samples({"": self.record()}, {"": {k: v[:PRINTED] for k, v in self.texts.items()}}, wide)
 
 
-def read(directory) -> dict:
+def read_evaluation(directory) -> dict:
     """The evaluation.json of a directory. Raises FileNotFoundError: there is none. ValueError: it is cut or damaged."""
     path = storage.path(directory) / "evaluation.json"
     if not path.exists():
@@ -106,12 +106,12 @@ def compare(directories: Sequence[str], wide: bool = False, samples: int | None 
 
     samples: so many lines of the samplers as they are set and of real rows, in place of one sample of each kind.
 
-    Raises FileNotFoundError, ValueError as `read` and `lines_of_samples`.
+    Raises FileNotFoundError, ValueError as `read_evaluation` and `lines_of_samples`.
     """
     by_data: dict[str | None, dict[str, dict]] = {}
     lines = {}
     for directory, name in short_names(directories).items():
-        record = read(directory)
+        record = read_evaluation(directory)
         if samples is not None:
             lines[name] = lines_of_samples(directory, samples)
         by_data.setdefault(record.get("data") or run_directory.data_name(directory), {})[name] = record

@@ -98,7 +98,7 @@ def export(
         files = _programs(run, params, dtype, steps, sampler)
     elif format == "safetensors":
         files = _safetensors(run, params, dtype)
-    run_directory.prepare(out, run.config, run.tokenizer, copied=True)
+    run_directory.prepare_workdir(out, run.config, run.tokenizer, copied=True)
     if format == "params":
         save_params(out, params, run.step, jnp.dtype(dtype))
     for name, content in files.items():

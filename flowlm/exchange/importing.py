@@ -191,7 +191,7 @@ def read_safetensors(path) -> Source:
     return Source(chosen, arrays, step)
 
 
-def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported:
+def load_imported(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported:
     """A `.ckpt` or `.safetensors` (or a directory with model.safetensors) as a run.
 
     Args:
@@ -217,7 +217,7 @@ def load(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported
     elif weights == "live":
         raise ValueError(f"{path} holds one set of parameters: leave out --weights=live")
     else:
-        integrity.check(path.parent)
+        integrity.check_files(path.parent)
         source = read_safetensors(path)
     if wrong := sorted(name for name, array in source.arrays.items() if not np.isfinite(array).all()):
         raise ValueError(
@@ -315,16 +315,16 @@ def _mask_behind(arrays: Mapping[str, np.ndarray], mask: int) -> dict[str, np.nd
 
 
 def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
-    """Writes what `load` reads to the new directory `to`, where sample, evaluate and a student's `teacher` find it.
+    """Writes what `load_imported` reads to the new directory `to`, where sample, evaluate and a student's `teacher` find it.
 
     Raises:
-      ValueError: `to` is not empty; and as `load` does. RuntimeError: it cannot be read back.
+      ValueError: `to` is not empty; and as `load_imported` does. RuntimeError: it cannot be read back.
     """
     run_directory.check_empty(to)
-    run = load(path, weights, base)
+    run = load_imported(path, weights, base)
     if run.config.data.tokenizer == OWN:
         run.config.data.tokenizer = str(storage.path(to) / OWN)
-    run_directory.prepare(to, run.config, run.tokenizer)
+    run_directory.prepare_workdir(to, run.config, run.tokenizer)
     save_params(to, run.params, run.step, jnp.float32)
     facts = {"format": "params", "from": str(path), "step": run.step, "checksum": integrity.checksum(run.params)}
     integrity.seal(to, facts, lambda: load_trained(to, Layout(make_mesh(data=1))).params)

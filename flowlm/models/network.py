@@ -38,8 +38,7 @@ from flowlm.maths.interpolant import MIN_NOISE, own_position_features, own_posit
 from flowlm.maths.prior import HIGHEST, Geometry, geometry
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.maths.vocab import Head
-from flowlm.models.attention import PLATFORM, soft_cap
-from flowlm.models.attention import check as check_attention
+from flowlm.models.attention import PLATFORM, check_attention, soft_cap
 from flowlm.models.dit import DiT, LossWeight
 from flowlm.system.settings import check_choices, setting
 

@@ -28,7 +28,7 @@ TAU_MAX = 0.9999
 
 
 @dataclasses.dataclass(frozen=True)
-class Path(Family):
+class NoisePath(Family):
     """Attributes:
     prior, warp: the noise and its time warp.
     """
@@ -52,7 +52,7 @@ class Path(Family):
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoiser(Path):
+class Denoiser(NoisePath):
     """A path and a network that denoises it: `net` at tau_t = tau_s is D_t."""
 
     def likelihoods(self) -> dict[str, Callable]:

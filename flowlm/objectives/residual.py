@@ -16,13 +16,13 @@ from flowlm.maths import identities as flow_map
 from flowlm.maths import vocab
 from flowlm.maths.identities import transport
 from flowlm.maths.time_sampling import PAIRS, pairs
-from flowlm.objectives.denoiser import Path
+from flowlm.objectives.denoiser import NoisePath
 from flowlm.objectives.flow_map import at, check_two_times
 from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual(Path):
+class Residual(NoisePath):
     """Attributes:
     teacher: whether there is one, without which there is nothing to follow.
     boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS).

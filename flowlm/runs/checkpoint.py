@@ -8,6 +8,7 @@ A training state is saved with the sums of its arrays (integrity.py) and trusted
 first save of a run is read back at once, because a place that cannot give back what it was given is better known early.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.typing import DTypeLike
 from orbax.checkpoint.experimental import v1 as ocp
 
 from flowlm.engine.sharding import path_of
@@ -39,12 +41,12 @@ def _differences(saved: dict[str, tuple], asked: dict[str, tuple]) -> str:
     return f"({len(wrong)} arrays differ: {shown})" if wrong else ""
 
 
-def has_params(directory) -> bool:
+def has_params(directory: str | os.PathLike) -> bool:
     """Whether `directory` holds parameters alone (save_params), not a training state."""
     return (storage.path(directory) / "params").is_dir()
 
 
-def save_params(directory, params, step: int, dtype) -> None:
+def save_params(directory: str | os.PathLike, params: Any, step: int, dtype: DTypeLike) -> None:
     """Writes the parameters alone, in `dtype`, and the step they are of, to `directory`/params."""
     # As arrays of jax: those of numpy would each have a file of their own.
     storage.check_literal(storage.path(directory))
@@ -52,7 +54,9 @@ def save_params(directory, params, step: int, dtype) -> None:
     ocp.save(storage.path(directory) / "params", tree)
 
 
-def load_params(directory, abstract_params, abstract_step) -> tuple[Any, int]:
+def load_params(
+    directory: str | os.PathLike, abstract_params: Any, abstract_step: jax.ShapeDtypeStruct
+) -> tuple[Any, int]:
     """(params, step) of `save_params`, in the types and places that the two say.
 
     Raises:
@@ -109,8 +113,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory, *, every: int = 1, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False
-    ):
+        self,
+        directory: str | os.PathLike,
+        *,
+        every: int = 1,
+        keep_latest: int = 1,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ) -> None:
         self.directory = storage.path(directory)
         self._read_only = read_only
         self._unproven: tuple | None = None  # the first save of the run, until it has been read back
@@ -146,7 +156,7 @@ class Checkpoints:
         self._prove()
         return step not in self.steps and self._checkpointer.should_save(step)
 
-    def save(self, step: int, state) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Starts writing the state; returns once it has been copied off the devices. A step already saved is left alone.
 
         Raises:
@@ -199,7 +209,7 @@ class Checkpoints:
         held = self._checkpointer.load_checkpointables(step, asked)
         return held["state"], np.asarray(held["sums"]["values"]) if "sums" in held else None
 
-    def restore(self, abstract_state):
+    def restore(self, abstract_state: Any) -> Any:
         """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
 
         A truncated, changed or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
@@ -215,7 +225,7 @@ class Checkpoints:
             self.close()
             raise
 
-    def _restore(self, abstract_state):
+    def _restore(self, abstract_state: Any) -> Any:
         unreadable = []
         for step in reversed(self.steps):
             state, wrong = _read(lambda step=step: self._load(step, abstract_state))

@@ -1,9 +1,14 @@
 """Pictures of a run: curves.png (every metric against training steps) and evaluation.png (samples against sampling steps)."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+from etils import epath
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,7 +20,12 @@ COLUMNS = 4
 MOST = 6  # lines of a legend in every panel
 
 
-def draw_panels(path, panels: Mapping[str, Mapping[str, list]], x_label: str, finish: Callable) -> None:
+def draw_panels(
+    path: Path | epath.Path,
+    panels: Mapping[str, Mapping[str, list]],
+    x_label: str,
+    finish: Callable[[Axes, str], Any],
+) -> None:
     """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
 
     def plain(text):
@@ -58,7 +68,7 @@ def _panel(key: str) -> tuple[str, str]:
     return metric, tau or ""
 
 
-def draw_curves(workdir) -> None:
+def draw_curves(workdir: str | os.PathLike) -> None:
     """Writes `workdir`/curves.png from metrics.jsonl: the loss and every evaluated metric against training steps."""
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for line in read_metrics(workdir):
@@ -71,7 +81,7 @@ def draw_curves(workdir) -> None:
         draw_panels(storage.path(workdir) / "curves.png", panels, "training steps", lambda axes, panel: None)
 
 
-def draw_evaluation(directory) -> None:
+def draw_evaluation(directory: str | os.PathLike) -> None:
     """Writes `directory`/evaluation.png from evaluation.json: every judge's metric against sampling steps, held-out dashed."""
     directory = storage.path(directory)
     metrics = storage.read_json(directory / "evaluation.json")["metrics"]

@@ -40,7 +40,7 @@ FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation
 FREE += ("model.attention", "model.remat")
 
 
-def settings_of(told: dict, source) -> ConfigDict:
+def settings_of(told: dict, source: str | os.PathLike) -> ConfigDict:
     """Saved settings, those that flowlm did not have yet at their defaults; locked.
 
     Raises:
@@ -61,7 +61,7 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def content_of_run(directory) -> str | None:
+def content_of_run(directory: str | os.PathLike) -> str | None:
     """Digest of a run, wherever it lies: settings, tokenizer, manifest (integrity.py) and newest step. None if there is none."""
     directory = storage.path(directory)
     files = [directory / name for name in ("config.json", "tokenizer.json", "manifest.json")]
@@ -80,7 +80,7 @@ def content_of_data(config: ConfigDict) -> str | None:
     return _digest(json.dumps(json.loads(manifest.read_text()) | {"path": ""}, sort_keys=True))
 
 
-def data_name(directory) -> str | None:
+def data_name(directory: str | os.PathLike) -> str | None:
     """What the rows of a run are, wherever they lie: runs with one name were judged beside the same text. None: no run is here."""
     directory = storage.path(directory)
     told = storage.read_json(directory / "config.json") if (directory / "config.json").exists() else {}
@@ -104,13 +104,13 @@ def _content(config: ConfigDict, name: str) -> str | None:
     return content_of_run(config[name]) if config[name] else None
 
 
-def known_content(workdir, config: ConfigDict, name: str) -> str | None:
+def known_content(workdir: str | os.PathLike, config: ConfigDict, name: str) -> str | None:
     """`_content` as it was when the run began; of a run that did not record it, as it is where the run says that it lies."""
     record = storage.path(workdir) / "inputs.json"
     return json.loads(record.read_text())[name] if record.exists() else _content(config, name)
 
 
-def _differences(workdir, held: ConfigDict, wanted: ConfigDict) -> dict[str, tuple]:
+def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDict) -> dict[str, tuple]:
     """{setting: (there, here)} of those that make another experiment. A place is what lies there, not how it is spelled."""
     old, new = (flat(json.loads(config.to_json())) for config in (held, wanted))
     # The tokenizer is compared by its own digest.
@@ -152,13 +152,13 @@ def _git_commit() -> str:
 PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 
 
-def is_importable(path) -> bool:
-    """Whether a path looks like what importing.load reads: a .ckpt, safetensors, or a directory that holds such."""
+def is_importable(path: str | os.PathLike) -> bool:
+    """Whether a path looks like what importing.load_imported reads: a .ckpt, safetensors, or a directory that holds such."""
     path = storage.path(path)
     return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
 
 
-def check_is_run(path) -> None:
+def check_is_run(path: str | os.PathLike) -> None:
     """Raises ValueError where a run is wanted and something else lies, that another command reads."""
     if is_importable(path):
         raise ValueError(
@@ -168,7 +168,7 @@ def check_is_run(path) -> None:
         raise ValueError(f"{path} holds programs, no run: `python examples/run_exported.py {path} 8 0` runs them")
 
 
-def check_empty(directory) -> None:
+def check_empty(directory: str | os.PathLike) -> None:
     """Raises ValueError where a new directory is wanted and there is something in this one, or nothing can be saved in it."""
     storage.check_literal(storage.path(directory))
     storage.check_writable(storage.path(directory))
@@ -176,12 +176,12 @@ def check_empty(directory) -> None:
         raise ValueError(f"{directory} is not empty: give a new directory, or remove it first")
 
 
-def check(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Raises ValueError where `workdir` holds a run with other settings, which it names, or another tokenizer; or is read-only."""
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
-        held, held_tokenizer = load(workdir)
+        held, held_tokenizer = load_workdir(workdir)
         if changed := _differences(workdir, held, config):
             shown = ", ".join(f"{k} = {there!r} there, {here!r} here" for k, (there, here) in list(changed.items())[:4])
             raise ValueError(
@@ -193,16 +193,16 @@ def check(workdir, config: ConfigDict, tokenizer: Tokenizer) -> None:
     storage.check_writable(workdir)
 
 
-def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
+def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
     Args:
       copied: from another run directory, which may lie far from what it was made from.
 
     Raises:
-      ValueError: as `check`.
+      ValueError: as `check_workdir`.
     """
-    check(workdir, config, tokenizer)
+    check_workdir(workdir, config, tokenizer)
     workdir = storage.path(workdir)
     if not is_first():
         return
@@ -219,18 +219,18 @@ def prepare(workdir, config: ConfigDict, tokenizer: Tokenizer, copied: bool = Fa
             versions[name] = "not installed"
     if not (workdir / "tokenizer.json").exists():
         tokenizer.save(workdir / "tokenizer.json")
-    storage.write(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
+    storage.write_text(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
     wanted = json.loads(config.to_json())
     if not copied:
         inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
-        storage.write(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+        storage.write_text(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         # A place is the same from wherever the next command is given.
         wanted |= {name: str(storage.path(wanted[name])) for name in ("teacher", "init_from") if wanted[name]}
     # Last, so that a directory with a config.json is whole.
-    storage.write(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
+    storage.write_text(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
 
-def load(workdir) -> tuple[ConfigDict, Tokenizer]:
+def load_workdir(workdir: str | os.PathLike) -> tuple[ConfigDict, Tokenizer]:
     """Settings of a run (those that flowlm did not have yet at their defaults), locked, and its tokenizer.
 
     Raises:

@@ -15,6 +15,7 @@ A directory that is written once, such as an export, has a manifest.json with th
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -56,7 +57,7 @@ def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
             yield block.device, (block.data, np.array(start, np.uint32), strides)
 
 
-def sums(tree) -> np.ndarray:
+def sums(tree: Any) -> np.ndarray:
     """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
     leaves, places = jax.tree.leaves(tree), defaultdict(list)
     for number, array in enumerate(leaves):
@@ -70,13 +71,13 @@ def sums(tree) -> np.ndarray:
     return processes.total(total)
 
 
-def changed(tree, kept: np.ndarray) -> list[str]:
+def changed(tree: Any, kept: np.ndarray) -> list[str]:
     """Paths of the arrays whose sums are not those that `sums` gave of the same tree; all processes must call."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     return [path for path, now, then in zip(paths, sums(tree), kept, strict=True) if now != then]
 
 
-def checksum(params) -> str:
+def checksum(params: Any) -> str:
     """sha256 of a parameter tree's names, shapes and float32 values: the same for the same values, whatever holds them."""
     digest = hashlib.sha256()
     for path, value in sorted(flatten_dict(params, sep="/").items()):
@@ -105,7 +106,7 @@ def _own(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
+def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
     """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
 
     Args:
@@ -116,13 +117,13 @@ def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
     """
     directory = storage.path(directory)
     facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
-    storage.write(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
+    storage.write_text(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
     if checksum(read()) != facts["checksum"]:
         (directory / MANIFEST).unlink()
         raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
 
 
-def check(directory) -> dict[str, Any] | None:
+def check_files(directory: str | os.PathLike) -> dict[str, Any] | None:
     """The facts of a directory's manifest, each of whose files is what it says; None where there is no such manifest.
 
     Of several processes all must call; the first reads the files, since one answer is enough for all.

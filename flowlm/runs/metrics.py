@@ -89,7 +89,7 @@ class MetricWriter:
       tensorboard: also writes TensorBoard event files; ImportError naming the extra if tensorboardX is missing.
     """
 
-    def __init__(self, directory, start: int = 0, tensorboard: bool = False):
+    def __init__(self, directory: str | os.PathLike, start: int = 0, tensorboard: bool = False) -> None:
         directory = storage.path(directory)
         self._lines = (_Parts if storage.in_bucket(directory) else _File)(directory, start)
         self._board = None
@@ -100,7 +100,7 @@ class MetricWriter:
                 raise ImportError("TensorBoard output needs tensorboardX: pip install -e .[tensorboard]") from error
             self._board = SummaryWriter(os.fspath(directory / "tensorboard"))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; non-finite values become null, which is what JSON has for them."""
         self._lines.append({"step": int(step)} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
         if self._board is not None:
@@ -119,7 +119,7 @@ class _File:
 
     def __init__(self, directory, start: int):
         path, parts = directory / "metrics.jsonl", directory / "metrics"
-        storage.write(path, _text(_until(read_metrics(directory), start)))
+        storage.write_text(path, _text(_until(read_metrics(directory), start)))
         if parts.is_dir():  # of a run that was copied from a bucket; its lines are in the file now
             parts.rmtree()
         self._file = path.open("a")
@@ -143,14 +143,14 @@ class _Parts:
             kept = _until(lines, start)
             if kept:
                 if kept != lines:
-                    storage.write(path, _text(kept))
+                    storage.write_text(path, _text(kept))
                 break  # those before it are of earlier steps
             path.unlink()
         self._number = max((int(path.stem) + 1 for path in files if path.stem.isdigit()), default=0)
 
     def append(self, line: dict) -> None:
         self._last.append(line)
-        storage.write(self._directory / f"{self._number:06d}.jsonl", _text(self._last))
+        storage.write_text(self._directory / f"{self._number:06d}.jsonl", _text(self._last))
         if len(self._last) == PART:
             self._number, self._last = self._number + 1, []
 
@@ -183,6 +183,6 @@ def _lines(path) -> list[dict]:
     return lines
 
 
-def read_metrics(directory) -> list[dict]:
+def read_metrics(directory: str | os.PathLike) -> list[dict]:
     """The lines written so far; a last line cut short by a kill is skipped."""
     return [line for path in _files(storage.path(directory)) for line in _lines(path)]

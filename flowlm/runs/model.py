@@ -49,7 +49,7 @@ class Model:
       layout: the devices, and how arrays lie on them.
     """
 
-    def __init__(self, run: Trained, layout: Layout):
+    def __init__(self, run: Trained, layout: Layout) -> None:
         self.run, self.layout = run, layout
         self._drawing: dict[tuple, sampling.Sampler] = {}
         self._bound = None
@@ -173,7 +173,7 @@ class Model:
         return self.tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
 
 
-def load(directory: str | os.PathLike, **objective: Any) -> Model:
+def load_model(directory: str | os.PathLike, **objective: Any) -> Model:
     """Loads a trained run; see `flowlm.load`."""
     layout = Layout(make_mesh(), fsdp=True)
     return Model(load_trained(directory, layout, objective), layout)

@@ -1,5 +1,6 @@
 """Trained runs from their directories, to sample, to judge, to go on from and to learn from."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] =
     return ", ".join(f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b)
 
 
-def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
+def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout) -> Any:
     """The averaged parameters of the run `config.init_from`, in this run's architecture (Network.adopt).
 
     Raises:
@@ -75,7 +76,7 @@ def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment
     return run.params
 
 
-def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout):
+def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout) -> Teacher:
     """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
 
     Raises:
@@ -110,7 +111,7 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, layout).params), params)
 
 
-def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
+def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
     """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
 
     Args:
@@ -118,12 +119,12 @@ def load_trained(directory, layout: Layout, objective: Mapping[str, Any] | None 
 
     Raises:
       FileNotFoundError: not a run directory, or nothing was saved yet.
-      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says (integrity.check); or
-        what is exported in a format that other commands read.
+      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says
+        (integrity.check_files); or what is exported in a format that other commands read.
     """
     run_directory.check_is_run(directory)
-    integrity.check(directory)
-    config, tokenizer = run_directory.load(directory)
+    integrity.check_files(directory)
+    config, tokenizer = run_directory.load_workdir(directory)
     for key, value in (objective or {}).items():
         if key not in config.objective:
             raise ValueError(

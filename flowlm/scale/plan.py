@@ -29,7 +29,7 @@ from flowlm.scale.ahead_of_time import (
     trace_step,
 )
 from flowlm.scale.costs import EFFICIENCY, forward_flops
-from flowlm.scale.tables import GIB, show
+from flowlm.scale.tables import GIB, print_plan
 
 RESOLUTION = 1 / 32  # to which the largest batch is found
 MOST = 2**14  # sequences on a chip, where that search ends
@@ -117,7 +117,7 @@ def plan(
             raise
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     report = {"points": points, "efficiency": EFFICIENCY, "versions": versions, "config": json.loads(config.to_json())}
-    show(report, out)
+    print_plan(report, out)
 
 
 def _most(config: ConfigDict, unit: int, place: Topology, point: Mapping) -> int:

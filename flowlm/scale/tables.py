@@ -71,7 +71,7 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def show(report: Mapping, out: str | None) -> None:
+def print_plan(report: Mapping, out: str | None) -> None:
     """Prints the table; with `out` writes it, the numbers and a picture there."""
     points, rows = report["points"], rows_of(report)
     names = ["of one chip, unless it says otherwise", *(point["topology"] for point in points)]

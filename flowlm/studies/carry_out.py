@@ -31,7 +31,7 @@ from flowlm.studies.study import (
     setting_name,
     swept,
 )
-from flowlm.studies.tables import write
+from flowlm.studies.tables import write_tables
 from flowlm.system import signals, storage
 
 
@@ -45,7 +45,7 @@ def keep(path: Path, place: Path, run: Run) -> None:
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
     record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
     place.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(storage.path(place), json.dumps(record, indent=1) + "\n")
+    storage.write_text(storage.path(place), json.dumps(record, indent=1) + "\n")
 
 
 class Commands:
@@ -158,8 +158,8 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
                 failed += future.result()
                 if complete(path, run) and not is_kept(kept, run, seed):
                     keep(path, kept_file(kept, run, seed), run)
-                write(study, kept, results)
-    write(study, kept, results)
+                write_tables(study, kept, results)
+    write_tables(study, kept, results)
     if signals.told():
         signals.say_stopped("the runs under way are saved, and the same command goes on with the study")
     elif failed:

@@ -217,7 +217,7 @@ def columns(rows: Sequence[dict], settings: Sequence[str], here: Sequence[str]) 
     return [k for k in filled if not k.endswith("_stderr")]
 
 
-def show(row: dict, column: str, settings: Sequence[str]) -> str:
+def cell_text(row: dict, column: str, settings: Sequence[str]) -> str:
     """A cell as text: settings as they were set, measurements to three decimals."""
     value, stderr = row.get(column), row.get(f"{column}_stderr")
     if value is None:
@@ -235,7 +235,7 @@ def table(runs: Sequence[Report], settings: Sequence[str]) -> dict[str, Any]:
     return {
         "data": runs[0].data,
         "titles": [c if c in settings and c not in RENAMED.values() else shown(c.replace("/", " ")) for c in chosen],
-        "cells": [[show(row, column, settings) for column in chosen] for row in rows],
+        "cells": [[cell_text(row, column, settings) for column in chosen] for row in rows],
         "numeric": [all(not isinstance(row.get(c), str | list | bool) for row in rows) for c in chosen],
         "own": chosen.index("sampler") if "sampler" in chosen else 0,
     }
@@ -273,7 +273,7 @@ def page_data(runs: Sequence[Report]) -> dict:
     return {"runs": data, "varied": keys, "main": main}
 
 
-def write(folders: Sequence[str], out: str) -> None:
+def write_report(folders: Sequence[str], out: str) -> None:
     """Writes runs.csv, runs.md and index.html to `out` and prints what they say in short.
 
     Raises:

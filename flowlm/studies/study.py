@@ -162,7 +162,7 @@ def commands(study: Study, workdir: Path, extra: Sequence[str] = (), results: Pa
     return [shlex.join(run.command) for run in unfinished(study, workdir, extra, results)]
 
 
-def load(argument: str) -> Study:
+def load_study(argument: str) -> Study:
     """The study of `FILE.py[:ARGUMENT]`. Raises ValueError if there is no such file, or no such study in it."""
     path, _, name = argument.partition(":")
     if not Path(path).is_file():

@@ -63,7 +63,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
     return [record for record in records if record["sampling_steps"]] + list(references.values())
 
 
-def write(study: Study, kept: Path, results: Path) -> None:
+def write_tables(study: Study, kept: Path, results: Path) -> None:
     """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
     each metric; study_matched.md, .png: so too, at equal diversity. study.png, study_time.png: against steps, against time, without
     swept settings."""

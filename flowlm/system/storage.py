@@ -56,7 +56,7 @@ def in_bucket(place: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def read(place: os.PathLike) -> Iterator[BinaryIO]:
+def open_bytes(place: os.PathLike) -> Iterator[BinaryIO]:
     """The bytes of a file, for whoever takes them from its beginning on and little at a time; unpacked if it ends in .gz."""
     place = epath.Path(place)
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def read(place: os.PathLike) -> Iterator[BinaryIO]:
 
 def lines(place: os.PathLike) -> Iterator[tuple[int, bytes]]:
     """(number, line) of each line of a file that is not blank, counted from 1."""
-    with read(place) as file:
+    with open_bytes(place) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
@@ -109,7 +109,7 @@ def check_writable_file(file: epath.Path) -> None:
         raise ValueError(f"{file} cannot be written: give another place")
 
 
-def write(place: epath.Path, text: str) -> None:
+def write_text(place: epath.Path, text: str) -> None:
     """Writes a file that is whole or as it was, whenever it is read."""
     if in_bucket(place):
         place.write_text(text, encoding="utf-8")
