@@ -176,7 +176,7 @@ def test_the_page_holds_all_and_asks_no_network(runs, tmp_path):
         "map gamma=0.5@1": "swept",
     }
     assert whole["trajectories"]["map@4"][0][-1] == ["x", "c", NASTY]
-    assert by_name["w/begun"]["curves"] == {} and by_name["w/training"]["metrics"] == {}
+    assert by_name["w/begun"]["curves"] == {} and by_name["w/training"]["judged"] == []
 
 
 def test_long_curves_are_thinned_to_true_points():

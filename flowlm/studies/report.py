@@ -247,7 +247,7 @@ def thinned(points: list) -> list:
 
 
 def page_data(runs: Sequence[Report]) -> dict:
-    """What the page's script draws from: for each run its curves, final metrics, texts and trajectories."""
+    """What the page's script draws from: for each run its curves, what judges said of samples, texts and trajectories."""
     # Runs on other data are not drawn beside each other, so what differs between those alone tells nothing.
     differ = {key for group in by_data(runs).values() for key in varied(group)}
     keys = compared([key for key in varied(runs) if key in differ])
@@ -264,7 +264,12 @@ def page_data(runs: Sequence[Report]) -> dict:
                 "data": run.data,
                 "varied": {key: run.config.get(key) for key in keys},
                 "curves": {key: thinned(points) for key, points in curves.items()},
-                "metrics": run.metrics,
+                "judged": [
+                    {"sampler": sampler, "steps": steps, "metric": metric, "value": value}
+                    for key, value in run.metrics.items()
+                    if value is not None and not key.endswith("_stderr")
+                    for sampler, steps, metric in filter(None, [parse_sample_key(key)])
+                ],
                 "texts": run.texts,
                 "trajectories": run.trajectories,
             }
