@@ -2,7 +2,7 @@
 
     flowlm train --config=experiments/lm1b_gpu.py --workdir=DIR                    also :masked, :uniform, :autoregressive
     flowlm train --config=experiments/lm1b_gpu.py:flow_map --config.teacher=DIR --workdir=DIR2      also :sdtt, :dcd
-    flowlm study --study=experiments/study.py:text_gpu --workdir=DIR --results=DIR2                 all of them to one table
+    flowlm study --study=experiments/head_to_head.py:text_gpu --workdir=DIR --results=DIR2                 all of them to one table
 
 Needs corpus and tokenizer as lm1b.py does. Not run here, so no figures are given: docs/reference/experiments.md tells its cost.
 """

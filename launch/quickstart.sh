@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh machine to a flow language model of short English sentences, its one-step flow map, and both before the judges.
+# From a fresh machine to a flow language model of short English sentences, its
+# one-step flow map, and both before the judges.
 # usage: bash launch/quickstart.sh [WORKDIR [--config.key=value ...]]
 set -euo pipefail
 case ${1:-} in
     -h | --help)
-        sed -n '2,3s/^# //p' "$0"
-        echo "WORKDIR is runs/quickstart by default; a run found there is taken up where it was. Settings: flowlm/config.py."
+        sed -n '2,4s/^# //p' "$0"
+        echo "WORKDIR is runs/quickstart by default; a run found there is taken up where it"
+        echo "was. .venv/bin/flowlm train --help says how settings are given."
         exit ;;
     -*) echo "The first argument is a directory, not ${1}: bash launch/quickstart.sh WORKDIR ${1}" >&2; exit 2 ;;
 esac

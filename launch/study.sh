@@ -9,5 +9,5 @@ study=${1:-grammar}
 # Small networks are faster one to a core; a card takes one run at a time.
 parallel=1
 [ "$study" = text_gpu ] || parallel=$(( $(nproc) < 4 ? $(nproc) : 4 ))
-.venv/bin/flowlm study --study="experiments/study.py:$study" --workdir="${2:-runs/study/$study}" \
+.venv/bin/flowlm study --study="experiments/head_to_head.py:$study" --workdir="${2:-runs/study/$study}" \
     --results="${3:-results/study/$study}" --parallel="$parallel"

@@ -283,7 +283,7 @@ def test_own_text_that_was_copied_to_a_bucket(tmp_path, monkeypatch):
     storage.copy(storage.path(tmp_path / "own"), there)
     shutil.rmtree(tmp_path / "texts")
     monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "another host"))
-    get_config = runpy.run_path(Path(__file__).parents[1] / "experiments/own_text.py")["get_config"]
+    get_config = runpy.run_path(Path(__file__).parents[1] / "experiments/my_text.py")["get_config"]
     rows = []
     for place in (there, tmp_path / "own"):
         config = get_config(f"{place}:flow_map")

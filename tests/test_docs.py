@@ -75,7 +75,7 @@ def _check_bash(words: list[str]) -> None:
     if script == "launch/setup.sh":
         _check_pip([f".[{arguments[0]}]"] if arguments else [])
     if script == "launch/study.sh" and arguments:
-        study.load_study(f"experiments/study.py:{arguments[0]}")
+        study.load_study(f"experiments/head_to_head.py:{arguments[0]}")
     if script == "launch/quickstart.sh":
         settings = [word for word in arguments if word.startswith("--")]
         parse(TRAIN, ["--config=experiments/quickstart.py", "--workdir=DIR", *settings], COMMANDS)

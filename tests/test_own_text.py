@@ -267,7 +267,7 @@ def test_killed_and_taken_up(folder, tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed")], timeout=300)
     assert done.returncode == -signal.SIGKILL
     assert own_text.load_manifest(tmp_path / "killed")["rows"] is None
-    message = error_of("train", f"--config=experiments/own_text.py:{tmp_path / 'killed'}", "--workdir=x")
+    message = error_of("train", f"--config=experiments/my_text.py:{tmp_path / 'killed'}", "--workdir=x")
     assert "was cut: run the same `flowlm prepare` again" in message
 
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 1000)
@@ -383,8 +383,8 @@ def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=bpe:300", "--length=8"]
     printed = flowlm(*line, f"--out={tmp_path / 'data'}").out
     assert "tokenizer: 300 ids; 0 % of the characters change or are dropped" in printed
-    assert f"flowlm train --config=experiments/own_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
-    get_config = runpy.run_path("experiments/own_text.py")["get_config"]
+    assert f"flowlm train --config=experiments/my_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
+    get_config = runpy.run_path("experiments/my_text.py")["get_config"]
     small = {"steps": 2, "batch_size": 8, "log_every": 1, "mesh.data": 1, "optimizer.schedule": "constant"}
     small |= {"model.width": 16, "model.blocks": 1, "model.heads": 2}
     config, student = get_config(str(tmp_path / "data")), get_config(f"{tmp_path / 'data'}:flow_map")
@@ -438,8 +438,8 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     prepare_text("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
     assert "was prepared from something else (length differ)" in bad(tmp_path, length=9)
     assert "was prepared from something else (tokenizer_sha256 differ)" in bad(tmp_path, tokenizer="bpe:300")
-    config = "--config=experiments/own_text.py"
-    assert "own_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
+    config = "--config=experiments/my_text.py"
+    assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")
     assert "text is prepared on a disk; prepare it there and copy the folder" in bad(tmp_path, out="gs://b/out")
     assert "--path=gs://b/texts: text is prepared on a disk" in bad(tmp_path, path="gs://b/texts")

@@ -46,7 +46,7 @@ def test_bpe_of_own_text_gives_back_every_document_and_has_seen_the_train_split_
     again = prepare_text("jsonl", lines, "bpe:300", 16, str(tmp_path / "again"), "")
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert again == manifest
-    config = runpy.run_path(str(ROOT / "experiments/own_text.py"))["get_config"](str(out))
+    config = runpy.run_path(str(ROOT / "experiments/my_text.py"))["get_config"](str(out))
     assert config.model.vocab_size == 300 and config.data.tokenizer == str(out / "tokenizer.json")
 
 

@@ -61,46 +61,7 @@ def test_sentences_are_as_diverse_as_in_the_table(name, steps):
     assert scores["distinct_rows"] >= expected["distinct_rows"] - 0.02  # of fewer rows fewer are alike
 
 
-ROWS = {
-    "bigram": ("", "bigram chain"),
-    "trigram": ("", "trigram chain"),
-    "4-gram": ("", "4-gram chain"),
-    "ancestral-temp0.55-noise0.8@8": ("", "flow, 8 steps"),
-    "map@1": ("_map", "flow map, all of the noise, 1 step"),
-    "map-noise0.5@1": ("_map", "**flow map, half of the noise, 1 step**"),
-    "map-noise0.5@8": ("_map", "the same, 8 steps"),
-    "held_out": ("", "held-out sentences"),
-}
-
-
-def everyday_table():
-    """The README's lines on everyday sentences: mean and standard deviation over the seeds that are kept."""
-    lines = []
-    for name, (run, label) in ROWS.items():
-        files = sorted((ROOT / "results").glob(f"everyday{run}_seed?.json")) + [ROOT / f"results/everyday{run}.json"]
-        found = [json.loads(file.read_text())["metrics"] for file in files]
-        cells = []
-        for metric, scale in (
-            ("found", 1000),
-            ("copied", 1),
-            ("distinct_rows", 1),
-            ("vocabulary_entropy", 1),
-            ("nats_per_char", 1),
-        ):
-            values = np.array([metrics[f"samples/{name}/{metric}"] for metrics in found]) * scale
-            places = 2 if scale > 1 or metric in ("vocabulary_entropy", "nats_per_char") else 3
-            cells.append(f"{values.mean():.{places}f} ± {values.std(ddof=1):.{places}f}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
-
-
-def test_the_table_of_everyday_sentences_is_that_of_the_runs():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    first = lines.index(everyday_table()[0])
-    assert lines[first : first + len(ROWS)] == everyday_table()
-
-
-STUDIES = {f"study/{name}": f"study.py:{name}" for name in ("grammar", "text", "tuning")} | {
+STUDIES = {f"study/{name}": f"head_to_head.py:{name}" for name in ("grammar", "text", "tuning")} | {
     f"ablations/{name}": f"ablations.py:{name}_cpu" for name in ("time_warp", "input", "target", "teacher")
 }
 

@@ -117,7 +117,7 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
             return evaluation.Evaluation(5, {}, {})
 
     monkeypatch.setattr(evaluation, "Evaluator", Looks)
-    monkeypatch.setattr(evaluation.Evaluation, "show", lambda self: None)
+    monkeypatch.setattr(evaluation.Evaluation, "show", lambda self, wide: None)
     monkeypatch.setattr(evaluation.Evaluation, "save", lambda self, place: None)
 
     assert "manifest.json is missing" in error_of("evaluate", run)
@@ -202,7 +202,12 @@ def test_a_place_that_cannot_be_written_is_said_first(name, tmp_path, monkeypatc
         return pytest.fail("expensive work before the error")
 
     # Where it comes from is last, so that no module is imported, and keeps it, while it is replaced.
-    for module in ("trained", "panel", "export", "importing", "inspection", "assembly"):
+    for module in (
+        "evaluation.judging",
+        *(f"exchange.{name}" for name in ("export", "importing", "inspection")),
+        "runs.model",
+        "runs.trained",
+    ):
         monkeypatch.setattr(f"flowlm.{module}.load_trained", expensive)
     monkeypatch.setattr("flowlm.training.Checkpoints", expensive)
     (tmp_path / "file").write_text("it")

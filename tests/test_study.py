@@ -248,7 +248,7 @@ def shipped(name, vocab, start):
     Rounds to one jump, `sdtt_16_to8`, are a family of their own, `sdtt_to8`.
     """
     steps = {}
-    for run in runpy.run_path("experiments/study.py")["get_study"](name).runs:
+    for run in runpy.run_path("experiments/head_to_head.py")["get_study"](name).runs:
         path, _, argument = run.config.partition(":")
         config = runpy.run_path(path)["get_config"](argument)
         config.update_from_flattened_dict(run.settings)

@@ -24,7 +24,7 @@ def _prepare(values: FlagValues) -> None:
         )
     for split, rows in manifest["rows"].items():
         print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
-    print(f"{command()} train --config=experiments/own_text.py:{values.out} --workdir=DIR")
+    print(f"{command()} train --config=experiments/my_text.py:{values.out} --workdir=DIR")
 
 
 def _prepare_judge(values: FlagValues) -> None:

@@ -119,7 +119,7 @@ def read_run(path, name: str) -> Report:
         if (path / "samples.txt").exists():
             blocks = f"\n{(path / 'samples.txt').read_text(encoding='utf-8')}".split("\n== ")[1:]
             texts |= {head: text[:SHOWN_TEXT] for head, _, text in (block.partition("\n") for block in blocks)}
-    # Other settings of the sampler (study.py): the same, under the sampler's name and the setting.
+    # Other settings of the sampler (head_to_head.py): the same, under the sampler's name and the setting.
     settings = (path / "sweep").iterdir() if (path / "sweep").exists() else ()
     for place in sorted(settings, key=lambda place: by_number(place.name)):
         if (other := _json(place / "evaluation.json")) is not None:

@@ -166,7 +166,7 @@ def load_study(argument: str) -> Study:
     """The study of `FILE.py[:ARGUMENT]`. Raises ValueError if there is no such file, or no such study in it."""
     path, _, name = argument.partition(":")
     if not Path(path).is_file():
-        raise ValueError(f"no study {path}: run from a checkout, there it is experiments/study.py")
+        raise ValueError(f"no study {path}: run from a checkout, there it is experiments/head_to_head.py")
     return overrides.call(path, "get_study", *[name] * bool(name))
 
 

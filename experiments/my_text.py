@@ -1,8 +1,8 @@
 """Text of your own, with the network and budget of speeches.py: about 10 minutes on 2 CPU cores.
 
     flowlm prepare --source=textfiles --path=TEXTS --tokenizer=bpe:512 --length=32 --out=DATA
-    flowlm train --config=experiments/own_text.py:DATA --workdir=DIR
-    flowlm train --config=experiments/own_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
+    flowlm train --config=experiments/my_text.py:DATA --workdir=DIR
+    flowlm train --config=experiments/my_text.py:DATA:flow_map --config.teacher=DIR --workdir=DIR2
 
 The settings are those that were right for a million characters: give more `steps` and a larger `model` to more text. What to expect
 depends on the text; every table has held-out rows and tokens without a model beside it. docs/guides/own_text.md has the rest.
@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     family = "" if name == arg else "flow_map"
     if not name:
         raise ValueError(
-            f"own_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
+            f"my_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
         )
     folder = storage.path(name)
     if not (folder / own_text.MANIFEST).is_file():

@@ -1,6 +1,6 @@
 """The head-to-head: every method on one network, data, optimizer and budget, judged alike; three seeds of teacher and student.
 
-    bash launch/study.sh grammar        or    flowlm study --study=experiments/study.py:grammar --workdir=DIR --results=DIR
+    bash launch/study.sh grammar        or    flowlm study --study=experiments/head_to_head.py:grammar --workdir=DIR --results=DIR
     bash launch/study.sh text           needs the judge: pip install -e .[judge], then flowlm prepare judge
     bash launch/study.sh tuning         what was tried beside; give it the WORKDIR of grammar, and text_tuning that of text
 
