@@ -100,8 +100,8 @@ signal.pause()
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_told_to_stop_it_lets_what_is_under_way_save_and_begins_nothing_else(tmp_path, monkeypatch, capfd, parallel):
-    def line(run, seed, *others):
-        return [sys.executable, "-c", _SAVES, str(tmp_path / f"{run.name}{seed}")]
+    def line(config, flags, workdir):
+        return [sys.executable, "-c", _SAVES, str(tmp_path / f"{workdir.parent.name}0")]
 
     monkeypatch.setattr(running, "command", line)
     monkeypatch.setattr(running, "shares_of_cores", lambda parallel: [os.sched_getaffinity(0)] * parallel)
