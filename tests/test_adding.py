@@ -15,7 +15,7 @@ from flowlm.maths import vocab
 from flowlm.maths.identities import Match
 from flowlm.objectives import FAMILIES
 from flowlm.objectives.base import Family
-from flowlm.objectives.flow_map import TARGETS, Target
+from flowlm.objectives.targets import TARGETS, Target
 from flowlm.system.settings import setting
 
 

@@ -1,6 +1,10 @@
-"""Who may import whom: a module imports from its own room and from rooms of lower floors, never sideways or up."""
+"""Who may import whom: a module imports from its own room and from rooms of lower floors, never sideways or up.
+
+And what every file keeps to: its public functions have types, its functions and itself are short enough to be read at once.
+"""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +99,66 @@ def test_every_module_lies_in_a_room():
     assert {path.stem for path in (ROOT / "flowlm").glob("*.py")} == FILES
     rooms = {path.name for path in (ROOT / "flowlm").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == set(FLOOR) - FILES
+
+
+# --- types and lengths -------------------------------------------------------------------------------------------
+
+MOST_LINES = {"function": 80, "file": 400}
+SOURCES = [path for folder in ("flowlm", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def public_functions(body: list[ast.stmt], owner: str = ""):
+    """(name, node, whether it is a method) of all functions that other modules may call."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield owner + node.name, node, bool(owner)
+
+
+def untyped(source: str):
+    """What the public functions of a source leave without a type: `name: parameter`, or `name: return`."""
+    for name, node, method in public_functions(ast.parse(source).body):
+        static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in node.decorator_list)
+        arguments = [*node.args.posonlyargs, *node.args.args][method and not static :] + node.args.kwonlyargs
+        for argument in (*arguments, node.args.vararg, node.args.kwarg):
+            if argument is not None and argument.annotation is None:
+                yield f"{name}: {argument.arg}"
+        if node.returns is None:
+            yield f"{name}: return"
+
+
+def too_long(source: str):
+    """Functions with more lines than may be, with their number; `file` where it is the file."""
+    if (lines := source.count("\n")) > MOST_LINES["file"]:
+        yield f"file: {lines}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES["function"]:
+            yield f"{node.name}: {lines}"
+
+
+def found(search) -> str:
+    return "\n".join(f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8")))
+
+
+def test_public_functions_are_typed():
+    assert not found(untyped)
+
+
+def test_functions_and_files_are_short():
+    assert not found(too_long)
+
+
+def test_no_family_is_asked_what_it_has():
+    """The contract of objectives/base.py says it, so an editor finds who answers."""
+    assert not found(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
+
+
+def test_a_missing_type_and_a_long_function_are_found():
+    source = (
+        "class A:\n    def f(self, a: int, b, *c, d=1, **e: int): ...\n    def _g(self, a): ...\ndef h() -> int: ...\n"
+    )
+    assert [*untyped(source)] == ["A.f: b", "A.f: d", "A.f: c", "A.f: return"]
+    assert not [*too_long("def f():\n" + "    0\n" * 79)]
+    assert [*too_long("def f():\n" + "    0\n" * 80)] == ["f: 81"]
+    assert [*too_long("0\n" * 401)] == ["file: 401"]

@@ -21,7 +21,7 @@ class _Optional(flags.ArgumentParser):
         self._parser = parser
         self.syntactic_help = parser.syntactic_help
 
-    def parse(self, argument):
+    def parse(self, argument: str):
         return None if argument in (None, "None") else self._parser.parse(argument)
 
     def flag_type(self) -> str:
@@ -31,7 +31,7 @@ class _Optional(flags.ArgumentParser):
 class _Tuple(flags.ArgumentParser):
     """A tuple from one flag. The library's own parser, which it looks for by its class, joins all flags of one name."""
 
-    def parse(self, argument):
+    def parse(self, argument: str):
         return TupleParser().parse(argument)
 
     def flag_type(self) -> str:
@@ -49,7 +49,7 @@ def register() -> None:
 class FlagsParser(flags.ListParser):
     """Flags with commas between them. A comma inside of a value, such as a tuple's, is part of it."""
 
-    def parse(self, argument) -> list[str]:
+    def parse(self, argument: str) -> list[str]:
         out: list[str] = []
         for part in super().parse(argument):
             if out and not re.match("--?[a-z]", part):

@@ -1,6 +1,7 @@
 """What an evaluation found: the files it leaves in a directory, and how several are shown together."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ class Evaluation:
             **({"notes": list(self.notes)} if self.notes else {}),
         }
 
-    def save(self, directory, run=None) -> None:
+    def save(self, directory: str | os.PathLike, run: str | os.PathLike | None = None) -> None:
         """Writes samples.txt, trajectories.json, evaluation.json and evaluation.png; each file appears whole.
 
         run: the run directory that was evaluated, if it is another one.
@@ -64,7 +65,7 @@ class Evaluation:
         tables.print_samples({"": self.record()}, {"": {k: v[:PRINTED] for k, v in self.texts.items()}}, wide)
 
 
-def read(directory) -> dict:
+def read(directory: str | os.PathLike) -> dict:
     """The evaluation.json of a directory. Raises FileNotFoundError: there is none. ValueError: it is cut or damaged."""
     path = storage.path(directory) / "evaluation.json"
     if not path.exists():
@@ -83,7 +84,7 @@ def short_names(directories: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(path[-depth:]) for path, name in names.items()}
 
 
-def lines_of_samples(directory, num: int) -> dict[str, list[str]]:
+def lines_of_samples(directory: str | os.PathLike, num: int) -> dict[str, list[str]]:
     """{sampler@steps or held_out: the first `num` lines of its samples}, of each run's sampler as it is set, and of real rows.
 
     Raises FileNotFoundError: the directory has no samples.txt.

@@ -14,6 +14,7 @@ parameters were read back as they were.
 """
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,8 +57,8 @@ sha256 of the parameters, as `flowlm inspect` prints it: `{{ checksum }}`
 
 
 def export(
-    directory,
-    out,
+    directory: str | os.PathLike,
+    out: str | os.PathLike,
     layout: Layout,
     *,
     format: str,

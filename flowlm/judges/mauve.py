@@ -17,10 +17,10 @@ import numpy as np
 from absl import logging
 
 from flowlm.judges import hugging_face, smollm2
-from flowlm.judges.language_model import ROWS, encode_documents
+from flowlm.judges.language_model import ROWS, Encode, States, encode_documents
 
 
-def last_states(states: Callable, encode: Callable, texts: Sequence[str], end: int, length: int) -> np.ndarray:
+def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, length: int) -> np.ndarray:
     """The hidden state at the last id of each of N texts, cut to `length` ids, float32 [N, D]. An empty text is read as `end`.
 
     encode: texts -> lists of ids; a BREAK in a text (language_model.py) is `end`. states: ids int [B, T], last int [B] -> the

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 Head = Callable[[jax.Array], jax.Array]
+Readout = tuple[Head, jax.Array]  # what gives logits: a head and the hidden states that it reads
+MovingReadout = tuple[Head, jax.Array, jax.Array]  # the same with the derivative of the hidden states
 
 # Logits that are small enough to be held at once, 16 MB of float32; larger ones are cut into at least PARTS chunks (more
 # would save little) of at most CHUNK tokens. In a training step these are one device's own (sharding.py).

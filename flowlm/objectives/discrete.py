@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
-from flowlm.objectives.base import Family
+from flowlm.objectives.base import Batch, Family
 from flowlm.system.settings import setting
 
 EPS = 1e-3
@@ -47,11 +47,11 @@ class Discrete(Family):
         """The bound."""
         return {"bound": self.bound}
 
-    def apart(self, target, student) -> jax.Array:
+    def apart(self, target: vocab.Readout, student: vocab.Readout) -> jax.Array:
         """The divergence of a student from its target, each a (head, hidden [B, L, F]): nats [B, L]."""
         return vocab.over_logits(kl, (student, target) if self.divergence == "reverse" else (target, student))
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """r [num], and a noise key for every row."""
         times, noise = jax.random.split(key)
         return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}

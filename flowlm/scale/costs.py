@@ -90,7 +90,7 @@ def _inner(value):
             yield from _inner(each)
 
 
-def count_flops(jaxpr, kernels_only: bool = False) -> float:
+def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels_only: bool = False) -> float:
     """FLOPs of all products of a jaxpr, over all devices: the body of a scan as often as it runs, of a branch the dearest.
 
     A Pallas kernel counts as its body times its grid. A `while` counts once: its length is not in the jaxpr.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from etils import epath
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -87,7 +88,7 @@ def by_number(name: str) -> list:
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
 
 
-def find_runs(folder) -> Iterator:
+def find_runs(folder: epath.Path) -> Iterator:
     """Run directories in the folder and below it, in the order of their numbers; a run directory itself is one."""
     if (folder / "config.json").exists():
         yield folder
@@ -100,7 +101,7 @@ def _json(path) -> Any:
     return storage.read_json(path) if path.exists() else None
 
 
-def read_run(path, name: str) -> Report:
+def read_run(path: epath.Path, name: str) -> Report:
     """The run in `path`."""
     evaluation = _json(path / "evaluation.json")
     metrics, texts, judges = {}, {}, {}
