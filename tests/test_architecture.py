@@ -137,21 +137,22 @@ def too_long(source: str):
             yield f"{node.name}: {lines}"
 
 
-def found(search) -> str:
-    return "\n".join(f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8")))
+def check_sources(search):
+    wrong = [f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8"))]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_public_functions_are_typed():
-    assert not found(untyped)
+    check_sources(untyped)
 
 
 def test_functions_and_files_are_short():
-    assert not found(too_long)
+    check_sources(too_long)
 
 
 def test_no_family_is_asked_what_it_has():
     """The contract of objectives/base.py says it, so an editor finds who answers."""
-    assert not found(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
+    check_sources(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
 
 
 def test_a_missing_type_and_a_long_function_are_found():

@@ -154,6 +154,22 @@ def test_the_average_is_judged(averaged):
         assert_equal(params, means[step])
 
 
+def test_a_run_is_judged_only_at_its_end_where_evaluation_every_is_zero(data_dir, tmp_path):
+    from toy import NoEvaluation
+
+    judged = []
+
+    class Counting(NoEvaluation):
+        def __call__(self, params, step, num_samples):
+            judged.append(step)
+            return super().__call__(params, step, num_samples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Evaluator", Counting)
+        train(run_config(data_dir, steps=3, **{"checkpoint.every": 1, "evaluation.every": 0}), tmp_path / "run")
+    assert judged == [3]
+
+
 def test_the_average_is_sampled_and_exported(averaged, tmp_path):
     workdir, means, _ = averaged
     layout = Layout(make_mesh(data=1))
