@@ -101,7 +101,7 @@ def test_every_module_lies_in_a_room():
     assert rooms == set(FLOOR) - FILES
 
 
-# --- types and lengths -------------------------------------------------------------------------------------------
+# --- types, lengths and docstrings -------------------------------------------------------------------------------------------
 
 MOST_LINES = {"function": 80, "file": 400}
 SOURCES = [path for folder in ("flowlm", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -137,6 +137,21 @@ def too_long(source: str):
             yield f"{node.name}: {lines}"
 
 
+def unread(source: str):
+    """Lines that a documentation tool does not read as one attribute of a class, or as one parameter of a function.
+
+    It takes sections of lines `name: what it is`, set in below their heading, which is not the docstring's first line.
+    """
+    for node in ast.walk(ast.parse(source)):
+        text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+        if text and re.match("(Attributes|Args):", text):
+            yield f"{node.name}: {text.splitlines()[0]}"
+        for section in re.findall(r"^(?:Attributes|Args):\n((?:  .*(?:\n|$))*)", text or "", re.MULTILINE):
+            for line in re.findall(r"^  \S.*", section, re.MULTILINE):
+                if not re.match(r"  \*{0,2}\w+: ", line) or re.search(r"\. \w+: ", line):
+                    yield f"{node.name}: {line.strip()}"
+
+
 def check_sources(search):
     wrong = [f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8"))]
     assert not wrong, "\n".join(wrong)
@@ -148,6 +163,10 @@ def test_public_functions_are_typed():
 
 def test_functions_and_files_are_short():
     check_sources(too_long)
+
+
+def test_an_attribute_has_a_line_of_its_own():
+    check_sources(unread)
 
 
 def test_no_family_is_asked_what_it_has():
@@ -163,3 +182,11 @@ def test_a_missing_type_and_a_long_function_are_found():
     assert not [*too_long("def f():\n" + "    0\n" * 79)]
     assert [*too_long("def f():\n" + "    0\n" * 80)] == ["f: 81"]
     assert [*too_long("0\n" * 401)] == ["file: 401"]
+
+
+def test_attributes_that_share_a_line_are_found():
+    documented = 'class A:\n    """What it is.\n\n    Attributes:\n      {}\n    """\n'
+    assert not [*unread(documented.format("one: 1, see B.two: it.\n      two: 2\n        and more."))]
+    for line in ("one: 1. two: 2", "one, two: 1 and 2"):
+        assert [*unread(documented.format(line))] == [f"A: {line}"]
+    assert [*unread('class A:\n    """Attributes:\n    one: 1\n    """\n')] == ["A: Attributes:"]

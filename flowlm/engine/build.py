@@ -29,7 +29,8 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
 
     Args:
-      vocab_size, start: the tokenizer's; an objective that is told its start token is checked against it.
+      vocab_size: the tokenizer's.
+      start: the tokenizer's start token; an objective that is told one is checked against it.
       trained: for a run that is over, whose settings of training no longer matter.
 
     Raises:

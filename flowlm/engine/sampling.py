@@ -41,7 +41,8 @@ class Sampler:
     Attributes:
       rows: what one call draws.
       trace: (prepared params, key) -> its program.
-      compile_seconds, draw_seconds: of the last draw, each without the other.
+      compile_seconds: what the last draw took to compile.
+      draw_seconds: what it took beside that.
       seconds: what 100 samples took in it, compilation apart.
     """
 

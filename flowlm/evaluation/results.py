@@ -18,11 +18,15 @@ PRINTED = 2  # of those at the terminal
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes:
-    metrics: as evaluation.py lists them. texts: {sampler@steps: samples as text}.
-    trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
-    notes: what a reader of the metrics must know, a sentence each.
-    main: the judges' metrics to read first. meanings: {metric of a judge: what it is}.
+    """What an evaluation found.
+
+    Attributes:
+      metrics: as evaluation.py lists them.
+      texts: {sampler@steps: samples as text}.
+      trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
+      notes: what a reader of the metrics must know, a sentence each.
+      main: the judges' metrics to read first.
+      meanings: {metric of a judge: what it is}.
     """
 
     step: int

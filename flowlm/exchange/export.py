@@ -71,7 +71,8 @@ def export(
 
     Args:
       dtype: of the parameters in the files; whoever loads them computes as the settings say.
-      steps, sampler: for `jax`: the number of sampling steps, and one of the family's samplers (default: the last).
+      steps: for `jax`, the number of sampling steps.
+      sampler: for `jax`, one of the family's samplers (default: the last).
       objective: settings of the run's `objective` section to replace.
 
     Raises:

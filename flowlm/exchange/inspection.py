@@ -25,7 +25,14 @@ from flowlm.system.terminal import console
 
 
 class Inspected(NamedTuple):
-    """kind: what it is, in words. params: the parameter tree (the averaged one), of step `step`."""
+    """What was found at a path.
+
+    Attributes:
+      kind: what it is, in words.
+      config: its settings.
+      params: the parameter tree (the averaged one).
+      step: of training, from which the parameters are.
+    """
 
     kind: str
     config: ConfigDict

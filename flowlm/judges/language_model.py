@@ -71,7 +71,12 @@ class LanguageModel:
     """
 
     def __init__(self, name: str, encode: Encode, nats: Callable, end: int, length: int):
-        """encode: texts -> lists of ids. nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1]."""
+        """A judge of that name.
+
+        Args:
+          encode: texts -> lists of ids.
+          nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1].
+        """
         self.name, self.length = name, length
         self.main = (f"{name}_nats_per_token",)
         self.meanings = {

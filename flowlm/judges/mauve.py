@@ -46,7 +46,12 @@ class Mauve:
     """
 
     def __init__(self, name: str, features: Callable, reference: Callable):
-        """features: texts -> float [N, D]. reference: num -> that many held-out texts, or all where there are fewer."""
+        """A judge of that name.
+
+        Args:
+          features: texts -> float [N, D].
+          reference: num -> that many held-out texts, or all where there are fewer.
+        """
         try:
             from mauve import compute_mauve
         except ImportError as error:

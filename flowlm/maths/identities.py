@@ -74,7 +74,13 @@ def d_flow(fn: Callable, warp: TimeWarp, s: jax.Array, z: jax.Array, mean: jax.A
 
 
 class Match(NamedTuple):
-    """loss: what is minimised. distance: |target - delta|^2. clamped: 1 where a logarithm's argument was."""
+    """What a target says of one token.
+
+    Attributes:
+      loss: what is minimised.
+      distance: |target - delta|^2.
+      clamped: 1 where a logarithm's argument was.
+    """
 
     loss: jax.Array
     distance: jax.Array

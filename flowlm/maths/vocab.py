@@ -200,7 +200,10 @@ def gaussian_latents(
     """What is seen of w = (t one_hot(ids) + (1 - t) eps) / sqrt(t^2 + (1 - t)^2), eps ~ N(0, I_V) the same at every time.
 
     Args:
-      keys: [B], one for each row. ids: [B, L]. embedding: [V, D]. times: t [B] each.
+      keys: [B], one for each row.
+      ids: [B, L].
+      embedding: [V, D].
+      times: t [B] each.
 
     Returns:
       for each time argmax w, ids [B, L]; with a temperature softmax(w / temperature) @ E, [B, L, D].

@@ -56,7 +56,9 @@ class Network:
     """Pure functions of a tree of parameters; what objectives ask of a network. It has no state.
 
     Attributes:
-      vocab: V. length: L. width: D.
+      vocab: V.
+      length: L.
+      width: D.
     """
 
     vocab: int
@@ -158,7 +160,8 @@ class Transformer(Network):
       length: L, ids in a row.
       warp: warped time.
       whole: what a block calls on its stored parameters to make them whole (sharding.py), or None.
-      vocab_size: V. width: D.
+      vocab_size: V.
+      width: D.
 
     Raises:
       ValueError: a setting that is none of its choices, heads that do not divide the width, an input or output that needs the

@@ -21,9 +21,12 @@ from flowlm.system.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Family):
-    """Attributes:
-    start: the token that begins every row; it is given, not predicted.
-    temperature, top_p: of the draws; temperature 0 takes the likeliest token.
+    """The autoregressive model.
+
+    Attributes:
+      start_token: the token that begins every row; it is given, not predicted.
+      temperature: of the draws; 0 takes the likeliest token.
+      top_p: share of the probability that the draws keep.
     """
 
     distils: ClassVar[bool] = False

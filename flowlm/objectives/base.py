@@ -35,7 +35,8 @@ class Family(abc.ABC):
     Attributes:
       continuous: its states lie in embedding space and begin as a prior's noise; the network is asked with the geometry of E.
       distils: it may have a teacher.
-      needs: settings of the model section that it cannot do without. may: other values of them that it puts up with.
+      needs: settings of the model section that it cannot do without.
+      may: other values of them that it puts up with.
       group: rows of a batch that stay together in a microbatch.
       parts: names of the losses whose conflicting gradients are projected; ("loss",) is their sum.
       differentiates: whether its loss takes forward derivatives of the network.
@@ -70,7 +71,8 @@ class Family(abc.ABC):
         """A student's first parameters: it begins as its teacher.
 
         Args:
-          params: fresh ones of the network. teacher: frozen parameters.
+          params: fresh ones of the network.
+          teacher: frozen parameters.
         """
         return net.adopt(params, teacher.flow)
 

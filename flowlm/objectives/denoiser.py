@@ -30,8 +30,11 @@ TAU_MAX = 0.9999
 
 @dataclasses.dataclass(frozen=True)
 class Path(Family):
-    """Attributes:
-    prior, warp: the noise and its time warp.
+    """A family whose states lie on a path from a prior's noise to embedded tokens.
+
+    Attributes:
+      prior: the noise.
+      warp: the noise's warped time.
     """
 
     continuous: ClassVar[bool] = True

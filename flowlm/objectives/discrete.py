@@ -24,10 +24,15 @@ EPS = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Family):
-    """Attributes:
-    teacher: whether there is one, from which the family is distilled.
-    jump, divergence: of such a student.
-    temperature, top_p, greedy: of the sampler.
+    """A discrete diffusion, or its student.
+
+    Attributes:
+      teacher: whether there is one, from which the family is distilled.
+      jump: step in time that such a student learns to take at once.
+      divergence: of such a student from its target, `forward` or `reverse`.
+      temperature: of the sampler's draws.
+      top_p: share of the probability that they keep.
+      greedy: whether the sampler takes the likeliest tokens in its last step.
     """
 
     teacher: bool = False

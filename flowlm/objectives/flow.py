@@ -25,13 +25,16 @@ LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_e
 
 @dataclasses.dataclass(frozen=True)
 class Flow(PathSampler):
-    """Attributes:
-    loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
-      implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
-    eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
-    temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
-      softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
-    noise_scale, guidance: as `PathSampler` has them.
+    """The flow: a denoiser and the integration of its velocity.
+
+    Attributes:
+      loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
+        implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
+      eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
+      temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
+        softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
+      noise_scale: as `PathSampler` has it.
+      guidance: as `PathSampler` has it.
     """
 
     distils: ClassVar[bool] = False

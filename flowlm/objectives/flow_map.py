@@ -54,21 +54,27 @@ def check_two_times(model: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMap(PathSampler):
-    """Attributes:
-    teacher: whether there is one.
-    target: one of TARGETS.
-    targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
-    diagonal: share of rows with s = t, a fraction with a denominator of at most 16.
-    boundary: share of the others at (0, 1).
-    pairs: how the others are drawn (time_sampling.PAIRS). tau_max: upper end of their tau_t.
-    cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
-    teacher_steps: m of the target of that name.
-    teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
-    adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
-    surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
-    train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
-    gamma, temperature, top_p: of the sampler; temperature None decodes the last step by argmax, a number draws.
-    noise_scale, guidance: as `PathSampler` has them.
+    """The flow map: jumps along a flow, learnt from a teacher or from themselves.
+
+    Attributes:
+      teacher: whether there is one.
+      target: one of TARGETS.
+      targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
+      diagonal: share of rows with s = t, a fraction with a denominator of at most 16.
+      boundary: share of the others at (0, 1).
+      pairs: how the others are drawn (time_sampling.PAIRS).
+      tau_max: upper end of their tau_t.
+      cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
+      teacher_steps: m of the target of that name.
+      teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
+      adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
+      surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
+      train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
+      gamma: of the sampler, how much fresh noise it puts in place of old between its steps.
+      temperature: of the sampler; None decodes the last step by argmax, a number draws.
+      top_p: share of the probability that those draws keep.
+      noise_scale: as `PathSampler` has it.
+      guidance: as `PathSampler` has it.
     """
 
     teacher: bool = False

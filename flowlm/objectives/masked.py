@@ -31,14 +31,16 @@ def unmask(
     """ids [B, L] after the step from r to r_next: each masked token becomes the drawn one with probability (r - r_next) / r.
 
     Args:
-      uniform: U[0, 1] draws [B, L]. r, r_next: shapes that broadcast against them.
+      uniform: U[0, 1] draws [B, L].
+      r: the time before the step, in a shape that broadcasts against them.
+      r_next: the time after it, likewise.
     """
     return jnp.where((ids == mask) & (uniform < (r - r_next) / r), drawn, ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Discrete):
-    """Attributes: those of `Discrete`."""
+    """Masked diffusion, or its student; its settings are those of `Discrete`."""
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     may: ClassVar[dict] = dict(time_embeddings=1)  # as the reference's networks have, which are always shown time 0

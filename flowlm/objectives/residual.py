@@ -28,9 +28,12 @@ from flowlm.system.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Residual(Path):
-    """Attributes:
-    teacher: whether there is one, without which there is nothing to follow.
-    boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS).
+    """The second network of a two-network flow map.
+
+    Attributes:
+      teacher: whether there is one, without which there is nothing to follow.
+      boundary: share of rows at (0, 1).
+      pairs: how the others are drawn (time_sampling.PAIRS).
     """
 
     teacher: bool = False

@@ -65,10 +65,12 @@ def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Discrete):
-    """Attributes:
-    warp: what relates a latent's time to alpha.
-    curriculum_steps: steps of training that show soft latents. curriculum_temperature: how soft.
-    The others are those of `Discrete`.
+    """Uniform-state diffusion, or its student. It has the attributes of `Discrete` too.
+
+    Attributes:
+      warp: what relates a latent's time to alpha.
+      curriculum_steps: steps of training that show soft latents.
+      curriculum_temperature: how soft.
     """
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=1, mask_token=False)

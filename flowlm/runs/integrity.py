@@ -109,7 +109,8 @@ def seal(directory, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
     """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
 
     Args:
-      facts: what the directory is, and the `checksum` of its parameters. read: gives the parameters as they are read from it.
+      facts: what the directory is, and the `checksum` of its parameters.
+      read: gives the parameters as they are read from it.
 
     Raises:
       RuntimeError: those are others; there is no manifest then.

@@ -48,7 +48,13 @@ ENVIRONMENT = {
 
 
 class Program(NamedTuple):
-    """traced: ready to lower. devices: that run it. rows: sequences of one run, over all of them."""
+    """A program of a run.
+
+    Attributes:
+      traced: ready to lower.
+      devices: how many run it.
+      rows: sequences of one run, over all devices.
+    """
 
     traced: jax.stages.Traced
     devices: int

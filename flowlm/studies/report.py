@@ -42,12 +42,15 @@ class Report:
     """A run as it is found: settings flat, lines of metrics.jsonl, and of its evaluations what there is.
 
     Attributes:
-      name: its path below the folder that was given. step: the newest that is known of.
+      name: its path below the folder that was given.
+      step: the newest that is known of.
       data: what its rows are (run_directory.data_name), or "" where it does not say.
       config: its settings, of which `steps` is called training_steps here.
-      evaluated: the step its evaluation is of, or None. metrics: of the evaluation.
+      evaluated: the step its evaluation is of, or None.
+      metrics: of the evaluation.
       judges: what the evaluation says of its metrics, "main", "meanings" and "notes" (results.py).
-      texts: {sampler@steps: samples as text}. trajectories: as in trajectories.json.
+      texts: {sampler@steps: samples as text}.
+      trajectories: as in trajectories.json.
     """
 
     name: str
