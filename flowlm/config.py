@@ -173,11 +173,6 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def ranges(family: str) -> dict[str, Setting]:
-    """Every numeric setting of a family by its path."""
-    return {name: each for name, each in declared(family).items() if each.range}
-
-
 def check(config: ConfigDict, trained: bool = False) -> None:
     """Raises ValueError for the first setting that is out of its range; says what it may be and how to mend it.
 

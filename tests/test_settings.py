@@ -15,7 +15,7 @@ from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
 from flowlm import main
-from flowlm.config import check, defaults, flat, ranges
+from flowlm.config import check, declared, defaults, flat
 from flowlm.data.tokenizers import shipped
 from flowlm.engine import build as assembly
 from flowlm.engine import overrides
@@ -67,6 +67,11 @@ LIMITS = {
     "model.preview_time": UP_TO_ONE,
     "model.early_until": UP_TO_ONE,
 }
+
+
+def ranges(family):
+    """Every setting of a family that has a range, by its path."""
+    return {name: each for name, each in declared(family).items() if each.range}
 
 
 def numeric(config):
