@@ -34,7 +34,7 @@ def vocabularies(sizes: Mapping[str, int]) -> list[Point]:
     return zipped(sweep("data.tokenizer", sizes), sweep("model.vocab_size", sizes.values()))
 
 
-ONCE = {"evaluation.every": 10_000_000}
+ONCE = {"evaluation.every": 0}
 TEXT = ("nats_per_char", "entropy", "distinct_2", "ngram_distance_2")
 FEW = {"objective.target": "psd", "objective.noise_scale": 1.0, "evaluation.steps": (1, 2, 4, 8)}
 CPU = Size(

@@ -16,7 +16,7 @@ SEEDS = (0, 1, 2)
 ROUNDS = 5
 GRAMMAR, SPEECHES, LM1B = (f"experiments/{name}.py" for name in ("grammar", "speeches", "lm1b_gpu"))
 BELOW = (0.0, 0.15)  # a sample may be as much less diverse than real text
-ONCE = {"evaluation.every": 100_000}
+ONCE = {"evaluation.every": 0}
 # Knobs of samplers that draw tokens, on the grammar; `greedy` takes the likeliest ones in the last step.
 DRAWN = (*({"temperature": t} for t in (0.8, 0.6, 0.45)), {"greedy": True})
 

@@ -68,7 +68,8 @@ def train(config: "ConfigDict", workdir: str | os.PathLike) -> None:
     """Trains an experiment to `config.steps` and evaluates it, taking up whatever `workdir` already holds.
 
     Args:
-      config: of `experiment`. workdir: a new directory, or that of a run of the same experiment; `load` reads it.
+      config: of `experiment`.
+      workdir: a new directory, or that of a run of the same experiment; `load` reads it.
 
     Raises:
       ValueError, FileNotFoundError: bad settings, missing data, or the workdir of another experiment; before any expensive work.

@@ -73,7 +73,7 @@ class Checkpoint:
 class Evaluation:
     """What is judged."""
 
-    every: int = setting(1000, "steps between evaluations", "[1, inf)")
+    every: int = setting(1000, "steps between evaluations", "[0, inf)", note="0: only after the last step")
     held_out: int = setting(512, "held-out rows", "[1, inf)")
     held_out_batch: int = setting(256, "of them in one call, over all devices", "[1, inf)")
     taus: tuple[float, ...] = setting(
@@ -171,11 +171,6 @@ def flat(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
-
-
-def ranges(family: str) -> dict[str, Setting]:
-    """Every numeric setting of a family by its path."""
-    return {name: each for name, each in declared(family).items() if each.range}
 
 
 def check_settings(config: ConfigDict, trained: bool = False) -> None:

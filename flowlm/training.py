@@ -13,8 +13,11 @@ from tqdm import tqdm
 from flowlm.data import open_dataset, tokenizers
 from flowlm.engine import sharding
 from flowlm.engine import state as train_state
-from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.engine.build import Experiment, abstract_state, build, jit_step
+from flowlm.engine.state import TrainState
 from flowlm.evaluation import evaluator as evaluation
+from flowlm.models.network import Params
+from flowlm.objectives.base import Teacher
 from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import Checkpoints, has_params
 from flowlm.runs.curves import draw_curves
@@ -36,59 +39,46 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     """
     experiment, layout, dataset, evaluator, teacher, origin = _prepare(config, workdir)
 
-    # ---- The state is born sharded: shapes, then places, then values.
     abstract = abstract_state(experiment, layout)
     checkpoints = Checkpoints(storage.path(workdir) / "checkpoints", **config.checkpoint.to_dict())
     state = checkpoints.restore(abstract)
     if state is None:
-        init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(teacher, origin)
+        state = _born(experiment, abstract, config.seed, teacher, origin)
     del origin
-    first = int(state.step)
+    first, every = int(state.step), config.evaluation.every
     if first > config.steps:
         raise ValueError(f"{workdir} is at step {first} already: set steps to more than that, not {config.steps}")
-    parameters = sum(a.size for a in jax.tree.leaves(state.params))
-    told = f"{parameters:,} parameters on {layout.mesh.size} device(s), from step {first} to {config.steps}"
-    _say(told + (f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""))
+    _say_begun(state, layout, config.steps)
 
     step_fn = jit_step(config, experiment, layout, abstract)
     rows = dataset.train.shuffled(config.seed)
     judged = _is_judged(workdir, first)
-    # Of several processes the first writes and prints what all of them know.
-    leads = processes.is_first()
-    writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
-    write = writer.write if leads else lambda step, values: None
+    log = _Log(config, workdir, first, config.batch_size * dataset.length)
     profiler = Profiler(profile_steps, storage.path(workdir) / "profile")
     recompilations = Recompilations(step_fn)
-    progress = tqdm(
-        total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
-    )
 
     # ---- save, evaluate, take batch, step, log the previous step's metrics.
-    metrics, values, logged, clock = None, {}, first, time.perf_counter()
-    unsaved = contextlib.ExitStack()
+    metrics, values, unsaved = None, {}, contextlib.ExitStack()
     try:
         for step in range(first, config.steps):
             stop = processes.preempted(step)
             save = step > first and (stop or checkpoints.should_save(step))
-            evaluate = step % config.evaluation.every == 0 and (step > first or not judged)
+            evaluate = every > 0 and step % every == 0 and (step > first or not judged)
             if step > first and (save or evaluate):
                 values = _check_finite(metrics, step, checkpoints)
             if save:
                 checkpoints.save(step, state)
             if evaluate and not stop:
                 try:
-                    write(step, evaluator(state.ema, step, config.evaluation.samples).metrics)
-                    logged, clock = step, time.perf_counter()
+                    log.evaluation(step, evaluator(state.ema, step, config.evaluation.samples).metrics)
                 except processes.Stopped:  # the same command begins this evaluation anew
                     if step > first:
                         checkpoints.save(step, state)
                     stop = True
             if stop:
                 if step > first:
-                    write(step, values)
-                progress.close()
-                _say_stopped(f"at step {step}, from where the same command goes on")
+                    log.write(step, values)
+                log.say_stopped(f"at step {step}, from where the same command goes on")
                 return
 
             profiler.before(step)
@@ -100,56 +90,113 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                 unsaved.enter_context(signals.held())
             profiler.after(step, metrics)
             recompilations.check(step)
-            progress.update()
+            log.progress.update()
 
             # Reading the previous step's numbers leaves the device busy with this one.
             if step > first and step % config.log_every == 0:
                 values = _check_finite(previous, step, checkpoints)
-                values["learning_rate"] = float(experiment.schedule(step - 1))
-                if step > logged:  # not right after an evaluation
-                    now = time.perf_counter()
-                    values["tokens_per_second"] = (step - logged) * config.batch_size * dataset.length / (now - clock)
-                    logged, clock = step, now
-                write(step, values)
-                progress.set_postfix(
-                    loss=f"{values['loss']:.3f}", tokens_per_second=f"{values.get('tokens_per_second', 0):.0f}"
-                )
+                log.training(step, values | {"learning_rate": float(experiment.schedule(step - 1))})
 
         # ---- The end: the last state is saved before it is judged. A run that was finished already is only judged again.
         if metrics is not None:
             values = _check_finite(metrics, config.steps, checkpoints)
             checkpoints.save(config.steps, state)
-        progress.close()
-        try:
-            result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
-        except processes.Stopped:
-            if metrics is not None:
-                write(config.steps, values)
-            _say_stopped(f"all {config.steps} steps are saved, and the same command evaluates them")
-            return
-        if metrics is not None or not judged:
-            write(config.steps, values | result.metrics)
-        if leads:
-            result.save(workdir)
-            draw_curves(workdir)
-            result.show()
+        _judge(config, workdir, evaluator, state, values, judged, log)
     finally:
-        progress.close()
+        log.close()
         profiler.close()
-        if leads:
-            writer.close()
         checkpoints.close()
         unsaved.close()
 
 
-def _say(text: str) -> None:
-    if processes.is_first():
-        print(text, file=sys.stderr)
+def _born(
+    experiment: Experiment, abstract: TrainState, seed: int, teacher: Teacher | None, origin: Params | None
+) -> TrainState:
+    """A fresh state, born sharded: shapes, then places, then values."""
+    init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, seed)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(teacher, origin)
 
 
-def _say_stopped(text: str) -> None:
+def _judge(
+    config: ConfigDict,
+    workdir: str,
+    evaluator: evaluation.Evaluator,
+    state: TrainState,
+    values: dict,
+    judged: bool,
+    log: "_Log",
+) -> None:
+    """Evaluates the run after its last step. `values` are that step's numbers; there are none if it was finished already."""
+    log.progress.close()
+    try:
+        result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
+    except processes.Stopped:
+        if values:
+            log.write(config.steps, values)
+        log.say_stopped(f"all {config.steps} steps are saved, and the same command evaluates them")
+        return
+    if values or not judged:
+        log.write(config.steps, values | result.metrics)
     if processes.is_first():
-        signals.say_stopped(text)
+        result.save(workdir)
+        draw_curves(workdir)
+        result.show()
+
+
+class _Log:
+    """What a run tells of itself: lines of metrics, and its progress at the terminal.
+
+    Of several processes the first writes and prints what all of them know.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, first: int, tokens: int):
+        """tokens: of a step."""
+        leads = processes.is_first()
+        self._writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
+        self.progress = tqdm(
+            total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
+        )
+        self._tokens, self._last, self._clock = tokens, first, time.perf_counter()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """A line of metrics."""
+        if self._writer is not None:
+            self._writer.write(step, values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The line of an evaluation, whose time is not that of training."""
+        self.write(step, values)
+        self._last, self._clock = step, time.perf_counter()
+
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """The line of a step, with the speed since the line before; right after an evaluation there is none."""
+        if step > self._last:
+            now = time.perf_counter()
+            values = values | {"tokens_per_second": (step - self._last) * self._tokens / (now - self._clock)}
+            self._last, self._clock = step, now
+        self.write(step, values)
+        self.progress.set_postfix(
+            loss=f"{values['loss']:.3f}", tokens_per_second=f"{values.get('tokens_per_second', 0):.0f}"
+        )
+
+    def say_stopped(self, where: str) -> None:
+        """Says behind the progress that the run was told to stop."""
+        self.progress.close()
+        if processes.is_first():
+            signals.say_stopped(where)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _say_begun(state: TrainState, layout: sharding.Layout, steps: int) -> None:
+    if not processes.is_first():
+        return
+    parameters = sum(a.size for a in jax.tree.leaves(state.params))
+    told = f"{parameters:,} parameters on {layout.mesh.size} device(s), from step {int(state.step)} to {steps}"
+    print(told + (f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""), file=sys.stderr)
 
 
 def _prepare(config: ConfigDict, workdir: str):

@@ -18,7 +18,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flowlm.cli.command import given
 from flowlm.cli.mistakes import nearest, told
@@ -79,7 +79,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpa
     return parser.parse_args([word for word in argv if word not in extra]), extra
 
 
-def jobs(asked: argparse.Namespace, extra: list[str], resources) -> list[Job]:
+def jobs(asked: argparse.Namespace, extra: list[str], resources: Any) -> list[Job]:
     """What is to be run: one job of the experiment, or one of every run of a sweep that is left to do and can begin.
 
     Raises:

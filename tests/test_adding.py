@@ -10,12 +10,12 @@ from toy import FIELDS, drawn, network
 
 from flowlm.config import check_settings, declared, defaults
 from flowlm.engine.build import build
-from flowlm.engine.state import Auxiliary, Teacher, init_state, make_step
+from flowlm.engine.state import init_state, make_step
 from flowlm.maths import vocab
 from flowlm.maths.identities import Match
 from flowlm.objectives import FAMILIES
-from flowlm.objectives.base import Family
-from flowlm.objectives.flow_map import TARGETS, Target
+from flowlm.objectives.base import Auxiliary, Family, Teacher
+from flowlm.objectives.targets import TARGETS, Target
 from flowlm.system.settings import setting
 
 

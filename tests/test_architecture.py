@@ -1,6 +1,10 @@
-"""Who may import whom: a module imports from its own room and from rooms of lower floors, never sideways or up."""
+"""Who may import whom: a module imports from its own room and from rooms of lower floors, never sideways or up.
+
+And what every file keeps to: its public functions have types, its functions and itself are short enough to be read at once.
+"""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +99,94 @@ def test_every_module_lies_in_a_room():
     assert {path.stem for path in (ROOT / "flowlm").glob("*.py")} == FILES
     rooms = {path.name for path in (ROOT / "flowlm").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == set(FLOOR) - FILES
+
+
+# --- types, lengths and docstrings -------------------------------------------------------------------------------------------
+
+MOST_LINES = {"function": 80, "file": 400}
+SOURCES = [path for folder in ("flowlm", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def public_functions(body: list[ast.stmt], owner: str = ""):
+    """(name, node, whether it is a method) of all functions that other modules may call."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield owner + node.name, node, bool(owner)
+
+
+def untyped(source: str):
+    """What the public functions of a source leave without a type: `name: parameter`, or `name: return`."""
+    for name, node, method in public_functions(ast.parse(source).body):
+        static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in node.decorator_list)
+        arguments = [*node.args.posonlyargs, *node.args.args][method and not static :] + node.args.kwonlyargs
+        for argument in (*arguments, node.args.vararg, node.args.kwarg):
+            if argument is not None and argument.annotation is None:
+                yield f"{name}: {argument.arg}"
+        if node.returns is None:
+            yield f"{name}: return"
+
+
+def too_long(source: str):
+    """Functions with more lines than may be, with their number; `file` where it is the file."""
+    if (lines := source.count("\n")) > MOST_LINES["file"]:
+        yield f"file: {lines}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES["function"]:
+            yield f"{node.name}: {lines}"
+
+
+def unread(source: str):
+    """Lines that a documentation tool does not read as one attribute of a class, or as one parameter of a function.
+
+    It takes sections of lines `name: what it is`, set in below their heading, which is not the docstring's first line.
+    """
+    for node in ast.walk(ast.parse(source)):
+        text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+        if text and re.match("(Attributes|Args):", text):
+            yield f"{node.name}: {text.splitlines()[0]}"
+        for section in re.findall(r"^(?:Attributes|Args):\n((?:  .*(?:\n|$))*)", text or "", re.MULTILINE):
+            for line in re.findall(r"^  \S.*", section, re.MULTILINE):
+                if not re.match(r"  \*{0,2}\w+: ", line) or re.search(r"\. \w+: ", line):
+                    yield f"{node.name}: {line.strip()}"
+
+
+def check_sources(search):
+    wrong = [f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8"))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_public_functions_are_typed():
+    check_sources(untyped)
+
+
+def test_functions_and_files_are_short():
+    check_sources(too_long)
+
+
+def test_an_attribute_has_a_line_of_its_own():
+    check_sources(unread)
+
+
+def test_no_family_is_asked_what_it_has():
+    """The contract of objectives/base.py says it, so an editor finds who answers."""
+    check_sources(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
+
+
+def test_a_missing_type_and_a_long_function_are_found():
+    source = (
+        "class A:\n    def f(self, a: int, b, *c, d=1, **e: int): ...\n    def _g(self, a): ...\ndef h() -> int: ...\n"
+    )
+    assert [*untyped(source)] == ["A.f: b", "A.f: d", "A.f: c", "A.f: return"]
+    assert not [*too_long("def f():\n" + "    0\n" * 79)]
+    assert [*too_long("def f():\n" + "    0\n" * 80)] == ["f: 81"]
+    assert [*too_long("0\n" * 401)] == ["file: 401"]
+
+
+def test_attributes_that_share_a_line_are_found():
+    documented = 'class A:\n    """What it is.\n\n    Attributes:\n      {}\n    """\n'
+    assert not [*unread(documented.format("one: 1, see B.two: it.\n      two: 2\n        and more."))]
+    for line in ("one: 1. two: 2", "one, two: 1 and 2"):
+        assert [*unread(documented.format(line))] == [f"A: {line}"]
+    assert [*unread('class A:\n    """Attributes:\n    one: 1\n    """\n')] == ["A: Attributes:"]

@@ -10,11 +10,11 @@ import toy
 from command_line import error_of, flowlm
 
 from flowlm.config import objective
-from flowlm.engine.state import Auxiliary
 from flowlm.maths.prior import Gaussian
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import native
 from flowlm.objectives import make_family
+from flowlm.objectives.base import Auxiliary
 from flowlm.objectives.flow import Flow
 from flowlm.scale import bench
 from flowlm.scale.bench import compare

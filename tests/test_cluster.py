@@ -19,7 +19,7 @@ class ConfigException(Exception): pass
 def load_incluster_config(): raise ConfigException('Service token file does not exist.')
 config = types.SimpleNamespace(load_incluster_config=load_incluster_config)
 """
-JOIN = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = 1, 3; cluster.join(False); import jax; "
+JOIN = "from flowlm.system import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = 1, 3; cluster.join(False); import jax; "
 JOIN += "print(jax.process_index(), 'of', jax.process_count())"
 
 

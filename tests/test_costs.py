@@ -10,11 +10,11 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from flowlm.engine.state import Auxiliary
 from flowlm.maths import vocab
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models import dit
 from flowlm.objectives import make_family
+from flowlm.objectives.base import Auxiliary
 from flowlm.scale.costs import CHIPS, EFFICIENCY, Chip, count_flops, forward_flops, roofline
 
 SIZES = dict(width=128, blocks=3, cond=32)

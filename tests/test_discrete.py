@@ -12,10 +12,10 @@ import toy
 from jax.tree_util import Partial
 from toy import FunctionNetwork, overriding
 
-from flowlm.engine.state import Auxiliary, Teacher
 from flowlm.maths import vocab
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives import discrete, uniform
+from flowlm.objectives.base import Auxiliary, Teacher
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.uniform import Uniform, alpha_of

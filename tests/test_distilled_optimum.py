@@ -16,8 +16,8 @@ import pytest
 from jax.tree_util import Partial
 from toy import FunctionNetwork
 
-from flowlm.engine.state import Auxiliary, Teacher
 from flowlm.maths.time_warp import TimeWarp
+from flowlm.objectives.base import Auxiliary, Teacher
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.uniform import Uniform, alpha_of

@@ -18,6 +18,7 @@ from toy import run_config
 
 from flowlm import training
 from flowlm.data import open_dataset
+from flowlm.engine import sampling
 from flowlm.engine.build import build
 from flowlm.engine.sampling import on_rows
 from flowlm.engine.sharding import Layout, make_mesh
@@ -152,6 +153,22 @@ def test_the_average_is_judged(averaged):
     assert [step for step, _ in shown] == [2, 3]
     for step, params in shown:
         assert_equal(params, means[step])
+
+
+def test_a_run_is_judged_only_at_its_end_where_evaluation_every_is_zero(data_dir, tmp_path):
+    from toy import NoEvaluation
+
+    judged = []
+
+    class Counting(NoEvaluation):
+        def __call__(self, params, step, num_samples):
+            judged.append(step)
+            return super().__call__(params, step, num_samples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Evaluator", Counting)
+        train(run_config(data_dir, steps=3, **{"checkpoint.every": 1, "evaluation.every": 0}), tmp_path / "run")
+    assert judged == [3]
 
 
 def test_the_average_is_sampled_and_exported(averaged, tmp_path):
@@ -404,7 +421,7 @@ def test_an_evaluation_asks_between_samplers_and_judges(data_dir, monkeypatch):
     config = run_config(data_dir, **{"evaluation.steps": (1,), "evaluation.taus": (0.2, 0.8)})
     evaluator = Evaluator(build(config, 99), opened(config), Layout(make_mesh(data=1)), 0, config.evaluation, "")
     asked = []
-    for module in (evaluation, processes):
+    for module in (evaluation, sampling, processes):
         monkeypatch.setattr(module, "check_stopped", lambda: asked.append(len(asked)))
     params = build(config, 99).net.init(jax.random.key(0))
     totals, begun = [], []

@@ -17,7 +17,8 @@ from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.engine import optimizers
 from flowlm.engine.build import abstract_state, build, jit_step
 from flowlm.engine.sharding import Layout, check_batch, make_mesh
-from flowlm.engine.state import Teacher, make_step
+from flowlm.engine.state import make_step
+from flowlm.objectives.base import Teacher
 from flowlm.runs import checkpoint
 from flowlm.system.settings import field_names
 

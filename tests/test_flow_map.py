@@ -14,7 +14,6 @@ from oracle import total_variation
 from toy import FunctionNetwork, overriding
 
 from flowlm import config
-from flowlm.engine.state import Auxiliary, Teacher
 from flowlm.maths import identities as flow_map
 from flowlm.maths import vocab
 from flowlm.maths.identities import eulerian_weight, lagrangian_weight, semigroup_weight, transport
@@ -22,6 +21,7 @@ from flowlm.maths.time_sampling import pairs
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import soft_cap
 from flowlm.objectives import make_family
+from flowlm.objectives.base import Auxiliary, Teacher
 from flowlm.objectives.guidance import Prediction
 
 # V <= D, V > D, and the prior on the simplex.

@@ -13,9 +13,10 @@ from toy import overriding
 
 from flowlm import config as settings
 from flowlm.engine.optimizers import make_optimizer, make_schedule
-from flowlm.engine.state import Teacher, init_state, make_step
+from flowlm.engine.state import init_state, make_step
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives import make_family
+from flowlm.objectives.base import Teacher
 
 VOCAB, WIDTH, BATCH = 8, 32, 256
 PAIRS = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [0, 3]])

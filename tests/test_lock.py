@@ -15,7 +15,7 @@ from flowlm.system import lock, storage
 ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys
-from flowlm import lock, storage
+from flowlm.system import lock, storage
 release = lock.take(storage.path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

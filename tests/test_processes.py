@@ -206,7 +206,7 @@ def test_an_evaluation_is_interrupted(start, tmp_path):
 # Asks whether to stop, as an evaluation does between its parts, and says at which asking it was.
 _ASKS = """
 import sys, time
-from flowlm import processes
+from flowlm.system import processes
 processes.start(True)
 try:
     for number in range(10**6):

@@ -15,7 +15,7 @@ from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
 from toy import drawn, network, run_config
 
 from flowlm import main
-from flowlm.config import check_settings, defaults, flat, ranges
+from flowlm.config import check_settings, declared, defaults, flat
 from flowlm.data.tokenizers import shipped
 from flowlm.engine import build as assembly
 from flowlm.engine import overrides
@@ -47,11 +47,11 @@ LIMITS = {
     **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every"), COUNT),
     **dict.fromkeys((f"model.{key}" for key in ("width", "blocks", "heads", "cond")), COUNT),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_latest")), COUNT),
-    **dict.fromkeys(
-        (f"evaluation.{key}" for key in ("every", "held_out", "held_out_batch", "samples", "final_samples")), COUNT
-    ),
+    **dict.fromkeys((f"evaluation.{key}" for key in ("held_out", "held_out_batch", "samples", "final_samples")), COUNT),
     "objective.teacher_steps": COUNT,
-    **dict.fromkeys(("model.vocab_size", "checkpoint.keep_every", "optimizer.warmup_steps"), FROM_ZERO),
+    **dict.fromkeys(
+        ("model.vocab_size", "checkpoint.keep_every", "evaluation.every", "optimizer.warmup_steps"), FROM_ZERO
+    ),
     **dict.fromkeys(("objective.start", "objective.curriculum_steps"), FROM_ZERO),
     **dict.fromkeys(("model.time_scale", "model.end_time_scale", "optimizer.learning_rate"), POSITIVE),
     **dict.fromkeys(("objective.teacher_temperature", "objective.curriculum_temperature"), POSITIVE),
@@ -67,6 +67,11 @@ LIMITS = {
     "model.preview_time": UP_TO_ONE,
     "model.early_until": UP_TO_ONE,
 }
+
+
+def ranges(family):
+    """Every setting of a family that has a range, by its path."""
+    return {name: each for name, each in declared(family).items() if each.range}
 
 
 def numeric(config):

@@ -15,9 +15,10 @@ from jax.tree_util import Partial
 from flowlm.config import defaults
 from flowlm.engine.build import abstract_state, build
 from flowlm.engine.sharding import Layout, make_layout, make_mesh
-from flowlm.engine.state import Teacher, init_state, make_step
+from flowlm.engine.state import init_state, make_step
 from flowlm.maths import vocab
 from flowlm.maths.prior import Dirichlet, Gaussian, geometry
+from flowlm.objectives.base import Teacher
 
 ROOT = Path(__file__).parents[1]
 B, L, D, V = 16, 16, 32, 37  # a vocabulary that no mesh divides

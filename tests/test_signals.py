@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 _BEGIN = """
 import hashlib, os, signal, sys, threading, time
-from flowlm import signals
+from flowlm.system import signals
 signals.GRACE = 0.3
 signals.listen()
 def tell(name=sys.argv[1]):

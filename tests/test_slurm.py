@@ -157,8 +157,10 @@ def test_a_path_is_not_a_pattern(tmp_path, points):
 
 def test_a_task_that_is_alone_says_for_whom_it_waits():
     """Four tasks of which one trains, as in an interactive step, where JAX counts the tasks; and two that both do."""
-    program = "from flowlm import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = {}; cluster.join(False); import jax; "
-    program += "print(jax.process_index(), 'of', jax.process_count())"
+    program = (
+        "from flowlm.system import cluster; cluster.NOTICE_SECONDS, cluster.START_SECONDS = {}; cluster.join(False); "
+    )
+    program += "import jax; print(jax.process_index(), 'of', jax.process_count())"
     only = 'if [ "$SLURM_PROCID" = 0 ]; then exec "$0" -c "$1"; fi'
     here = dict(cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 

@@ -130,9 +130,11 @@ _EXPERIMENT = """
 import time
 from pathlib import Path
 import toy
-from flowlm import cluster, evaluation, panel, sharding
+from flowlm.engine import sharding
+from flowlm.evaluation import evaluator, judging
+from flowlm.system import cluster
 
-judge = panel.Panel.judge
+judge = judging.Panel.judge
 
 def slow_judge(self, *given):
     seconds = Path(__file__).with_name("judge_for")
@@ -141,7 +143,7 @@ def slow_judge(self, *given):
         time.sleep(float(seconds.read_text()))
     return judge(self, *given)
 
-panel.Panel.judge = slow_judge
+judging.Panel.judge = slow_judge
 rows = sharding.global_rows
 
 def global_rows(*arguments):
@@ -150,7 +152,7 @@ def global_rows(*arguments):
 
 sharding.global_rows = global_rows
 if not {evaluate}:
-    evaluation.Evaluator = toy.NoEvaluation
+    evaluator.Evaluator = toy.NoEvaluation
 cluster.TIMEOUT_SECONDS = 20
 
 def get_config(arg=""):
@@ -159,8 +161,8 @@ def get_config(arg=""):
 
 
 _SWEEP = """
-from flowlm.study import Run, Study
-from flowlm.sweeps import runs, sweep
+from flowlm.studies.study import Run, Study
+from flowlm.studies.sweeps import runs, sweep
 
 def get_study(arg=""):
     points = runs(sweep("ema_decay", (0.5, 0.9)), {experiment!r})

@@ -69,8 +69,10 @@ class Record:
     """How far the streams are written, which lies beside them: an interrupted call is taken up there.
 
     Attributes:
-      texts: number of documents. sha256: digest of them and of their splits.
-      tokens, unspelled: by split, tokens, and how much the vocabulary could not spell (`Tokenizer.encode_counted`).
+      texts: number of documents.
+      sha256: digest of them and of their splits.
+      tokens: by split, how many there are.
+      unspelled: by split, how much the vocabulary could not spell (`Tokenizer.encode_counted`).
       such_as: some of that.
     """
 

@@ -37,7 +37,8 @@ def prepare_text(
     """Packs the text of `path` into rows of `length` ids under `out` and returns the manifest; taken up where it was cut.
 
     Args:
-      kind: of own_text.KINDS. text_key: under which the lines of jsonl have their text.
+      kind: of own_text.KINDS.
+      text_key: under which the lines of jsonl have their text.
       tokenizer: name or path (a fetched one lies under `data_dir`), or `bpe:SIZE` or `words:SIZE`, made of the train split.
       allow_lossy: take a tokenizer that changes or drops more than LOSSY of the characters.
 

@@ -20,7 +20,13 @@ _NOT_A_CHARACTER = "\ufdd0"
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """characters: how many were looked at. changed: how many are not as they were. such_as: some, before and after; or nothing."""
+    """What a tokenizer does to the characters of a text.
+
+    Attributes:
+      characters: how many were looked at.
+      changed: how many are not as they were.
+      such_as: some of those, before and after.
+    """
 
     characters: int = 0
     changed: int = 0

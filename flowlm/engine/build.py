@@ -1,5 +1,6 @@
 """From settings to things: the network, the family and the optimizer of a run."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
 
     Args:
-      vocab_size, start: the tokenizer's; an objective that is told its start token is checked against it.
+      vocab_size: the tokenizer's.
+      start: the tokenizer's start token; an objective that is told one is checked against it.
       trained: for a run that is over, whose settings of training no longer matter.
 
     Raises:
@@ -62,13 +64,13 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     return Experiment(net, family, make_optimizer(schedule, **settings), schedule)
 
 
-def abstract_state(experiment: Experiment, layout: Layout):
+def abstract_state(experiment: Experiment, layout: Layout) -> train_state.TrainState:
     """Shapes and shardings of the training state, without making it."""
     shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0))
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
 
 
-def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract):
+def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract: train_state.TrainState) -> Callable:
     """The training step as it is run, step(state, ids, teacher) -> (state, metrics): the state is donated and keeps its place."""
     step = train_state.make_step(
         experiment.net,

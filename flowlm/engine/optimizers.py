@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flowlm.engine.sharding import path_of
+from flowlm.models.network import Params
 
 SCHEDULES = ("constant", "cosine")
 
@@ -49,7 +50,7 @@ def make_optimizer(
     )
 
 
-def update_ema(ema, params, step: jax.Array, decay: float):
+def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """ema <- d ema + (1 - d) params with d = min(decay, (1 + n) / (10 + n)) at the n-th update, n = step.
 
     Without the warm-up the average keeps decay^n of the random initialisation, which ruins samples for thousands of steps

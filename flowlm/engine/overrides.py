@@ -22,7 +22,7 @@ class _Optional(flags.ArgumentParser):
         self._parser = parser
         self.syntactic_help = parser.syntactic_help
 
-    def parse(self, argument):
+    def parse(self, argument: str):
         return None if argument in (None, "None") else self._parser.parse(argument)
 
     def flag_type(self) -> str:
@@ -32,7 +32,7 @@ class _Optional(flags.ArgumentParser):
 class _Tuple(flags.ArgumentParser):
     """A tuple from one flag. The library's own parser, which it looks for by its class, joins all flags of one name."""
 
-    def parse(self, argument):
+    def parse(self, argument: str):
         return TupleParser().parse(argument)
 
     def flag_type(self) -> str:
@@ -50,7 +50,7 @@ def register() -> None:
 class FlagsParser(flags.ListParser):
     """Flags with commas between them. A comma inside of a value, such as a tuple's, is part of it."""
 
-    def parse(self, argument) -> list[str]:
+    def parse(self, argument: str) -> list[str]:
         out: list[str] = []
         for part in super().parse(argument):
             if out and not re.match("--?[a-z]", part):

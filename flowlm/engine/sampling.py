@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flowlm.engine.sharding import Layout
+from flowlm.models.network import Network, Params
 from flowlm.objectives import Family
 from flowlm.system.processes import check_stopped, gathered
 
@@ -40,11 +41,12 @@ class Sampler:
     Attributes:
       rows: what one call draws.
       trace: (prepared params, key) -> its program.
-      compile_seconds, draw_seconds: of the last draw, each without the other.
+      compile_seconds: what the last draw took to compile.
+      draw_seconds: what it took beside that.
       seconds: what 100 samples took in it, compilation apart.
     """
 
-    def __init__(self, net, family, steps: int, layout: Layout, rows: int = ROWS):
+    def __init__(self, net: Network, family: Family, steps: int, layout: Layout, rows: int = ROWS):
         self.rows = rows = -(-rows // layout.devices) * layout.devices
 
         def sample(params, key):
@@ -55,7 +57,7 @@ class Sampler:
         self._prepare = jax.jit(net.prepared) if family.continuous else lambda params: params
         self._compiled = None
 
-    def check(self, params, key: jax.Array) -> None:
+    def check(self, params: Params, key: jax.Array) -> None:
         """Raises ValueError where the family cannot sample so. Of the parameters only shapes are read, and nothing is compiled."""
         jax.eval_shape(self._sample, jax.eval_shape(self._prepare, params), key)
 
@@ -64,7 +66,7 @@ class Sampler:
         return -(-num // self.rows)
 
     def __call__(
-        self, params, key: jax.Array, num: int, begin: Callable[[str], None] = lambda what: None
+        self, params: Params, key: jax.Array, num: int, begin: Callable[[str], None] = lambda what: None
     ) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls.
 
@@ -88,7 +90,7 @@ class Sampler:
         return np.concatenate(parts)[:num]
 
 
-def on_rows(layout: Layout, net, fn: Callable) -> Callable:
+def on_rows(layout: Layout, net: Network, fn: Callable) -> Callable:
     """jit of fn(net, params, {"ids": [B, L]}, key, ...) -> [B] as run(params, ids, key, ...): each device computes its own rows.
 
     The result is on every device, so B may be any number.
@@ -102,7 +104,9 @@ def on_rows(layout: Layout, net, fn: Callable) -> Callable:
     return layout.jit(run)
 
 
-def in_parts(fn: Callable, params, rows: np.ndarray, size: int, key: jax.Array, *args) -> np.ndarray:
+def in_parts(
+    fn: Callable, params: Params, rows: np.ndarray, size: int, key: jax.Array, *args: jax.Array | float
+) -> np.ndarray:
     """`on_rows` over rows [N, L], `size` of them in a call, with a key of its own for each call: [N].
 
     Raises processes.Stopped before the first call.

@@ -13,7 +13,7 @@ and chunks of the vocabulary (vocab.py) need no talk between devices that split 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +23,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from flowlm.models.attention import runs_on
+from flowlm.models.network import Params, Transformer
 
 ROWS = ("replica", "data")
 
@@ -47,12 +49,12 @@ RULES: tuple[tuple[str, tuple], ...] = (
 PRODUCTS = re.compile(r"(blocks/(qkv|out|mlp_in|mlp_out)/kernel|(^|/)unembed_kernel)$")
 
 
-def path_of(path) -> str:
+def path_of(path: Sequence[Any]) -> str:
     """A tree path as `a/b/c`."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) -> Mesh:
+def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of replica x data x model devices; one of them may be -1, what is left. Slices, where there are several, are replicas.
 
     Args:
@@ -175,11 +177,11 @@ class Layout:
 
         return P(*[None] * lead, *(a if uneven(a, n) else None for a, n in zip(wanted, shape[lead:])))
 
-    def places(self, tree):
+    def places(self, tree: Any) -> Any:
         """The sharding of every array of a tree of shapes: parameters, moving average, moments, or a whole state."""
         return _map_named(lambda name, a: NamedSharding(self.mesh, self.stored(name, a.shape)), tree)
 
-    def whole(self, params):
+    def whole(self, params: Params) -> Params:
         """Parameters that any jitted program can use: on every device, but for `model`."""
 
         def used(name, a):
@@ -187,7 +189,7 @@ class Layout:
 
         return _map_named(lambda name, a: jax.lax.with_sharding_constraint(a, used(name, a)), params)
 
-    def jit(self, fn: Callable, **options) -> Callable:
+    def jit(self, fn: Callable, **options: Any) -> Callable:
         """jax.jit of fn(params, ...) with params made whole: for samplers and likelihoods, not for the training step."""
 
         def run(params, *args):
@@ -197,7 +199,7 @@ class Layout:
 
         return jax.jit(run, **options)
 
-    def on_rows(self, fn: Callable, net, names: tuple[str, ...]) -> Callable:
+    def on_rows(self, fn: Callable, net: Transformer, names: tuple[str, ...]) -> Callable:
         """fn(net, whole, params, aux, batch) -> (metrics, {name of names: gradient like params}) on each device's own rows.
 
         `whole` gathers all parameters outside of the blocks; the net that fn is given gathers those of a block inside the loop
@@ -271,7 +273,7 @@ def _map_named(fn: Callable, tree):
     return jax.tree_util.tree_map_with_path(lambda path, a: fn(path_of(path), a), tree)
 
 
-def make_layout(config, devices=None) -> Layout:
+def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The layout of an experiment over these devices, all by default.
 
     Raises:
@@ -313,7 +315,9 @@ def check_batch(batch_size: int, accumulation: int, group: int, devices: int) ->
         )
 
 
-def global_rows(rows, start: int, batch_size: int, length: int, layout: Layout) -> jax.Array:
+def global_rows(
+    rows: Callable[[int, int], np.ndarray], start: int, batch_size: int, length: int, layout: Layout
+) -> jax.Array:
     """Rows start .. start + batch_size of an endless stream as one global array [batch_size, length], split over devices.
 
     Args:

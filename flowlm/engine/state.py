@@ -1,13 +1,17 @@
 """What a run remembers, and one step of training as a pure function of it."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from flowlm.engine.optimizers import update_ema
+from flowlm.engine.sharding import Layout
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Family, Teacher
 
 # What a step draws randomness for. Every key is a function of (seed, step, purpose); none is stored.
 BATCH, DROPOUT, INIT, SAMPLE, EVALUATION = range(5)
@@ -17,33 +21,23 @@ class TrainState(NamedTuple):
     """step [] int32; params, ema and opt_state are trees of arrays, no functions."""
 
     step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
 
 
-class Teacher(NamedTuple):
-    """Frozen parameters in the student's architecture: a flow (or discrete diffusion), and for one target its residual."""
-
-    flow: Any
-    residual: Any = None
-
-
-class Auxiliary(NamedTuple):
-    """What an objective may look at beside the live parameters; absent parts are None. step: the step that is made, int32 []."""
-
-    teacher: Teacher | None = None
-    ema: Any = None
-    step: jax.Array | None = None
-
-
-def purpose_key(seed: int, step, purpose: int) -> jax.Array:
+def purpose_key(seed: int, step: jax.Array | int, purpose: int) -> jax.Array:
     """The key of one purpose at one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
 def init_state(
-    net, family, optimizer: optax.GradientTransformation, seed: int, teacher=None, origin=None
+    net: Network,
+    family: Family,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    teacher: Teacher | None = None,
+    origin: Params | None = None,
 ) -> TrainState:
     """A fresh state, one that the family makes of a teacher, or one with the parameters of another run, `origin`.
 
@@ -65,7 +59,17 @@ def _project(gradient, other):
     return jax.tree.map(lambda g, o: g - against * o, gradient, other)
 
 
-def make_step(net, family, optimizer, *, seed: int, ema_decay: float, accumulation: int, dropout: bool, layout=None):
+def make_step(
+    net: Network,
+    family: Family,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulation: int,
+    dropout: bool,
+    layout: Layout | None = None,
+) -> Callable:
     """step(state, ids [B, L], teacher) -> (state, metrics): one update on a global batch, `accumulation` microbatches at a time.
 
     Times and keys are drawn for the global batch before it is split, a key for every row, so neither accumulating nor the mesh

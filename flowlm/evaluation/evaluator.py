@@ -42,7 +42,8 @@ class Evaluator:
     """evaluator(params, step, num_samples) -> Evaluation. What can fail fails when it is made; programs compile in the first call.
 
     Args:
-      settings: the experiments' `evaluation` section. data_dir: `data.dir`.
+      settings: the experiments' `evaluation` section.
+      data_dir: `data.dir`.
       only_steps: numbers of sampling steps instead of `settings.steps`.
       samples_only: of the sampler as it is set; no plain one beside it, no likelihood, no rows of reference.
 

@@ -1,6 +1,7 @@
 """What an evaluation found: the files it leaves in a directory, and how several are shown together."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,11 +19,15 @@ PRINTED = 2  # of those at the terminal
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes:
-    metrics: as evaluation.py lists them. texts: {sampler@steps: samples as text}.
-    trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
-    notes: what a reader of the metrics must know, a sentence each.
-    main: the judges' metrics to read first. meanings: {metric of a judge: what it is}.
+    """What an evaluation found.
+
+    Attributes:
+      metrics: as evaluation.py lists them.
+      texts: {sampler@steps: samples as text}.
+      trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
+      notes: what a reader of the metrics must know, a sentence each.
+      main: the judges' metrics to read first.
+      meanings: {metric of a judge: what it is}.
     """
 
     step: int
@@ -44,7 +49,7 @@ class Evaluation:
             **({"notes": list(self.notes)} if self.notes else {}),
         }
 
-    def save(self, directory, run=None) -> None:
+    def save(self, directory: str | os.PathLike, run: str | os.PathLike | None = None) -> None:
         """Writes samples.txt, trajectories.json, evaluation.json and evaluation.png; each file appears whole.
 
         run: the run directory that was evaluated, if it is another one.
@@ -65,7 +70,7 @@ class Evaluation:
         tables.print_samples({"": self.record()}, {"": {k: v[:PRINTED] for k, v in self.texts.items()}}, wide)
 
 
-def read_evaluation(directory) -> dict:
+def read_evaluation(directory: str | os.PathLike) -> dict:
     """The evaluation.json of a directory. Raises FileNotFoundError: there is none. ValueError: it is cut or damaged."""
     path = storage.path(directory) / "evaluation.json"
     if not path.exists():
@@ -84,7 +89,7 @@ def short_names(directories: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(path[-depth:]) for path, name in names.items()}
 
 
-def lines_of_samples(directory, num: int) -> dict[str, list[str]]:
+def lines_of_samples(directory: str | os.PathLike, num: int) -> dict[str, list[str]]:
     """{sampler@steps or held_out: the first `num` lines of its samples}, of each run's sampler as it is set, and of real rows.
 
     Raises FileNotFoundError: the directory has no samples.txt.

@@ -14,6 +14,7 @@ parameters were read back as they were.
 """
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,8 +57,8 @@ sha256 of the parameters, as `flowlm inspect` prints it: `{{ checksum }}`
 
 
 def export(
-    directory,
-    out,
+    directory: str | os.PathLike,
+    out: str | os.PathLike,
     layout: Layout,
     *,
     format: str,
@@ -70,7 +71,8 @@ def export(
 
     Args:
       dtype: of the parameters in the files; whoever loads them computes as the settings say.
-      steps, sampler: for `jax`: the number of sampling steps, and one of the family's samplers (default: the last).
+      steps: for `jax`, the number of sampling steps.
+      sampler: for `jax`, one of the family's samplers (default: the last).
       objective: settings of the run's `objective` section to replace.
 
     Raises:

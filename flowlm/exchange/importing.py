@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from flowlm import config as settings
@@ -103,7 +104,7 @@ def _check_rotary(frequencies: np.ndarray, precision: float, source: str) -> Non
         )
 
 
-def read_ckpt(path, weights: str) -> Source:
+def read_ckpt(path: str | os.PathLike, weights: str) -> Source:
     """A Lightning checkpoint of the reference. Only tensors, plain containers and inert records are unpickled.
 
     Args:
@@ -161,7 +162,7 @@ def read_ckpt(path, weights: str) -> Source:
     return Source(_plain(chosen), arrays, int(held.get("global_step", 0)))
 
 
-def read_safetensors(path) -> Source:
+def read_safetensors(path: epath.Path) -> Source:
     """Arrays in the reference's names, with a config.json beside the file: ours (`flowlm export`), or of the reference.
 
     Raises:
@@ -191,7 +192,7 @@ def read_safetensors(path) -> Source:
     return Source(chosen, arrays, step)
 
 
-def load_imported(path, weights: str = "ema", base: ConfigDict | None = None) -> Imported:
+def load_imported(path: str | os.PathLike, weights: str = "ema", base: ConfigDict | None = None) -> Imported:
     """A `.ckpt` or `.safetensors` (or a directory with model.safetensors) as a run.
 
     Args:
@@ -314,7 +315,7 @@ def _mask_behind(arrays: Mapping[str, np.ndarray], mask: int) -> dict[str, np.nd
     return arrays | {name: np.concatenate([arrays[name], np.zeros_like(arrays[name][:1])]) for name in OUTPUT}
 
 
-def import_run(path, to, weights: str, base: ConfigDict | None) -> Imported:
+def import_run(path: str | os.PathLike, to: str | os.PathLike, weights: str, base: ConfigDict | None) -> Imported:
     """Writes what `load_imported` reads to the new directory `to`, where sample, evaluate and a student's `teacher` find it.
 
     Raises:

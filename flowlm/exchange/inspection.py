@@ -1,5 +1,6 @@
 """What a path is: a run, what was exported of one, or a checkpoint that can be imported."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from rich.table import Column, Table
 from flowlm.config import flat
 from flowlm.engine.sharding import Layout
 from flowlm.exchange import importing
+from flowlm.models.network import Params
 from flowlm.runs import directory as run_directory
 from flowlm.runs import integrity
 from flowlm.runs.checkpoint import has_params
@@ -23,7 +25,14 @@ from flowlm.system.terminal import console
 
 
 class Inspected(NamedTuple):
-    """kind: what it is, in words. params: the parameter tree (the averaged one), of step `step`."""
+    """What was found at a path.
+
+    Attributes:
+      kind: what it is, in words.
+      config: its settings.
+      params: the parameter tree (the averaged one).
+      step: of training, from which the parameters are.
+    """
 
     kind: str
     config: ConfigDict
@@ -31,7 +40,7 @@ class Inspected(NamedTuple):
     step: int
 
 
-def restore(weights: Mapping[str, jax.Array]):
+def restore(weights: Mapping[str, jax.Array]) -> Params:
     """The parameter tree, float32, of the arrays in weights.npz."""
     values = {
         k: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a for k, a in weights.items()
@@ -39,7 +48,7 @@ def restore(weights: Mapping[str, jax.Array]):
     return unflatten_dict({k: a.astype(jnp.float32) for k, a in values.items()}, sep="/")
 
 
-def inspect(path, layout: Layout, weights: str = "ema") -> Inspected:
+def inspect(path: str | os.PathLike, layout: Layout, weights: str = "ema") -> Inspected:
     """Reads whatever flowlm writes or imports.
 
     Args:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flowlm.models.network import Network
+from flowlm.models.network import Network, Params
 
 MODULES = {
     "embedding": "vocab_embed.embedding",
@@ -58,7 +58,7 @@ def _has_mask(params) -> bool:
     return params["embedding"].shape[0] == params["unembed_bias"].shape[0] + 1
 
 
-def to_reference(params) -> dict[str, jax.Array]:
+def to_reference(params: Params) -> dict[str, jax.Array]:
     """A parameter tree as the reference's {name: array}."""
     arrays = {}
     for path, value in flatten_dict(params, sep="/").items():
@@ -71,7 +71,7 @@ def to_reference(params) -> dict[str, jax.Array]:
     return arrays
 
 
-def from_reference(arrays: Mapping[str, np.ndarray], net: Network, source: str):
+def from_reference(arrays: Mapping[str, np.ndarray], net: Network, source: str) -> Params:
     """The parameter tree, float32, of a network in the reference's names. Every array is used and every parameter filled.
 
     Raises:

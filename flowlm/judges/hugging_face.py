@@ -1,11 +1,13 @@
 """Any causal language model of Hugging Face as a judge, by name or local path; the field's default is gpt2-large."""
 
+from typing import Any
+
 import numpy as np
 
-from flowlm.judges.language_model import LanguageModel
+from flowlm.judges.language_model import Encode, LanguageModel, States
 
 
-def load_language_model(name: str, length: int):
+def load_language_model(name: str, length: int) -> tuple[str, Encode, Any, int]:
     """(label in the metrics, encode: texts -> lists of ids, model, id of end-of-text) of NAME. It is never downloaded.
 
     Raises:
@@ -51,7 +53,7 @@ def make_judge(name: str, length: int) -> LanguageModel:
     return LanguageModel(label, encode, nats, end, length)
 
 
-def reader(name: str, length: int):
+def reader(name: str, length: int) -> tuple[str, Encode, States, int]:
     """(label, encode, states, end) of NAME, for `mauve.last_states`: the hidden states before the output layer.
 
     Raises as `load_language_model` does.

@@ -141,15 +141,3 @@ class KneserNey:
         """The ids are not read. NaN where all texts are empty."""
         nats = [-each.sum() for each in self.log_probs(texts)]
         return mean_with_stderr("nats_per_char", nats, [len(text) for text in texts])
-
-    def save(self, path: str) -> None:
-        """Writes an npz of plain arrays. `load` reads it back."""
-        arrays = {"alphabet": self.alphabet, "grams": self.grams, "counts": self.counts}
-        with open(path, "wb") as file:
-            np.savez_compressed(file, order=self.order, **arrays)
-
-    @classmethod
-    def load(cls, path: str) -> "KneserNey":
-        """Reads what `save` wrote, without pickle. Raises FileNotFoundError if there is no such file."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(int(file["order"]), file["alphabet"], file["grams"], file["counts"])

@@ -19,6 +19,8 @@ from flowlm.judges.base import mean_with_stderr
 ROWS = 32  # texts read at once
 # The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.
 BREAK = "\ud800"
+Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> their ids
+States = Callable[[np.ndarray, np.ndarray], np.ndarray]  # as in `mauve.last_states`
 
 
 class Decoder(Protocol):
@@ -44,7 +46,7 @@ def with_breaks(tokenizer: Decoder, ids: Sequence[Sequence[int]] | np.ndarray) -
     return texts
 
 
-def encode_documents(encode: Callable, texts: Sequence[str], end: int) -> list[list[int]]:
+def encode_documents(encode: Encode, texts: Sequence[str], end: int) -> list[list[int]]:
     """The ids of each text with `end` in place of every BREAK; each document is tokenised alone.
 
     encode: texts -> lists of ids.
@@ -68,8 +70,13 @@ class LanguageModel:
       length: tokens of a text that are read.
     """
 
-    def __init__(self, name: str, encode: Callable, nats: Callable, end: int, length: int):
-        """encode: texts -> lists of ids. nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1]."""
+    def __init__(self, name: str, encode: Encode, nats: Callable, end: int, length: int):
+        """A judge of that name.
+
+        Args:
+          encode: texts -> lists of ids.
+          nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1].
+        """
         self.name, self.length = name, length
         self.main = (f"{name}_nats_per_token",)
         self.meanings = {

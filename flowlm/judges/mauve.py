@@ -17,10 +17,10 @@ import numpy as np
 from absl import logging
 
 from flowlm.judges import hugging_face, smollm2
-from flowlm.judges.language_model import ROWS, encode_documents
+from flowlm.judges.language_model import ROWS, Encode, States, encode_documents
 
 
-def last_states(states: Callable, encode: Callable, texts: Sequence[str], end: int, length: int) -> np.ndarray:
+def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, length: int) -> np.ndarray:
     """The hidden state at the last id of each of N texts, cut to `length` ids, float32 [N, D]. An empty text is read as `end`.
 
     encode: texts -> lists of ids; a BREAK in a text (language_model.py) is `end`. states: ids int [B, T], last int [B] -> the
@@ -46,7 +46,12 @@ class Mauve:
     """
 
     def __init__(self, name: str, features: Callable, reference: Callable):
-        """features: texts -> float [N, D]. reference: num -> that many held-out texts, or all where there are fewer."""
+        """A judge of that name.
+
+        Args:
+          features: texts -> float [N, D].
+          reference: num -> that many held-out texts, or all where there are fewer.
+        """
         try:
             from mauve import compute_mauve
         except ImportError as error:

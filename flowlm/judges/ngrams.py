@@ -23,7 +23,8 @@ class Table(NamedTuple):
     """The n-grams of some rows, in lexicographic order: each the place of its first n - 1 tokens in their table, and its last one.
 
     Attributes:
-      grams: [G] int64, sorted: place x BASE + last token. shares: [G] of all n-grams.
+      grams: [G] int64, sorted: place x BASE + last token.
+      shares: [G] of all n-grams.
     """
 
     grams: np.ndarray
@@ -33,7 +34,9 @@ class Table(NamedTuple):
         """(where n-grams are or would be, whether they are there).
 
         Args:
-          prefix, known: the same of their first n - 1 tokens. last: their last tokens.
+          prefix: where their first n - 1 tokens are in their own table.
+          known: whether those are there.
+          last: their last tokens.
         """
         wanted = prefix * BASE + np.where(known, last, 0)
         place = np.searchsorted(self.grams, wanted)

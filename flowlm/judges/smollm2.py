@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import numpy as np
 from etils import epath
 from jax.tree_util import Partial
 
-from flowlm.judges.language_model import LanguageModel
+from flowlm.judges.language_model import Encode, LanguageModel, States
 from flowlm.maths import vocab
 from flowlm.system import storage
 
@@ -63,7 +65,7 @@ def fetch_weights(data_dir: str | pathlib.Path) -> epath.Path:
     return path
 
 
-def read_weights(path: epath.Path):
+def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, Any]]:
     """(encode: texts -> lists of ids, params, config) of a Llama in a GGUF file.
 
     Raises:
@@ -99,7 +101,7 @@ def read_weights(path: epath.Path):
     return make_encoder(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")), params, config
 
 
-def make_encoder(tokens: list[str], merges: list[str]):
+def make_encoder(tokens: list[str], merges: list[str]) -> Encode:
     """texts -> lists of ids by byte-level BPE in which every digit is a token of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -123,7 +125,7 @@ def _rotate(x, base):
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
 
-def hidden_states(params, config, ids: jax.Array) -> jax.Array:
+def hidden_states(params: dict[str, Any], config: dict[str, Any], ids: jax.Array) -> jax.Array:
     """[B, T, D] behind the last norm for ids [B, T]."""
     batch, length = ids.shape
     group = config["heads"] // config["key_heads"]
@@ -149,7 +151,7 @@ def _tied(embedding, hidden):
     return hidden @ embedding.T
 
 
-def make_nats(params, config):
+def make_nats(params: dict[str, Any], config: dict[str, Any]) -> Callable[[np.ndarray], jax.Array]:
     """ids int [B, T] -> -log p(ids[:, 1:] | those before) [B, T - 1]."""
 
     @jax.jit
@@ -167,7 +169,7 @@ def make_judge(data_dir: str | pathlib.Path, length: int) -> LanguageModel:
     return LanguageModel("smollm2", encode, make_nats(params, config), end=END, length=length)
 
 
-def reader(data_dir: str | pathlib.Path):
+def reader(data_dir: str | pathlib.Path) -> tuple[str, Encode, States, int]:
     """(name, encode, states, end), for `mauve.last_states`: the hidden states behind the last norm.
 
     Raises as `read_weights` does.

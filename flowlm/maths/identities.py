@@ -13,13 +13,17 @@ says and what the (frozen) others say; `vocab.over_logits` runs them without eve
 returns Match(loss, distance, clamped), per token.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from flowlm.maths.time_warp import TimeWarp
 from flowlm.maths.vocab import sparsemax
+
+Moving = tuple[jax.Array, jax.Array]  # logits and their derivative
 
 # Arguments of logarithms in the targets are kept above this; how often that happened is a metric.
 FLOOR = 1e-3
@@ -58,19 +62,25 @@ def eulerian_weight(s: jax.Array, t: jax.Array) -> jax.Array:
     return (1 - s) * (t - s)
 
 
-def d_dt(fn, warp, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def d_dt(fn: Callable, warp: TimeWarp, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(fn(tau(t)), its derivative with respect to t): a partial time derivative through the warp."""
     return jax.jvp(lambda t: fn(warp.tau(t)), (t,), (jnp.ones_like(t),))
 
 
-def d_flow(fn, warp, s: jax.Array, z: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+def d_flow(fn: Callable, warp: TimeWarp, s: jax.Array, z: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(fn(tau(s), z), its total derivative (d/ds + b_s . grad) along the flow), for mean = D_s(z) @ E."""
     velocity = (mean - z) / (1 - s)[:, None, None]
     return jax.jvp(lambda s, z: fn(warp.tau(s), z), (s, z), (jnp.ones_like(s), velocity))
 
 
 class Match(NamedTuple):
-    """loss: what is minimised. distance: |target - delta|^2. clamped: 1 where a logarithm's argument was."""
+    """What a target says of one token.
+
+    Attributes:
+      loss: what is minimised.
+      distance: |target - delta|^2.
+      clamped: 1 where a logarithm's argument was.
+    """
 
     loss: jax.Array
     distance: jax.Array
@@ -99,7 +109,7 @@ def _slope(logits, tangent):
 # Diagonal: delta_{s,s} is the denoiser.
 
 
-def diagonal(logits, flow) -> Match:
+def diagonal(logits: jax.Array, flow: jax.Array) -> Match:
     """Cross-entropy to the denoiser of another network, logits `flow`."""
     return _entropy_to(jax.nn.softmax(flow), logits)
 
@@ -111,17 +121,17 @@ def _mixture(weights, parts):
     return sum(w[..., None] * jax.nn.softmax(part) for w, part in zip(weights, parts, strict=True))
 
 
-def psd(logits, first, second, lam) -> Match:
+def psd(logits: jax.Array, first: jax.Array, second: jax.Array, lam: jax.Array) -> Match:
     """Cross-entropy to lam delta_{s,u} + (1 - lam) delta_{u,t}(X_{s,u}) (2602.16813)."""
     return _entropy_to(_mixture((lam, 1 - lam), (first, second)), logits)
 
 
-def psd_squared(logits, first, second, lam) -> Match:
+def psd_squared(logits: jax.Array, first: jax.Array, second: jax.Array, lam: jax.Array) -> Match:
     """The same with squared error."""
     return _square(jax.nn.softmax(logits) - stop_gradient(_mixture((lam, 1 - lam), (first, second))))
 
 
-def teacher_steps(logits, *flow_and_weights) -> Match:
+def teacher_steps(logits: jax.Array, *flow_and_weights: jax.Array) -> Match:
     """Cross-entropy to sum_i w_i D_{u_i}: m logits of a frozen flow on its way, then their m weights."""
     m = len(flow_and_weights) // 2
     return _entropy_to(_mixture(flow_and_weights[m:], flow_and_weights[:m]), logits)
@@ -131,7 +141,16 @@ def teacher_steps(logits, *flow_and_weights) -> Match:
 # residual X_{s,t} - X_{u,t}(X_{s,u}) and whose delta = D_s + (1-s)(t-s) g / 2 need no x: it cancels.
 
 
-def residual_map(live, first, second, flow_s, flow_u, s, u, t) -> Match:
+def residual_map(
+    live: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    flow_s: jax.Array,
+    flow_u: jax.Array,
+    s: jax.Array,
+    u: jax.Array,
+    t: jax.Array,
+) -> Match:
     """Squared semigroup residual for g_{s,t}, g_{s,u}, g_{u,t}(X_{s,u}) and the flow's logits at s and at X_{s,u}."""
     s, u, t = s[..., None], u[..., None], t[..., None]
     # b_s - b_u(X_{s,u}), free of x.
@@ -140,7 +159,7 @@ def residual_map(live, first, second, flow_s, flow_u, s, u, t) -> Match:
     return _square((t - s) ** 2 / 2 * live + stop_gradient(fixed))
 
 
-def residual(logits, flow, g, k) -> Match:
+def residual(logits: jax.Array, flow: jax.Array, g: jax.Array, k: jax.Array) -> Match:
     """Squared error of delta to that of the two-network map, D_s + k g / 2."""
     target = jax.nn.softmax(flow) + k[..., None] / 2 * g
     return _square(jax.nn.softmax(logits) - stop_gradient(target))
@@ -149,14 +168,14 @@ def residual(logits, flow, g, k) -> Match:
 # Lagrangian: `moving` is (logits, d/dt logits) of delta_{s,t}; `flow` the logits of D_t(X_{s,t}).
 
 
-def lsd(moving, flow, c) -> Match:
+def lsd(moving: Moving, flow: jax.Array, c: jax.Array) -> Match:
     """Cross-entropy to the Lagrangian target, projected to the simplex (2602.16813)."""
     _, slope = _slope(*moving)
     target = sparsemax(stop_gradient(jax.nn.softmax(flow) - c[..., None] * slope))
     return _entropy_to(target, moving[0])
 
 
-def lsd_logit(moving, flow, c) -> Match:
+def lsd_logit(moving: Moving, flow: jax.Array, c: jax.Array) -> Match:
     """The same kept on the simplex in logit space (2604.09784): softmax( flow - log(1 + c zeta) )."""
     logits, tangent = stop_gradient(moving)
     p = jax.nn.softmax(logits)
@@ -170,7 +189,7 @@ def _logit_target(logits, flow, bracket) -> Match:
     return _entropy_to(target, logits, clamped)
 
 
-def csd(moving, flow, s, t) -> Match:
+def csd(moving: Moving, flow: jax.Array, s: jax.Array, t: jax.Array) -> Match:
     """|(1-t) d_t X_{s,t} - sg(D_t(X) - X)|^2 with x cancelled (2602.12233); the gradient goes through d_t delta."""
     s, t = s[..., None], t[..., None]
     p, slope = _slope(*moving)
@@ -178,7 +197,7 @@ def csd(moving, flow, s, t) -> Match:
     return _square((1 - t) / (1 - s) * p + lagrangian_weight(s, t) * slope + fixed)
 
 
-def ecld(moving, flow, s, t) -> Match:
+def ecld(moving: Moving, flow: jax.Array, s: jax.Array, t: jax.Array) -> Match:
     """Cross-entropy to D_t(X_{s,t}) plus |(t-s)/(1-s) d_t delta|^2 (2602.12233).
 
     Twice this, less the target's entropy, bounds `csd` from above (Cauchy and Pinsker); it is not stationary at the exact map.
@@ -191,14 +210,14 @@ def ecld(moving, flow, s, t) -> Match:
 # Eulerian: `moving` is (logits, total derivative along the flow) of delta_{s,t}; `flow` the logits of D_s(z).
 
 
-def esd(moving, flow, t, k) -> Match:
+def esd(moving: Moving, flow: jax.Array, t: jax.Array, k: jax.Array) -> Match:
     """Squared error of the Eulerian identity times (1 - t) (2602.16813)."""
     t, k = t[..., None], k[..., None]
     p, slope = _slope(*moving)
     return _square((1 - t) * p - stop_gradient((1 - t) * jax.nn.softmax(flow) + k * slope))
 
 
-def esd_logit(moving, flow, t, k) -> Match:
+def esd_logit(moving: Moving, flow: jax.Array, t: jax.Array, k: jax.Array) -> Match:
     """Cross-entropy to softmax( flow - log( (1-t) - k xi ) ) (2604.09784); singular at t = 1."""
     logits, tangent = stop_gradient(moving)
     p = jax.nn.softmax(logits)

@@ -29,7 +29,9 @@ def ancestral_step(
         h = eta^2 ( 1 - ( t (1 - t') / (t' (1 - t)) )^2 )
 
     Args:
-      z, mean, fresh: [..., D] state, m, and a fresh draw z0' of the prior (unused at eta = 0).
+      z: the state [..., D].
+      mean: m [..., D].
+      fresh: a fresh draw z0' [..., D] of the prior, unused at eta = 0.
     """
     noise = (z - t * mean) / (1 - t)
     if eta > 0:

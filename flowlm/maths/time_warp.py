@@ -85,7 +85,8 @@ class TimeWarp:
       prior: `gaussian` or `dirichlet`.
       kind: `ambient` (the paper's), `embedded` (what is left of the signal after projection to D dimensions), `between` them, or
         `identity`.
-      vocab: V. width: D.
+      vocab: V.
+      width: D.
     """
 
     prior: str

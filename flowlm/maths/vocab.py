@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 Head = Callable[[jax.Array], jax.Array]
+Readout = tuple[Head, jax.Array]  # what gives logits: a head and the hidden states that it reads
+MovingReadout = tuple[Head, jax.Array, jax.Array]  # the same with the derivative of the hidden states
 
 # Logits that are small enough to be held at once, 16 MB of float32; larger ones are cut into at least PARTS chunks (more
 # would save little) of at most CHUNK tokens. In a training step these are one device's own (sharding.py).
@@ -198,7 +200,10 @@ def gaussian_latents(
     """What is seen of w = (t one_hot(ids) + (1 - t) eps) / sqrt(t^2 + (1 - t)^2), eps ~ N(0, I_V) the same at every time.
 
     Args:
-      keys: [B], one for each row. ids: [B, L]. embedding: [V, D]. times: t [B] each.
+      keys: [B], one for each row.
+      ids: [B, L].
+      embedding: [V, D].
+      times: t [B] each.
 
     Returns:
       for each time argmax w, ids [B, L]; with a temperature softmax(w / temperature) @ E, [B, L, D].

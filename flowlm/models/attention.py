@@ -5,6 +5,8 @@ splash   the TPU kernel: scores never leave the chip; reverse mode only, lengths
 cudnn    the GPU kernel: reverse mode only, bfloat16, no soft-cap
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ def runs_on(implementation: str, platform: str) -> bool:
     return PLATFORM[implementation] in (None, platform)
 
 
-def native(platform: str, **asked) -> str:
+def native(platform: str, **asked: Any) -> str:
     """The implementation made for devices of this platform if it can do what is asked of it (as of `check_attention`), else xla."""
     for name in (name for name in PLATFORM if PLATFORM[name] == platform):
         try:
@@ -50,7 +52,13 @@ def native(platform: str, **asked) -> str:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cap: float, causal: bool = False, implementation: str = "xla", first=0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cap: float,
+    causal: bool = False,
+    implementation: str = "xla",
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """softmax( soft_cap( q k^T / sqrt(d) ) ) v over [B, L, H, d]; scores and softmax in float32.
 

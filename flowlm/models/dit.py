@@ -38,7 +38,7 @@ class TokenDense(nn.DenseGeneral):
         return out.reshape(*x.shape[:-1], *out.shape[1:])
 
 
-def dropout(x: jax.Array, keys: jax.Array | None, purpose, rate: float) -> jax.Array:
+def dropout(x: jax.Array, keys: jax.Array | None, purpose: jax.Array | int, rate: float) -> jax.Array:
     """x [B, L, W] with its entries zeroed with probability `rate`, each row by its own key [B]: the same on every mesh."""
     if keys is None or rate == 0:
         return x

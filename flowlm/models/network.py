@@ -42,6 +42,8 @@ from flowlm.models.attention import PLATFORM, check_attention, soft_cap
 from flowlm.models.dit import DiT, LossWeight
 from flowlm.system.settings import check_choices, setting
 
+Params = dict[str, Any]  # a tree of parameters: arrays, and dicts of them, by name
+
 SIZES = {
     "test": dict(width=32, blocks=2, heads=2, cond=32),
     "tiny": dict(width=128, blocks=4, heads=4, cond=64),
@@ -53,46 +55,57 @@ class Network:
     """Pure functions of a tree of parameters; what objectives ask of a network. It has no state.
 
     Attributes:
-      vocab: V. length: L. width: D.
+      vocab: V.
+      length: L.
+      width: D.
     """
 
     vocab: int
     length: int
     width: int
 
-    def init(self, key: jax.Array):
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
         raise NotImplementedError
 
-    def apply(self, params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None = None, keys=None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        z: jax.Array,
+        tau_s: jax.Array,
+        tau_t: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
         """hidden [B, L, F] of states z [B, L, D] at warped times [B]. Dropout only with keys [B]."""
         raise NotImplementedError
 
-    def weak(self, params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None, keys: jax.Array) -> jax.Array:
+    def weak(
+        self, params: Params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None, keys: jax.Array
+    ) -> jax.Array:
         """`apply` with more dropout, for autoguidance."""
         raise NotImplementedError
 
-    def head(self, params) -> Head:
+    def head(self, params: Params) -> Head:
         """A pytree that maps hidden [..., F] to float32 logits [..., V]: what vocab.py works on."""
         raise NotImplementedError
 
-    def embedding(self, params) -> jax.Array:
+    def embedding(self, params: Params) -> jax.Array:
         """E [V, D]; with a mask token [V + 1, D], the last row is the mask's."""
         return params["embedding"]
 
-    def geometry(self, params) -> Geometry:
+    def geometry(self, params: Params) -> Geometry:
         """prior.geometry of E; what `prepared` has put there, if it has."""
         return params["geometry"] if "geometry" in params else geometry(params["embedding"])
 
-    def prepared(self, params):
+    def prepared(self, params: Params) -> Params:
         """params that carry the geometry of E, so that a sampler of many steps or calls computes it once."""
         return {**params, "geometry": self.geometry(params)}
 
-    def with_embedding(self, params, embedding: jax.Array):
+    def with_embedding(self, params: Params, embedding: jax.Array) -> Params:
         """params with another E [V, D]."""
         return {**params, "embedding": embedding}
 
-    def adopt(self, params, teacher):
+    def adopt(self, params: Params, teacher: Params) -> Params:
         """Fresh params with all that a one-time network has, so that both compute the same function of (z, tau_s).
 
         What the teacher lacks (the second time embedding, further inputs) gets a last layer of zeros.
@@ -109,25 +122,25 @@ class Network:
         mute = {k: jnp.zeros_like(v) if k.startswith("time_t/out/") else v for k, v in mine.items()}
         return unflatten_dict(mute | theirs, sep="/")
 
-    def mute(self, params):
+    def mute(self, params: Params) -> Params:
         """params whose logits are zero."""
         silent = ("unembed_kernel", "unembed_bias", "log_prior")
         return {**params, **{k: jnp.zeros_like(params[k]) for k in silent if k in params}}
 
-    def weighted(self, params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
+    def weighted(self, params: Params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
         """exp(-w) loss + w with the learned w(tau_s, tau_t) where the network has one; [B] each, otherwise as it is."""
         if "loss_weight" not in params:
             return loss
         w = LossWeight().apply({"params": params["loss_weight"]}, tau_s, tau_t)
         return jnp.exp(-w) * loss + w
 
-    def embed(self, params, ids_or_probs: jax.Array) -> jax.Array:
+    def embed(self, params: Params, ids_or_probs: jax.Array) -> jax.Array:
         """Token ids [B, L] or simplex points [B, L, V] to states [B, L, D]."""
         if jnp.issubdtype(ids_or_probs.dtype, jnp.integer):
             return self.embedding(params)[ids_or_probs]
         return ids_or_probs @ self.embedding(params)
 
-    def unembed(self, params, hidden: jax.Array) -> jax.Array:
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits [B, L, V]; for small cases and tests: training and sampling go through vocab.py."""
         return self.head(params)(hidden)
 
@@ -146,7 +159,8 @@ class Transformer(Network):
       length: L, ids in a row.
       warp: warped time.
       whole: what a block calls on its stored parameters to make them whole (sharding.py), or None.
-      vocab_size: V. width: D.
+      vocab_size: V.
+      width: D.
 
     Raises:
       ValueError: a setting that is none of its choices, heads that do not divide the width, an input or output that needs the
@@ -230,7 +244,7 @@ class Transformer(Network):
             **{name: getattr(self, name) for name in _OF_THE_MODULE},
         )
 
-    def init(self, key: jax.Array):
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
         z, tau = jnp.zeros((1, self.length, self.width)), jnp.zeros((1,))
         raw = z[..., : min(self.vocab_size, self.width)] if self.input == "white" else z
@@ -242,11 +256,20 @@ class Transformer(Network):
             params["loss_weight"] = LossWeight().init(key, tau, tau)["params"]
         return params
 
-    def apply(self, params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None = None, keys=None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        z: jax.Array,
+        tau_s: jax.Array,
+        tau_t: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
         """hidden [B, L, F] of states z [B, L, D] at warped times [B]. Dropout only with keys [B]."""
         return self._apply(self._module, params, z, tau_s, tau_t, keys)
 
-    def weak(self, params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None, keys: jax.Array) -> jax.Array:
+    def weak(
+        self, params: Params, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None, keys: jax.Array
+    ) -> jax.Array:
         """`apply` with dropout of at least weak_dropout. For autoguidance."""
         module = self._module.clone(dropout=max(self.dropout, self.weak_dropout))
         return self._apply(module, params, z, tau_s, tau_t, keys)
@@ -291,7 +314,7 @@ class Transformer(Network):
     def _log_prior(self, params):
         return self.prior_scale * params["log_prior"] if "log_prior" in params else 0.0
 
-    def head(self, params) -> Head:
+    def head(self, params: Params) -> Head:
         """A pytree that maps hidden [..., F] to float32 logits [..., V]: what vocab.py works on."""
         matrix = None if self.output == "plain" else own_position_matrix(self.geometry(params))
         read = functools.partial(_readout, jnp.dtype(self.dtype), self.logit_cap)
@@ -306,7 +329,7 @@ class Transformer(Network):
             "values": jnp.zeros(shape, jnp.dtype(self.dtype)),
         }
 
-    def decode(self, params, cache: dict, ids: jax.Array) -> tuple[dict, jax.Array]:
+    def decode(self, params: Params, cache: dict, ids: jax.Array) -> tuple[dict, jax.Array]:
         """(cache, hidden [B, 1, F]): `apply` on one more token [B] of a causal network that is fed `raw` states."""
         z, position, time = params["embedding"][ids[:, None]], cache["position"], jnp.zeros(ids.shape)
         filled = cache["keys"], cache["values"]

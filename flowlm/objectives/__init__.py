@@ -1,6 +1,7 @@
 """Generative families, one file each, behind the contract of base.py."""
 
 import dataclasses
+from typing import Any
 
 from flowlm.maths.prior import PRIORS
 from flowlm.maths.time_warp import TimeWarp
@@ -23,7 +24,7 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
-def make_family(family: str, warp: TimeWarp, teacher: bool, **settings) -> Family:
+def make_family(family: str, warp: TimeWarp, teacher: bool, **settings: Any) -> Family:
     """The family of an experiment's `objective` section, with a teacher or without. Raises ValueError for bad settings."""
     if family not in FAMILIES:
         raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(FAMILIES)}")

@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from flowlm.maths import vocab
-from flowlm.objectives.base import Family
+from flowlm.models.network import Network, Params, Transformer
+from flowlm.objectives.base import Auxiliary, Batch, Family, Losses
 from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Family):
-    """Attributes:
-    start: the token that begins every row; it is given, not predicted.
-    temperature, top_p: of the draws; temperature 0 takes the likeliest token.
+    """The autoregressive model.
+
+    Attributes:
+      start_token: the token that begins every row; it is given, not predicted.
+      temperature: of the draws; 0 takes the likeliest token.
+      top_p: share of the probability that the draws keep.
     """
 
     distils: ClassVar[bool] = False
@@ -42,25 +46,25 @@ class Autoregressive(Family):
         """The bound, which is exact."""
         return {"bound": self.bound}
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """Nothing is random."""
         return {}
 
-    def nats(self, net, params, ids, keys=None):
+    def nats(self, net: Network, params: Params, ids: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """-log p of every token but the first: [B, L - 1]."""
         time = jnp.zeros(ids.shape[0])
         hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, keys=keys)
         return vocab.cross_entropy(net.head(params), hidden, ids[:, 1:])
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({cross_entropy: [B]}, {}), nats per predicted token, for batch = {ids [B, L]}."""
         return {"cross_entropy": self.nats(net, params, batch["ids"], keys).mean(-1)}, {}
 
-    def bound(self, net, params, batch, key) -> jax.Array:
+    def bound(self, net: Network, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """-log p(ids) given the start token: nats [B], exact."""
         return self.nats(net, params, batch["ids"]).sum(-1)
 
-    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+    def sample(self, net: Transformer, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by L - 1 network calls. Raises ValueError for another number of steps."""
         if steps != net.length - 1:
             raise ValueError(

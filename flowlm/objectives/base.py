@@ -2,11 +2,30 @@
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from flowlm.models.network import Network, Params
 from flowlm.system.settings import check_choices
+
+Batch = dict[str, jax.Array]  # rows by name: `ids`, and what `Family.draw` adds to them
+Losses = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # what `Family.loss` returns
+
+
+class Teacher(NamedTuple):
+    """Frozen parameters in the student's architecture: a flow (or discrete diffusion), and for one target its residual."""
+
+    flow: Params
+    residual: Params | None = None
+
+
+class Auxiliary(NamedTuple):
+    """What an objective may look at beside the live parameters; absent parts are None. step: the step that is made, int32 []."""
+
+    teacher: Teacher | None = None
+    ema: Params | None = None
+    step: jax.Array | None = None
 
 
 class Family(abc.ABC):
@@ -16,7 +35,8 @@ class Family(abc.ABC):
     Attributes:
       continuous: its states lie in embedding space and begin as a prior's noise; the network is asked with the geometry of E.
       distils: it may have a teacher.
-      needs: settings of the model section that it cannot do without. may: other values of them that it puts up with.
+      needs: settings of the model section that it cannot do without.
+      may: other values of them that it puts up with.
       group: rows of a batch that stay together in a microbatch.
       parts: names of the losses whose conflicting gradients are projected; ("loss",) is their sum.
       differentiates: whether its loss takes forward derivatives of the network.
@@ -47,27 +67,28 @@ class Family(abc.ABC):
                     f"set --config.model.{key}={value}"
                 )
 
-    def start(self, net, params, teacher):
+    def start(self, net: Network, params: Params, teacher: Teacher) -> Params:
         """A student's first parameters: it begins as its teacher.
 
         Args:
-          params: fresh ones of the network. teacher: engine's Teacher, frozen parameters.
+          params: fresh ones of the network.
+          teacher: frozen parameters.
         """
         return net.adopt(params, teacher.flow)
 
     @abc.abstractmethod
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """The random part of a global batch of `num` rows, {name: [num, ...]}, which is added to batch["ids"]."""
 
     @abc.abstractmethod
-    def loss(self, net, params, aux, batch: dict, keys) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({name: loss of each row}, {name: metric of each row}), nats per token unless it says otherwise.
 
         The named losses share the batch's rows, and their sum over all rows / B is the loss. Means, meshes and microbatches are
         the training step's affair.
 
         Args:
-          aux: the frozen teacher, the moving average and the step (train_state.Auxiliary).
+          aux: the frozen teacher, the moving average and the step (`Auxiliary`).
           batch: {ids [B, L]} | draw(...).
           keys: [B], for dropout alone, or None.
         """

@@ -20,7 +20,8 @@ from flowlm.maths.interpolant import interpolate, own_position_features, own_pos
 from flowlm.maths.prior import HIGHEST, Dirichlet, Gaussian, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
-from flowlm.objectives.base import Family
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Batch, Family
 from flowlm.objectives.guidance import Prediction, Predictor
 
 # Where the bound hands over to the decoder, in embedded warped time.
@@ -29,8 +30,11 @@ TAU_MAX = 0.9999
 
 @dataclasses.dataclass(frozen=True)
 class NoisePath(Family):
-    """Attributes:
-    prior, warp: the noise and its time warp.
+    """A family whose states lie on a path from a prior's noise to embedded tokens.
+
+    Attributes:
+      prior: the noise.
+      warp: the noise's warped time.
     """
 
     continuous: ClassVar[bool] = True
@@ -38,13 +42,13 @@ class NoisePath(Family):
     prior: Gaussian | Dirichlet
     warp: TimeWarp
 
-    def noised(self, embedding, batch, t, joint=False) -> jax.Array:
+    def noised(self, embedding: jax.Array, batch: Batch, t: jax.Array, joint: bool = False) -> jax.Array:
         """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} for an embedding [V, W], or two side by side, and times t [B]."""
         draw = self.prior.sample_joint if joint else self.prior.sample
         z0 = draw(batch["noise"], embedding, batch["ids"].shape[1])
         return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
 
-    def fresh(self, net, params, key, num: int, scale: float) -> jax.Array:
+    def fresh(self, net: Network, params: Params, key: jax.Array, num: int, scale: float) -> jax.Array:
         """z0 [num, L, D] for a sampler, its distance from the prior's mean multiplied by `scale`."""
         embedding, mean = net.embedding(params), self.prior.mean(net.embedding(params))
         z0 = self.prior.draw(jax.random.split(key, num), embedding, net.geometry(params), net.length)
@@ -60,7 +64,7 @@ class Denoiser(NoisePath):
         bound = {"bound": self.bound} if self.prior.name == "gaussian" else {}
         return {"denoising": self.denoising, "context_free": self.context_free} | bound
 
-    def bound(self, net, params, batch, key) -> jax.Array:
+    def bound(self, net: Network, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B] for batch = {ids [B, L]}."""
         if self.prior.name != "gaussian":
             raise ValueError(f"the likelihood bound needs the gaussian prior, not {self.prior.name!r}")
@@ -83,7 +87,7 @@ class Denoiser(NoisePath):
         last = posterior(jax.random.split(last_key, num), jnp.full((num,), t_max))
         return path + vocab.cross_entropy(head, last, batch["ids"]).sum(-1)
 
-    def denoising(self, net, params, batch, key, tau: float) -> jax.Array:
+    def denoising(self, net: Network, params: Params, batch: Batch, key: jax.Array, tau: float) -> jax.Array:
         """Cross-entropy of the denoiser at one warped time, whatever it was trained with: nats per token [B]."""
         num = batch["ids"].shape[0]
         batch = {**batch, "noise": jax.random.split(key, num)}
@@ -91,7 +95,9 @@ class Denoiser(NoisePath):
         hidden = net.apply(params, self.noised(net.embedding(params), batch, self.warp.t(tau)), tau)
         return vocab.cross_entropy(net.head(params), hidden, batch["ids"]).mean(-1)
 
-    def context_free(self, net, params, batch, key, tau: float, log_marginals: jax.Array) -> jax.Array:
+    def context_free(
+        self, net: Network, params: Params, batch: Batch, key: jax.Array, tau: float, log_marginals: jax.Array
+    ) -> jax.Array:
         """`denoising` of softmax( log p(v at position l) + own-position log-likelihood ): the best a per-token classifier can do.
 
         It sees the same noise as `denoising` with the same key.
@@ -124,18 +130,18 @@ class PathSampler(Denoiser):
     guidance: float
 
     @abc.abstractmethod
-    def step(self, net, params, predict: Predictor, num: int) -> Callable:
+    def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
         """step(z [num, L, D], (tau, tau_next, key)) -> (z at tau_next, the prediction that took it there)."""
 
     @abc.abstractmethod
     def end(self, predict: Predictor, z: jax.Array, tau: jax.Array, key: jax.Array) -> jax.Array:
         """ids [num, L] of states z at the last tau [num] of the grid before 1, by one more call."""
 
-    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1."""
         return self._carried(net, params, key, num, steps, lambda prediction: None)[1]
 
-    def trajectory(self, net, params, key, num: int, steps: int) -> jax.Array:
+    def trajectory(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """The likeliest tokens at every call of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
         seen, ids = self._carried(net, params, key, num, steps, Prediction.argmax)
         return jnp.concatenate([seen, ids[None]])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
-from flowlm.objectives.base import Family
+from flowlm.objectives.base import Batch, Family
 from flowlm.system.settings import setting
 
 EPS = 1e-3
@@ -24,10 +24,15 @@ EPS = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Family):
-    """Attributes:
-    teacher: whether there is one, from which the family is distilled.
-    jump, divergence: of such a student.
-    temperature, top_p, greedy: of the sampler.
+    """A discrete diffusion, or its student.
+
+    Attributes:
+      teacher: whether there is one, from which the family is distilled.
+      jump: step in time that such a student learns to take at once.
+      divergence: of such a student from its target, `forward` or `reverse`.
+      temperature: of the sampler's draws.
+      top_p: share of the probability that they keep.
+      greedy: whether the sampler takes the likeliest tokens in its last step.
     """
 
     teacher: bool = False
@@ -47,11 +52,11 @@ class Discrete(Family):
         """The bound."""
         return {"bound": self.bound}
 
-    def apart(self, target, student) -> jax.Array:
+    def apart(self, target: vocab.Readout, student: vocab.Readout) -> jax.Array:
         """The divergence of a student from its target, each a (head, hidden [B, L, F]): nats [B, L]."""
         return vocab.over_logits(kl, (student, target) if self.divergence == "reverse" else (target, student))
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """r [num], and a noise key for every row."""
         times, noise = jax.random.split(key)
         return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flowlm.maths import vocab
 from flowlm.maths.interpolant import MIN_NOISE, ancestral_step
 from flowlm.maths.time_sampling import stratified
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
 from flowlm.system.settings import setting
@@ -23,13 +25,16 @@ LOSSES = {"cross_entropy": vocab.cross_entropy, "squared_error": vocab.squared_e
 
 @dataclasses.dataclass(frozen=True)
 class Flow(PathSampler):
-    """Attributes:
-    loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
-      implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
-    eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
-    temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
-      softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
-    noise_scale, guidance: as `PathSampler` has them.
+    """The flow: a denoiser and the integration of its velocity.
+
+    Attributes:
+      loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
+        implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
+      eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
+      temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
+        softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
+      noise_scale: as `PathSampler` has it.
+      guidance: as `PathSampler` has it.
     """
 
     distils: ClassVar[bool] = False
@@ -68,12 +73,12 @@ class Flow(PathSampler):
             name += f"-noise{self.noise_scale:g}"
         return {"euler": dataclasses.replace(self, eta=0.0, temperature=None, noise_scale=1.0), name: self}
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """The random part of a global batch of num rows: tau [num], and a noise key for every row."""
         times, noise = jax.random.split(key)
         return {"tau": stratified(times, num), "noise": jax.random.split(noise, num)}
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({loss_kind: [B]}, {}), nats per token for cross-entropy."""
         del aux
         t = self.warp.t(batch["tau"])
@@ -84,7 +89,7 @@ class Flow(PathSampler):
         loss = net.weighted(params, per_row, batch["tau"], batch["tau"])
         return {self.loss_kind: loss}, {}
 
-    def step(self, net, params, predict: Predictor, num: int) -> Callable:
+    def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
         """A step of the ancestral dynamics by the mean embedding of the posterior, or of tokens drawn from it."""
         embedding = net.embedding(params)
 

@@ -1,6 +1,6 @@
 """The flow map language model, FMLM (2602.16813), and every published objective that learns a flow map of text.
 
-A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (flow_map.py has the algebra and the targets):
+A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (identities.py has the algebra, targets.py the targets):
 
     diagonal rows      s = t        cross-entropy to the teacher's denoiser; without a teacher, to the tokens
     off-diagonal rows  s < t        one of TARGETS, 1/32 of them by default at the boundary (tau_s, tau_t) = (0, 1)
@@ -22,192 +22,27 @@ drawing, its flow can. The teacher is frozen; the student keeps its embedding, a
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jax.tree_util import Partial
 
 from flowlm.maths import identities as flow_map
 from flowlm.maths import vocab
-from flowlm.maths.identities import Match, eulerian_weight, lagrangian_weight, semigroup_weight, transport
+from flowlm.maths.identities import Match, transport
 from flowlm.maths.time_sampling import PAIRS, pairs, stratified
-from flowlm.maths.time_warp import TimeWarp
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.targets import TARGETS, Delta, Networks
 from flowlm.system.settings import setting
 
 
-class Delta(NamedTuple):
-    """A network with its parameters, frozen or live, as what it is here: delta(z; tau_s, tau_t).
-
-    Attributes:
-      apply: (z, tau_s, tau_t, keys) -> hidden. head: hidden -> logits.
-    """
-
-    apply: Callable
-    head: vocab.Head
-
-    def see(self, *args) -> tuple[vocab.Head, jax.Array]:
-        """(head, hidden), what `vocab.over_logits` reads."""
-        return self.head, self.apply(*args)
-
-    def tempered(self, temperature: float) -> "Delta":
-        """The same network with softmax(logits / temperature) for its distribution."""
-        return self if temperature == 1 else self._replace(head=Partial(_tempered, self.head, temperature))
-
-
-def _tempered(head, temperature, hidden):
-    return head(hidden) / temperature
-
-
-class Networks(NamedTuple):
-    """What a target is made of.
-
-    Attributes:
-      live: the student. map: whose delta targets are made of. flow: whose denoiser. residual: g of residual.py, or None.
-      embedding: of the joint state. warp: of its time.
-    """
-
-    live: Delta
-    map: Delta
-    flow: Delta
-    residual: Delta | None
-    embedding: jax.Array
-    warp: TimeWarp
-
-    def times(self, rows: dict) -> tuple[jax.Array, ...]:
-        """t of the rows' tau_s and tau_t."""
-        return self.warp.t(rows["tau_s"]), self.warp.t(rows["tau_t"])
-
-    def mean(self, readout) -> jax.Array:
-        """delta @ E of a (head, hidden), in the joint state."""
-        return vocab.softmax_embed(*readout[:2], self.embedding)
-
-    def moving(self, z, rows: dict, keys, through: bool):
-        """(head, hidden, d/dt hidden) of the live delta_{s,t}; the gradient goes through the derivative or not."""
-        _, t = self.times(rows)
-        hidden, tangent = flow_map.d_dt(lambda tau: self.live.apply(z, rows["tau_s"], tau, keys), self.warp, t)
-        return self.live.head, hidden, tangent if through else stop_gradient(tangent)
-
-
-def at(time: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, 1]."""
-    return time[:, None, None]
-
-
-def _semigroup(match):
-    def target(self, nets: Networks, z, rows, keys) -> Match:
-        (s, t), u = nets.times(rows), nets.warp.t(rows["tau_u"])
-        first = nets.map.see(z, rows["tau_s"], rows["tau_u"])
-        middle = transport(z, nets.mean(first), at(s), at(u))
-        second = nets.map.see(middle, rows["tau_u"], rows["tau_t"])
-        live = nets.live.see(z, rows["tau_s"], rows["tau_t"], keys)
-        return vocab.over_logits(match, (live, first, second), (semigroup_weight(s, u, t),))
-
-    return target
-
-
-def _teacher_steps(self, nets: Networks, z, rows, keys) -> Match:
-    (s, t), live = nets.times(rows), nets.live.see(z, rows["tau_s"], rows["tau_t"], keys)
-    parts, weights, u = [], [], s
-    for i in range(self.teacher_steps):
-        tau = rows["tau_s"] + (rows["tau_t"] - rows["tau_s"]) * i / self.teacher_steps
-        u_next = nets.warp.t(rows["tau_s"] + (rows["tau_t"] - rows["tau_s"]) * (i + 1) / self.teacher_steps)
-        parts.append(nets.flow.see(z, tau, tau))
-        weights.append(flow_map.step_weight(s, u, u_next, t))
-        z, u = transport(z, nets.mean(parts[-1]), at(u), at(u_next)), u_next
-    return vocab.over_logits(flow_map.teacher_steps, (live, *parts), tuple(weights))
-
-
-def _lagrangian(match, weights=lambda s, t: (lagrangian_weight(s, t),), through=False):
-    def target(self, nets: Networks, z, rows, keys) -> Match:
-        s, t = nets.times(rows)
-        moving = nets.moving(z, rows, keys, through)
-        end = stop_gradient(transport(z, nets.mean(moving), at(s), at(t)))
-        flow = nets.flow.see(end, rows["tau_t"], rows["tau_t"])
-        return vocab.over_logits(match, (moving, flow), weights(s, t))
-
-    return target
-
-
-def _but_at_end(inside, at_end):
-    """`inside`, but rows with t = 1 learn by the semigroup: there the other identities do not tell the right delta from others.
-
-    The Lagrangian one says only that delta is a fixed point of D_1, which every clean text is: cross-entropy to it makes the
-    likeliest likelier, so that one step collapses, and csd, whose weights vanish there, has no gradient. The Eulerian says nothing
-    (squared form) or is singular (logit form).
-    """
-    semigroup = _semigroup(at_end)
-
-    def target(self, nets: Networks, z, rows, keys) -> Match:
-        match = inside(self, nets, z, rows, keys)
-        if self.boundary == 0:
-            return match
-        ends = rows["tau_t"][:, None] == 1
-        return jax.tree.map(lambda a, b: jnp.where(ends, a, b), semigroup(self, nets, z, rows, keys), match)
-
-    return target
-
-
-def _eulerian(match):
-    def target(self, nets: Networks, z, rows, keys) -> Match:
-        s, t = nets.times(rows)
-        flow = nets.flow.see(z, rows["tau_s"], rows["tau_s"])
-
-        def step(tau, z):
-            return nets.live.apply(z, tau, rows["tau_t"], keys)
-
-        hidden, tangent = flow_map.d_flow(step, nets.warp, s, z, stop_gradient(nets.mean(flow)))
-        moving = nets.live.head, hidden, stop_gradient(tangent)
-        return vocab.over_logits(match, (moving, flow), (t, eulerian_weight(s, t)))
-
-    return target
-
-
-def _residual(self, nets: Networks, z, rows, keys) -> Match:
-    s, t = nets.times(rows)
-    live = nets.live.see(z, rows["tau_s"], rows["tau_t"], keys)
-    others = nets.flow.see(z, rows["tau_s"], rows["tau_s"]), nets.residual.see(z, rows["tau_s"], rows["tau_t"])
-    return vocab.over_logits(flow_map.residual, (live, *others), (eulerian_weight(s, t),))
-
-
-class Target(NamedTuple):
-    """What off-diagonal rows learn.
-
-    Attributes:
-      match: (family, networks, z, rows, keys) -> flow_map.Match.
-      differentiates: it takes forward derivatives of the network. follows: it cannot do without a teacher.
-    """
-
-    match: Callable
-    differentiates: bool = False
-    follows: bool = False
-
-
-def _lagrangian_target(inside, **changes) -> Target:
-    return Target(_but_at_end(_lagrangian(inside, **changes), flow_map.psd), differentiates=True)
-
-
-_both_times = dict(weights=lambda s, t: (s, t), through=True)
-TARGETS = {
-    "psd": Target(_semigroup(flow_map.psd)),
-    "psd_squared": Target(_semigroup(flow_map.psd_squared)),
-    "teacher_steps": Target(_teacher_steps, follows=True),
-    "residual": Target(_residual, follows=True),
-    "lsd": _lagrangian_target(flow_map.lsd),
-    "lsd_logit": _lagrangian_target(flow_map.lsd_logit),
-    "csd": _lagrangian_target(flow_map.csd, **_both_times),
-    "ecld": _lagrangian_target(flow_map.ecld, **_both_times),
-    "esd": Target(_but_at_end(_eulerian(flow_map.esd), flow_map.psd_squared), differentiates=True),
-    "esd_logit": Target(_but_at_end(_eulerian(flow_map.esd_logit), flow_map.psd), differentiates=True),
-}
-
-
-def check_two_times(model) -> None:
+def check_two_times(model: Mapping[str, Any]) -> None:
     """Raises ValueError where a network with the settings `model` cannot learn a flow map."""
     if model["time_embeddings"] != 2:
         raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
@@ -219,21 +54,27 @@ def check_two_times(model) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMap(PathSampler):
-    """Attributes:
-    teacher: whether there is one.
-    target: one of TARGETS.
-    targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
-    diagonal: share of rows with s = t, a fraction with a denominator of at most 16.
-    boundary: share of the others at (0, 1).
-    pairs: how the others are drawn (time_sampling.PAIRS). tau_max: upper end of their tau_t.
-    cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
-    teacher_steps: m of the target of that name.
-    teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
-    adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
-    surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
-    train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
-    gamma, temperature, top_p: of the sampler; temperature None decodes the last step by argmax, a number draws.
-    noise_scale, guidance: as `PathSampler` has them.
+    """The flow map: jumps along a flow, learnt from a teacher or from themselves.
+
+    Attributes:
+      teacher: whether there is one.
+      target: one of TARGETS.
+      targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
+      diagonal: share of rows with s = t, a fraction with a denominator of at most 16.
+      boundary: share of the others at (0, 1).
+      pairs: how the others are drawn (time_sampling.PAIRS).
+      tau_max: upper end of their tau_t.
+      cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
+      teacher_steps: m of the target of that name.
+      teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
+      adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
+      surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
+      train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
+      gamma: of the sampler, how much fresh noise it puts in place of old between its steps.
+      temperature: of the sampler; None decodes the last step by argmax, a number draws.
+      top_p: share of the probability that those draws keep.
+      noise_scale: as `PathSampler` has it.
+      guidance: as `PathSampler` has it.
     """
 
     teacher: bool = False
@@ -288,7 +129,7 @@ class FlowMap(PathSampler):
                 "stable form, esd"
             )
 
-    def check(self, family: str, model) -> None:
+    def check(self, family: str, model: Mapping[str, Any]) -> None:
         """It reads two times, and the noise."""
         check_two_times(model)
         super().check(family, model)
@@ -319,7 +160,7 @@ class FlowMap(PathSampler):
         """Rows that stay together in a microbatch: of each group the first few are diagonal."""
         return self._split[1]
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """Times and noise keys of a global batch of num rows, a multiple of `group`."""
         diagonal, group = self._split
         on, off = num * diagonal // group, num - num * diagonal // group
@@ -351,7 +192,7 @@ class FlowMap(PathSampler):
 
         return part(slice(0, diagonal)), part(slice(diagonal, None))
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diagonal: [B1], TARGET: [B2]}, metrics) for batch = {ids [B, L]} | draw(...), B1 + B2 = B."""
         embedding = net.embedding(params)
         width = embedding.shape[1]
@@ -395,7 +236,7 @@ class FlowMap(PathSampler):
     def _adapted(self, match: Match, floor: float) -> jax.Array:
         return match.loss.mean(-1) * (match.distance.mean(-1) + floor) ** -self.adaptive
 
-    def step(self, net, params, predict: Predictor, num: int) -> Callable:
+    def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
         """A jump beyond tau_next, to where only the part of the old noise that is kept is left, and gamma of fresh noise on top."""
         center = self.prior.mean(net.embedding(params))
 

@@ -6,12 +6,13 @@ A velocity is linear in p, so this guides flow and flow map alike. guidance = 1 
 anything else costs a second call. p sums to 1 and may be negative: a draw takes its positive part.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flowlm.maths import vocab
+from flowlm.models.network import Network, Params
 
 
 class Prediction(NamedTuple):
@@ -63,11 +64,13 @@ class Predictor(NamedTuple):
     `key` is that of the weak network's dropout: nothing else may be drawn with it, or what is drawn depends on the dropout.
     """
 
-    net: Any
-    params: Any
+    net: Network
+    params: Params
     guidance: float = 1.0
 
-    def __call__(self, z, tau_s, tau_t=None, key=None) -> Prediction:
+    def __call__(
+        self, z: jax.Array, tau_s: jax.Array, tau_t: jax.Array | None = None, key: jax.Array | None = None
+    ) -> Prediction:
         hidden = (self.net.apply(self.params, z, tau_s, tau_t),)
         if self.guidance != 1:
             hidden += (self.net.weak(self.params, z, tau_s, tau_t, jax.random.split(key, z.shape[0])),)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.discrete import Discrete, rows
 
 
@@ -29,14 +31,16 @@ def unmask(
     """ids [B, L] after the step from r to r_next: each masked token becomes the drawn one with probability (r - r_next) / r.
 
     Args:
-      uniform: U[0, 1] draws [B, L]. r, r_next: shapes that broadcast against them.
+      uniform: U[0, 1] draws [B, L].
+      r: the time before the step, in a shape that broadcasts against them.
+      r_next: the time after it, likewise.
     """
     return jnp.where((ids == mask) & (uniform < (r - r_next) / r), drawn, ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Discrete):
-    """Attributes: those of `Discrete`."""
+    """Masked diffusion, or its student; its settings are those of `Discrete`."""
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     may: ClassVar[dict] = dict(time_embeddings=1)  # as the reference's networks have, which are always shown time 0
@@ -45,7 +49,7 @@ class Masked(Discrete):
         """(head, hidden) of tokens and masks [B, L]."""
         return net.head(params), net.apply(params, net.embed(params, ids), jnp.zeros(ids.shape[0]), keys=keys)
 
-    def noised(self, net, batch):
+    def noised(self, net: Network, batch: Batch) -> jax.Array:
         """ids [B, L] with each token masked with probability r."""
         return jnp.where(rows(batch["noise"], 0, net.length) < batch["r"][:, None], net.vocab, batch["ids"])
 
@@ -54,7 +58,7 @@ class Masked(Discrete):
         nats = vocab.cross_entropy(*self._see(net, params, noised, keys), batch["ids"])
         return jnp.where(noised == net.vocab, nats / batch["r"][:, None], 0.0)
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diffusion or sdtt: [B]}, {}), nats per token."""
         if not self.teacher:
             return {"diffusion": self._diffusion(net, params, batch, keys).mean(-1)}, {}
@@ -66,7 +70,9 @@ class Masked(Discrete):
         count = jnp.maximum(masked.sum(-1), 1)
         return {"sdtt": jnp.where(masked, divergence, 0.0).sum(-1) / count}, {}
 
-    def two_steps(self, net, params, ids, r, keys):
+    def two_steps(
+        self, net: Network, params: Params, ids: jax.Array, r: jax.Array, keys: jax.Array | None
+    ) -> vocab.Readout:
         """(head, hidden): what the teacher predicted of each masked position when it was unmasked, or last."""
         first = self._see(net, params, ids)
         half = jnp.maximum(r - self.jump / 2, 0)
@@ -75,7 +81,7 @@ class Masked(Discrete):
         second = self._see(net, params, after)
         return first[0], jnp.where((after == net.vocab)[..., None], second[1], first[1])
 
-    def bound(self, net, params, batch, key) -> jax.Array:
+    def bound(self, net: Network, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B]."""
         times, noise = jax.random.split(key)
         num = batch["ids"].shape[0]
@@ -83,7 +89,7 @@ class Masked(Discrete):
         rows = {"ids": batch["ids"], "r": r, "noise": jax.random.split(noise, num)}
         return self._diffusion(net, params, rows).sum(-1)
 
-    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by at most `steps` network calls: a prediction is kept for as long as no token of the batch changes."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")

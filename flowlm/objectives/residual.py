@@ -8,6 +8,8 @@ one softmax network to that map (objective.target `residual` of flow_map.py, wit
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.lax import stop_gradient
@@ -16,16 +18,22 @@ from flowlm.maths import identities as flow_map
 from flowlm.maths import vocab
 from flowlm.maths.identities import transport
 from flowlm.maths.time_sampling import PAIRS, pairs
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher
 from flowlm.objectives.denoiser import NoisePath
-from flowlm.objectives.flow_map import at, check_two_times
+from flowlm.objectives.flow_map import check_two_times
+from flowlm.objectives.targets import at
 from flowlm.system.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual(NoisePath):
-    """Attributes:
-    teacher: whether there is one, without which there is nothing to follow.
-    boundary: share of rows at (0, 1). pairs: how the others are drawn (time_sampling.PAIRS).
+    """The second network of a two-network flow map.
+
+    Attributes:
+      teacher: whether there is one, without which there is nothing to follow.
+      boundary: share of rows at (0, 1).
+      pairs: how the others are drawn (time_sampling.PAIRS).
     """
 
     teacher: bool = False
@@ -37,22 +45,22 @@ class Residual(NoisePath):
         if not self.teacher:
             raise ValueError("the family residual follows a teacher: give --config.teacher=RUNDIR")
 
-    def check(self, family: str, model) -> None:
+    def check(self, family: str, model: Mapping[str, Any]) -> None:
         """It is a map of two times."""
         check_two_times(model)
         super().check(family, model)
 
-    def start(self, net, params, teacher):
+    def start(self, net: Network, params: Params, teacher: Teacher) -> Params:
         """The flow's network with an output of zero: the map is one Euler step."""
         return net.mute(net.adopt(params, teacher.flow))
 
-    def draw(self, key: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw(self, key: jax.Array, num: int) -> Batch:
         """tau_s, tau_t [num], and a noise key for every row."""
         times, noise = jax.random.split(key)
         tau_s, tau_t = pairs(times, num, round(num * self.boundary), self.pairs)
         return {"tau_s": tau_s, "tau_t": tau_t, "noise": jax.random.split(noise, num)}
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({residual_map: [B]}, {}): u is the midpoint of tau_s and tau_t; the embedding stays the flow's."""
         embedding = stop_gradient(net.embedding(aux.teacher.flow))
         params = net.with_embedding(params, embedding)

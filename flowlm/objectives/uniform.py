@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.system.settings import setting
 
@@ -63,10 +65,12 @@ def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Discrete):
-    """Attributes:
-    warp: what relates a latent's time to alpha.
-    curriculum_steps: steps of training that show soft latents. curriculum_temperature: how soft.
-    The others are those of `Discrete`.
+    """Uniform-state diffusion, or its student. It has the attributes of `Discrete` too.
+
+    Attributes:
+      warp: what relates a latent's time to alpha.
+      curriculum_steps: steps of training that show soft latents.
+      curriculum_temperature: how soft.
     """
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=1, mask_token=False)
@@ -89,12 +93,12 @@ class Uniform(Discrete):
         z = net.embed(params, z) if z.ndim == 2 else z
         return net.head(params), net.apply(params, z, alpha, keys=keys)
 
-    def noised(self, net, ids, keys, alpha):
+    def noised(self, net: Network, ids: jax.Array, keys: jax.Array | None, alpha: jax.Array) -> jax.Array:
         """ids [B, L], each replaced by a uniform token with probability 1 - alpha [B]."""
         fresh = jnp.floor(rows(keys, 1, net.length) * net.vocab).astype(jnp.int32)
         return jnp.where(rows(keys, 0, net.length) < alpha[:, None], ids, jnp.minimum(fresh, net.vocab - 1))
 
-    def latent_times(self, r):
+    def latent_times(self, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(t, alpha, d alpha / dr) [B] of the curriculum: log((1 - t) / t) linear in r, over CURRICULUM."""
         low, high = (self.warp.t(jnp.float32(tau)) for tau in CURRICULUM)
         first, last = jnp.log(high / (1 - high)), jnp.log(low / (1 - low))
@@ -105,7 +109,7 @@ class Uniform(Discrete):
         """Nats [B, L], where z is what the network is shown of the noised tokens y."""
         return vocab.over_logits(diffusion, (self._see(net, params, z, alpha, keys),), (batch["ids"], y, alpha, slope))
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diffusion or dcd: [B]}, {}), nats per token."""
         ids, r, noise = batch["ids"], batch["r"], batch["noise"]
         if self.teacher:
@@ -134,7 +138,7 @@ class Uniform(Discrete):
         live, target = self._see(net, params, y, alpha, keys), self._see(net, teacher, y_next, alpha_next)
         return self.apart(target, live)
 
-    def bound(self, net, params, batch, key) -> jax.Array:
+    def bound(self, net: Network, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """An unbiased estimate, one per row, of an upper bound on -log p(ids): nats [B]."""
         ids, num = batch["ids"], batch["ids"].shape[0]
         times, path, last = jax.random.split(key, 3)
@@ -154,7 +158,7 @@ class Uniform(Discrete):
         prior = one * math.log(one * net.vocab) + (1 - one) * math.log1p(-EPS)
         return nats.sum(-1) + prior * net.length
 
-    def sample(self, net, params, key, num: int, steps: int) -> jax.Array:
+    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")

@@ -103,8 +103,9 @@ class Checkpoints:
 
     Args:
       directory: created if missing (unless read_only).
-      every: steps between saves. keep_latest: how many of the newest stay. keep_every: multiples of this many steps stay for
-        ever (0: none).
+      every: steps between saves.
+      keep_latest: how many of the newest stay.
+      keep_every: multiples of this many steps stay for ever (0: none).
       read_only: for sampling and evaluating: nothing on disk is touched.
 
     Raises:

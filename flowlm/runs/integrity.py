@@ -110,7 +110,8 @@ def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[
     """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
 
     Args:
-      facts: what the directory is, and the `checksum` of its parameters. read: gives the parameters as they are read from it.
+      facts: what the directory is, and the `checksum` of its parameters.
+      read: gives the parameters as they are read from it.
 
     Raises:
       RuntimeError: those are others; there is no manifest then.

@@ -25,9 +25,13 @@ class Samples(NamedTuple):
     """What one call drew.
 
     Attributes:
-      texts: num of them. ids: the same as int32 [num, L], each row with its start token.
-      sampler, steps, seed: how.
-      seconds, compile_seconds: of the drawing, and of what came before it, compilation above all; 0 the next time.
+      texts: num of them.
+      ids: the same as int32 [num, L], each row with its start token.
+      sampler: the name of the sampler that drew them.
+      steps: how many it took.
+      seed: of its randomness.
+      seconds: of the drawing.
+      compile_seconds: of what came before it, compilation above all; 0 the next time.
     """
 
     texts: list[str]

@@ -11,9 +11,9 @@ from flowlm.config import flat
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine.build import Experiment, abstract_state, build
 from flowlm.engine.sharding import Layout
-from flowlm.engine.state import Teacher
 from flowlm.models.attention import runs_on
 from flowlm.objectives import FAMILIES
+from flowlm.objectives.base import Teacher
 from flowlm.runs import directory as run_directory
 from flowlm.runs import integrity
 from flowlm.runs.checkpoint import Checkpoints, has_params, load_params

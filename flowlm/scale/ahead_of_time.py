@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flowlm.engine import sampling, sharding
-from flowlm.engine import state as train_state
 from flowlm.engine.build import abstract_state, build, jit_step
 from flowlm.objectives.autoregressive import Autoregressive
+from flowlm.objectives.base import Teacher
 from flowlm.scale import hlo
 from flowlm.scale.costs import CHIPS, Chip, count_flops, roofline
 from flowlm.scale.dense import DenseFlow
@@ -48,7 +48,13 @@ ENVIRONMENT = {
 
 
 class Program(NamedTuple):
-    """traced: ready to lower. devices: that run it. rows: sequences of one run, over all of them."""
+    """A program of a run.
+
+    Attributes:
+      traced: ready to lower.
+      devices: how many run it.
+      rows: sequences of one run, over all devices.
+    """
 
     traced: jax.stages.Traced
     devices: int
@@ -79,7 +85,7 @@ def trace_step(
     teacher = None
     if config.teacher:
         two = config.objective.to_dict().get("target") == "residual"
-        teacher = train_state.Teacher(state.params, state.params if two else None)
+        teacher = Teacher(state.params, state.params if two else None)
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32, sharding=layout.rows)
     return Program(jit_step(config, experiment, layout, state).trace(state, ids, teacher), layout.mesh.size, rows)
 

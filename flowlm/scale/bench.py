@@ -31,10 +31,11 @@ from flowlm.maths import vocab as vocabulary
 from flowlm.maths.prior import Gaussian
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import native
-from flowlm.models.network import Transformer
+from flowlm.models.network import Network, Params, Transformer
 from flowlm.objectives import make_family
+from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher
 from flowlm.objectives.flow import Flow
-from flowlm.objectives.flow_map import TARGETS
+from flowlm.objectives.targets import TARGETS
 from flowlm.scale.costs import PEAKS, forward_flops
 from flowlm.scale.dense import DenseFlow, dense_sample
 from flowlm.system import storage
@@ -79,7 +80,7 @@ def _reset_peak() -> None:
 class Bare(Flow):
     """The mean square of the hidden states of noise: what a step costs whatever the vocabulary."""
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         del aux
         z = jax.vmap(lambda row: jax.random.normal(row, (net.length, net.width)))(batch["noise"])
         hidden = net.apply(params, z, batch["tau"], keys=keys)
@@ -104,7 +105,7 @@ def _training(net, family, batch: int, distils: bool):
     step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
     ids = jax.random.randint(jax.random.key(1), (batch, net.length), 0, net.vocab, dtype=jnp.int32)
     state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, family, optimizer, 0))())
-    teacher = train_state.Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
+    teacher = Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
     return jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile(), state, (ids, teacher)
 
 
@@ -139,7 +140,18 @@ def _fields(formulation: str, width: int, blocks: int) -> dict:
 
 
 def measure(
-    formulation: str, *, vocab, width, blocks, batch, length, remat, dtype, attention_cap, attention, repeats
+    formulation: str,
+    *,
+    vocab: int,
+    width: int,
+    blocks: int,
+    batch: int,
+    length: int,
+    remat: str,
+    dtype: str,
+    attention_cap: float,
+    attention: str,
+    repeats: int,
 ) -> dict:
     """Compiles and runs the step or draw here: {seconds: [repeats], bytes for each view of memory, the attention that ran}.
 

@@ -18,10 +18,14 @@ from flowlm.models.dit import SINUSOIDS
 class Chip(NamedTuple):
     """One device of a TPU topology: a chip, or half of one where a chip is two devices.
 
+    Its speeds are the published ones (cloud.google.com/tpu/docs), because none was measured here.
+
     Attributes:
-      flops: bfloat16 FLOP/s. bandwidth: of HBM, bytes/s. links: bytes/s that it sends to its neighbours, all links together;
-        published (cloud.google.com/tpu/docs), of which nothing was measured here.
-      hbm: bytes that the compiler lets a program have, as its own error says. reserved: of those, never given to programs.
+      flops: bfloat16 FLOP/s.
+      bandwidth: of HBM, bytes/s.
+      links: bytes/s that it sends to its neighbours, all links together.
+      hbm: bytes that the compiler lets a program have, as its own error says.
+      reserved: of those, never given to programs.
       shapes: topologies that are offered.
       kinds: what jax calls such a device (`device_kind`).
       options: of `get_topology_desc`.
@@ -90,7 +94,7 @@ def _inner(value):
             yield from _inner(each)
 
 
-def count_flops(jaxpr, kernels_only: bool = False) -> float:
+def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels_only: bool = False) -> float:
     """FLOPs of all products of a jaxpr, over all devices: the body of a scan as often as it runs, of a branch the dearest.
 
     A Pallas kernel counts as its body times its grid. A `while` counts once: its length is not in the jaxpr.
@@ -126,7 +130,13 @@ def count_flops(jaxpr, kernels_only: bool = False) -> float:
 class Roofline(NamedTuple):
     """Seconds of a step: what its products, its HBM traffic and its wires take at published peaks, and what that suggests.
 
-    floor: the largest of the three; no step is faster. estimate: floor / EFFICIENCY. bound: which one is the largest.
+    Attributes:
+      compute: what its products take.
+      memory: what its HBM traffic takes.
+      network: what its wires take.
+      floor: the largest of the three; no step is faster.
+      estimate: floor / EFFICIENCY.
+      bound: which one is the largest.
     """
 
     compute: float
@@ -138,7 +148,14 @@ class Roofline(NamedTuple):
 
 
 def roofline(chip: Chip, flops: float, traffic: float, wire: float) -> Roofline:
-    """Args: of one chip and step: FLOPs, each counted as often as the multiplier passes; bytes of HBM; bytes sent."""
+    """The floor of a step on one chip.
+
+    Args:
+      chip: what runs it.
+      flops: FLOPs of the step, each counted as often as the multiplier passes.
+      traffic: bytes of HBM.
+      wire: bytes sent.
+    """
     parts = {"compute": flops / chip.flops, "memory": traffic / chip.bandwidth, "network": wire / chip.links}
     bound = max(parts, key=parts.get)
     return Roofline(**parts, floor=parts[bound], estimate=parts[bound] / EFFICIENCY, bound=bound)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.flow import Flow
 
 
@@ -14,7 +16,7 @@ def _noise(net, keys) -> jax.Array:
 class DenseFlow(Flow):
     """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
 
-    def loss(self, net, params, aux, batch, keys):
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         del aux
         ids, t = batch["ids"], self.warp.t(batch["tau"])[:, None, None]
         x = (1 - t) * _noise(net, batch["noise"]) + t * jax.nn.one_hot(ids, net.vocab)
@@ -23,7 +25,7 @@ class DenseFlow(Flow):
         return {"cross_entropy": -jnp.take_along_axis(log_probs, ids[..., None], -1).mean((1, 2))}, {}
 
 
-def dense_sample(net, params, key, num: int) -> jax.Array:
+def dense_sample(net: Network, params: Params, key: jax.Array, num: int) -> jax.Array:
     """ids [num, L] of `FlowMap.sample` in one step, in law, with x0 and the logits of shape [num, L, V]. Gaussian prior.
 
     No softmax: the argmax of the logits is the same, and this is the faster way to write it.

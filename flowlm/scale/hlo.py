@@ -40,7 +40,13 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """kind: its result's type, as text. shapes: in it, a tuple's flattened. rest: what is behind the operands, up to metadata."""
+    """A line of HLO.
+
+    Attributes:
+      kind: its result's type, as text.
+      shapes: those in the type, a tuple's flattened.
+      rest: what is behind the operands, up to metadata.
+    """
 
     name: str
     opcode: str
@@ -112,16 +118,8 @@ def _instruction(root: bool, name: str, text: str) -> Instruction:
     opcode, _, tail = text[end:].strip().partition("(")
     close = _closing("(" + tail, 0) - 1
     argument, rest = tail[:close], tail[close + 1 :]
-    return Instruction(
-        name,
-        opcode,
-        text[:end],
-        _shapes(text[:end]),
-        tuple(part.split(" ")[-1].lstrip("%") for part in argument.split(", ") if part),
-        argument,
-        rest,
-        root,
-    )
+    operands = tuple(part.split(" ")[-1].lstrip("%") for part in argument.split(", ") if part)
+    return Instruction(name, opcode, text[:end], _shapes(text[:end]), operands, argument, rest, root)
 
 
 def _elements(kind: str) -> list[str]:

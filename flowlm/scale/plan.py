@@ -83,7 +83,8 @@ def plan(
     """Plans a run on every topology, prints the table and, with `out`, writes plan.json, plan.md and plan.png there.
 
     Args:
-      per_chip: sequences on each chip, in place of config.batch_size over all. largest: also search the most that fit.
+      per_chip: sequences on each chip, in place of config.batch_size over all.
+      largest: also search the most that fit.
       dense: compile also the step of the flow written over the whole vocabulary.
 
     Raises:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from etils import epath
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -50,12 +51,15 @@ class Report:
     """A run as it is found: settings flat, lines of metrics.jsonl, and of its evaluations what there is.
 
     Attributes:
-      name: its path below the folder that was given. step: the newest that is known of.
+      name: its path below the folder that was given.
+      step: the newest that is known of.
       data: what its rows are (run_directory.data_name), or "" where it does not say.
       config: its settings, of which `steps` is called training_steps here.
-      evaluated: the step its evaluation is of, or None. metrics: of the evaluation.
+      evaluated: the step its evaluation is of, or None.
+      metrics: of the evaluation.
       judges: what the evaluation says of its metrics, "main", "meanings" and "notes" (results.py).
-      texts: {sampler@steps: samples as text}. trajectories: as in trajectories.json.
+      texts: {sampler@steps: samples as text}.
+      trajectories: as in trajectories.json.
     """
 
     name: str
@@ -96,7 +100,7 @@ def by_number(name: str) -> list:
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
 
 
-def find_runs(folder) -> Iterator:
+def find_runs(folder: epath.Path) -> Iterator:
     """Run directories in the folder and below it, in the order of their numbers; a run directory itself is one."""
     if (folder / "config.json").exists():
         yield folder
@@ -109,7 +113,7 @@ def _json(path) -> Any:
     return storage.read_json(path) if path.exists() else None
 
 
-def read_run(path, name: str) -> Report:
+def read_run(path: epath.Path, name: str) -> Report:
     """The run in `path`."""
     evaluation = _json(path / "evaluation.json")
     metrics, texts, judges = {}, {}, {}

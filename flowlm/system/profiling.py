@@ -1,5 +1,7 @@
 """Where the time of a step goes: a trace of named steps for XProf, and a word when a step had to be compiled anew."""
 
+from typing import Any
+
 import jax
 from absl import logging
 
@@ -28,7 +30,7 @@ class Profiler:
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
-    def after(self, step: int, metrics) -> None:
+    def after(self, step: int, metrics: Any) -> None:
         """metrics: arrays of the step; the trace ends when they are there."""
         if self._tracing and step + 1 not in self._steps:
             jax.block_until_ready(metrics)

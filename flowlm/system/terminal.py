@@ -16,7 +16,8 @@ def console(width: int = WIDTH, least: int = 0) -> Console:
     """A console that reads no markup and no emoji codes in what it shows.
 
     Args:
-      width: columns where there is no terminal. least: columns that it has in any case; a narrower terminal breaks the lines.
+      width: columns where there is no terminal.
+      least: columns that it has in any case; a narrower terminal breaks the lines.
     """
     here = Console()
     columns = max(here.width if here.is_terminal else width, least)
