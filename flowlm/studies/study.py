@@ -127,7 +127,8 @@ class Unfinished(NamedTuple):
     """A run that is left to do.
 
     Attributes:
-      config, flags: its experiment, and its further flags of `flowlm train`.
+      config: its experiment.
+      flags: its further flags of `flowlm train`.
       ready: its teacher, if it has one, and what else it needs are finished.
     """
 
