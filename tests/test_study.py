@@ -109,9 +109,9 @@ def test_told_to_stop_it_lets_what_is_under_way_save_and_begins_nothing_else(tmp
     runs = [Run(name, "experiments/a.py") for name in "abc"]
     carry_out(Study(runs, ["entropy"]), tmp_path / "w", tmp_path / "r", parallel=parallel)
     begun = re.findall("== .*/([abc])/seed0", capfd.readouterr().err)
-    assert begun[0] == "a" and len(begun) <= parallel
-    assert {path.name for path in tmp_path.glob("[abc]0")} <= {f"{name}0" for name in begun}
-    assert (tmp_path / "a0").exists()
+    assert 0 < len(begun) <= parallel
+    # Whichever tells the study is certainly ready to save; the other may be stopped before it is.
+    assert set() < {path.name for path in tmp_path.glob("[abc]0")} <= {f"{name}0" for name in begun}
 
 
 def test_what_is_kept_is_done_wherever_it_was_run(commands, tmp_path):

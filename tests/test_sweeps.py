@@ -1,6 +1,5 @@
 """The algebra of sweeps by enumeration, the shipped ablations, and a sweep that was interrupted."""
 
-import inspect
 import json
 import runpy
 from pathlib import Path
@@ -110,11 +109,6 @@ def test_an_unknown_ablation_is_named():
         ValueError, match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, not 'warp'"
     ):
         ABLATIONS["get_study"]("warp")
-
-
-def test_the_docstring_states_the_ablations():
-    doc = inspect.cleandoc((ROOT / "experiments/ablations.py").read_text().split('"""')[1])
-    assert all(f"{ablation}" in doc for ablation in ABLATIONS["NAMES"])
 
 
 # --- what they need ----------------------------------------------------------------------------------------------
