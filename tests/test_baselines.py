@@ -21,7 +21,10 @@ def losses(workdir):
     return np.array([line["loss"] for line in read_metrics(workdir) if "loss" in line])
 
 
-@pytest.mark.parametrize("family", ["autoregressive", "masked", "uniform"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param("autoregressive", marks=pytest.mark.slow), "masked", pytest.param("uniform", marks=pytest.mark.slow)],
+)
 def test_eight_devices_train_as_one(family, data_dir, tmp_path):
     """The uniform one through its curriculum and out of it."""
     changes = {"objective.curriculum_steps": 3, "objective.curriculum_temperature": 0.3} if family == "uniform" else {}
@@ -31,7 +34,7 @@ def test_eight_devices_train_as_one(family, data_dir, tmp_path):
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["masked", "uniform"])
+@pytest.mark.parametrize("family", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_rounds_of_distillation_resume_exactly(family, data_dir, tmp_path):
     """The second round's teacher is the first one's student, its jump twice as long; cut in its middle it changes no bit."""
     train_only(run_config(data_dir, family, steps=4), tmp_path / "teacher")

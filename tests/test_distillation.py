@@ -17,6 +17,7 @@ from flowlm.engine import build as assembly
 from flowlm.engine import state as train_state
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.evaluation.results import Evaluation, compare
+from flowlm.objectives.base import Family
 from flowlm.runs import directory as run_directory
 from flowlm.runs import trained
 from flowlm.runs.metrics import read_metrics
@@ -143,7 +144,7 @@ def test_the_two_stages_of_the_two_network_map(student, teacher, data_dir, tmp_p
 def test_surgery_takes_the_conflict_out():
     """Of two losses pulling in opposite directions along x the second loses its pull, and keeps it along y."""
 
-    class Pulls:
+    class Pulls(Family):
         parts = ("first", "second")
 
         def draw(self, key, num):
