@@ -24,7 +24,7 @@ from flowlm.system.settings import field_names
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
-    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("study", "ablations", "own_text")
+    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("head_to_head", "ablations", "my_text")
 )
 ARGUMENTS = {
     "grammar": (
