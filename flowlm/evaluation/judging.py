@@ -79,7 +79,7 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
     def score(ids):
         return processes.gathered(nats(run.params, jnp.asarray(ids)))
 
-    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start, min(length, net.length - 1))
+    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start_token, min(length, net.length - 1))
 
 
 def reference_texts(dataset: Dataset, num: int) -> list[str]:
