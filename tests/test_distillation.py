@@ -96,7 +96,7 @@ def test_the_teacher_stays_out_of_the_checkpoint(student, teacher, data_dir):
 # --- the same guarantees as for any run --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["psd", "lsd"])
+@pytest.mark.parametrize("target", ["psd", pytest.param("lsd", marks=pytest.mark.slow)])
 def test_eight_devices_distil_as_one(student, target):
     """And in two microbatches of four: the exact counts of diagonal rows hold in each."""
     changes = {"objective.target": target}

@@ -85,7 +85,15 @@ def test_one_step_of_the_denoiser_fails(teacher):
     assert draws[2] > 0.4
 
 
-@pytest.mark.parametrize(("target", "steps"), [("psd", 3000), ("lsd", 3000), ("lsd_logit", 3000), ("esd", 5000)])
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        ("psd", 3000),
+        ("lsd", 3000),
+        pytest.param("lsd_logit", 3000, marks=pytest.mark.slow),
+        pytest.param("esd", 5000, marks=pytest.mark.slow),
+    ],
+)
 def test_one_step_of_the_flow_map_has_the_law_of_256_of_the_flow(teacher, target, steps):
     _, _, params, exact = teacher
     net, student = network(2), family("flow_map", target=target, boundary=1 / 8, teacher=True)
