@@ -82,6 +82,7 @@ def test_a_warning_is_its_words_alone(monkeypatch):
         {"name": "absl", "levelno": logging.WARNING, "msg": "%d rows left out", "args": (3,)}
     )
     absl.flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(absl.flags.FLAGS["verbosity"], "present", 0)  # which a line before may have set
     main.carry_out(main.Call(command, absl.flags.FlagValues()))
     assert said.getvalue() == "3 rows left out\n"
 
