@@ -34,10 +34,16 @@ def tell_while_it_computes(times=1):
 """
 
 
+def heeds_hangup():
+    """SIGHUP as a terminal's children have it, though these tests be run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def ended(program, signum=signal.SIGINT, **how):
     """(exit status, lines on both streams) of a program that may send itself the signal."""
     line = [sys.executable, "-c", _BEGIN + program, str(int(signum))]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    how = {"preexec_fn": heeds_hangup} | how
     done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, timeout=60, **how)
     return done.returncode, [text for text in ((done.stdout or "") + (done.stderr or "")).splitlines() if text]
 
@@ -143,7 +149,9 @@ open({str(tmp_path / "saved")!r}, "w").close()
 """
     line = [sys.executable, "-c", _BEGIN + program, str(int(signal.SIGHUP))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(line, stdout=slave, stderr=slave, env=environment, pass_fds=[master])
+    child = subprocess.Popen(
+        line, stdout=slave, stderr=slave, env=environment, pass_fds=[master], preexec_fn=heeds_hangup
+    )
     os.close(master)
     os.close(slave)
     assert child.wait(60) == 0 and (tmp_path / "saved").exists()
