@@ -152,26 +152,26 @@ def unread(source: str):
                     yield f"{node.name}: {line.strip()}"
 
 
-def check_sources(search):
+def assert_nothing_found(search):
     wrong = [f"{path.relative_to(ROOT)} {each}" for path in SOURCES for each in search(path.read_text("utf-8"))]
     assert not wrong, "\n".join(wrong)
 
 
 def test_public_functions_are_typed():
-    check_sources(untyped)
+    assert_nothing_found(untyped)
 
 
 def test_functions_and_files_are_short():
-    check_sources(too_long)
+    assert_nothing_found(too_long)
 
 
 def test_an_attribute_has_a_line_of_its_own():
-    check_sources(unread)
+    assert_nothing_found(unread)
 
 
 def test_no_family_is_asked_what_it_has():
     """The contract of objectives/base.py says it, so an editor finds who answers."""
-    check_sources(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
+    assert_nothing_found(lambda source: re.findall(r"(?:hasattr|getattr)\([\w.]*family\b.*", source))
 
 
 def test_a_missing_type_and_a_long_function_are_found():

@@ -96,12 +96,12 @@ def _check_python(words: list[str]) -> None:
     elif words[0] == "-m":
         assert importlib.util.find_spec(words[1])
     elif words[0] == "-c":
-        _check_code(words[1])
+        assert_imports_exist(words[1])
     else:
         assert (ROOT / words[0]).is_file()
 
 
-def _check_code(code: str) -> None:
+def assert_imports_exist(code: str) -> None:
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -115,7 +115,7 @@ def _check_code(code: str) -> None:
             assert hasattr(flowlm, node.attr), f"flowlm has no {node.attr}"
 
 
-def _check_line(said: pages.Said) -> None:
+def assert_can_be_given(said: pages.Said) -> None:
     for program, *words in pages.split(said.what):
         if program.endswith("flowlm"):
             _check_flowlm(["flowlm", *words], not said.in_sentence)
@@ -129,7 +129,7 @@ def _check_line(said: pages.Said) -> None:
 
 @pytest.mark.parametrize("said", pages.command_lines(), ids=str)
 def test_a_command_line_can_be_given(said):
-    _check_line(said)
+    assert_can_be_given(said)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_command_line_can_be_given(said):
 def test_a_line_that_cannot_be_given_is_found(line):
     assert pages.split(line)
     with pytest.raises((AssertionError, ValueError, SystemExit)):
-        _check_line(pages.Said("a page", line))
+        assert_can_be_given(pages.Said("a page", line))
 
 
 def test_command_lines_are_found():
@@ -164,7 +164,7 @@ def test_command_lines_are_found():
 
 @pytest.mark.parametrize("said", pages.python_blocks(), ids=lambda said: said.where)
 def test_a_block_of_python_imports_what_is_there(said):
-    _check_code(said.what)
+    assert_imports_exist(said.what)
 
 
 @functools.cache

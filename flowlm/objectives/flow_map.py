@@ -68,7 +68,7 @@ class FlowMap(PathSampler):
       teacher_steps: m of the target of that name.
       teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
       adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
-      surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in train_state).
+      surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in engine/state.py).
       train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
       gamma: of the sampler, how much fresh noise it puts in place of old between its steps.
       temperature: of the sampler; None decodes the last step by argmax, a number draws.

@@ -4,7 +4,7 @@
     index.html           the tables, curves, samples and how they settle; all data and code are inside
 
 Only runs on the same data are in one table, with one line of held-out rows, and of each sampler that counts, for all of them.
-Nothing is computed anew: everything is read from the run directories (run_directory.py), whatever of them is there yet.
+Nothing is computed anew: everything is read from the run directories (runs/directory.py), whatever of them is there yet.
 """
 
 import csv
