@@ -211,7 +211,8 @@ def _prepare(config: ConfigDict, workdir: str):
     processes.check_mesh(layout.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, experiment.family.group, layout.devices)
     teacher = load_teacher(config, tokenizer, experiment, layout) if config.teacher else None
-    origin = load_origin(config, tokenizer, experiment, layout) if config.init_from else None
+    starts = config.init_from or experiment.family.continues
+    origin = load_origin(config, tokenizer, experiment, layout) if starts else None
     if has_params(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours

@@ -61,7 +61,7 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     schedule = make_schedule(
         settings.pop("learning_rate"), settings.pop("schedule"), settings.pop("warmup_steps"), config.steps
     )
-    return Experiment(net, family, make_optimizer(schedule, **settings), schedule)
+    return Experiment(net, family, make_optimizer(schedule, family.updates, **settings), schedule)
 
 
 def abstract_state(experiment: Experiment, layout: Layout) -> train_state.TrainState:

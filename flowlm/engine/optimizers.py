@@ -1,6 +1,8 @@
 """Learning-rate schedules, AdamW with clipping, and the moving average of the parameters."""
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 
 from flowlm.engine.sharding import path_of
 from flowlm.models.network import Params
+from flowlm.objectives.base import Update
 
 SCHEDULES = ("constant", "cosine")
 
@@ -29,9 +32,19 @@ def make_schedule(learning_rate: float, schedule: str, warmup_steps: int, steps:
 
 
 def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, decay_pattern: str, clip_norm: float
+    schedule: optax.Schedule,
+    updates: Mapping[str, Update] = MappingProxyType({}),
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    decay_pattern: str,
+    clip_norm: float,
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm (0: none); parameters whose path matches `decay_pattern` decay.
+
+    With `updates` the parameters are several networks by name. Each has clipping, moments and a rate of its own, and those that
+    move in some steps only keep their moments in the others; the schedule runs over all steps.
 
     Raises ValueError for a pattern that is no regular expression.
     """
@@ -43,10 +56,23 @@ def make_optimizer(
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(decay_pattern, path_of(path))), params)
 
-    return optax.chain(
-        # Either has the same empty state, so clipping can be switched off without another checkpoint's form.
-        optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
+    def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            # Either has the same empty state, so clipping can be switched off without another checkpoint's form.
+            optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
+            optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
+        )
+
+    def part(update: Update) -> optax.GradientTransformation:
+        # AdamW counts the updates that it makes, of which there is one in `every` steps.
+        own = adamw(lambda count: update.rate * schedule((count + 1) * update.every - 1))
+        return optax.conditionally_mask(own, lambda step: step % update.every == update.every - 1)
+
+    if not updates:
+        return adamw(schedule)
+    return optax.partition(
+        {name: part(update) for name, update in updates.items()},
+        lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()},
     )
 
 

@@ -211,9 +211,7 @@ class Layout:
         def spread(params, aux, batch):
             flat = [leaf for tree in (params, aux) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
             shapes = {path_of(path): a.shape for path, a in flat}
-            block = {
-                name.split("blocks/")[1]: shape[1:] for name, shape in shapes.items() if name.startswith("blocks/")
-            }
+            block = {name.split("blocks/")[1]: shape[1:] for name, shape in shapes.items() if "blocks/" in name}
 
             def by_hand(name, a):
                 return P(*(_cut(axis) for axis in self.stored(name, a.shape)))

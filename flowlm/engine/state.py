@@ -18,7 +18,7 @@ BATCH, DROPOUT, INIT, SAMPLE, EVALUATION = range(5)
 
 
 class TrainState(NamedTuple):
-    """step [] int32; params, ema and opt_state are trees of arrays, no functions."""
+    """step [] int32; params, ema and opt_state are trees of arrays, no functions. ema is of the network that writes alone."""
 
     step: jax.Array
     params: Params
@@ -39,14 +39,13 @@ def init_state(
     teacher: Teacher | None = None,
     origin: Params | None = None,
 ) -> TrainState:
-    """A fresh state, one that the family makes of a teacher, or one with the parameters of another run, `origin`.
+    """A fresh state: what the family makes of fresh parameters, a teacher, or those of another run, `origin`.
 
-    The moving average starts at the parameters.
+    The moving average starts at the parameters of the network that writes.
     """
-    params = net.init(purpose_key(seed, 0, INIT))
-    params = params if teacher is None else family.start(net, params, teacher)
-    params = params if origin is None else net.adopt(params, origin)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    params = family.start(net, net.init(purpose_key(seed, 0, INIT)), teacher, origin)
+    ema = jax.tree.map(jnp.copy, family.student(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
 def _project(gradient, other):
@@ -134,7 +133,7 @@ def make_step(
         grads = jax.tree.map(lambda *g: sum(g), first, *(_project(g, first) for g in others))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step, ema_decay)
+        ema = update_ema(state.ema, family.student(params), state.step, ema_decay)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics | norms
 

@@ -10,6 +10,7 @@ from flowlm.objectives.base import Family
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import FlowMap
 from flowlm.objectives.masked import Masked
+from flowlm.objectives.matched import Matched
 from flowlm.objectives.residual import Residual
 from flowlm.objectives.uniform import Uniform
 from flowlm.system.settings import field_names
@@ -17,6 +18,7 @@ from flowlm.system.settings import field_names
 FAMILIES: dict[str, type[Family]] = {
     "flow": Flow,
     "flow_map": FlowMap,
+    "matched": Matched,
     "residual": Residual,
     "autoregressive": Autoregressive,
     "masked": Masked,

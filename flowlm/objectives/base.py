@@ -28,6 +28,18 @@ class Auxiliary(NamedTuple):
     step: jax.Array | None = None
 
 
+class Update(NamedTuple):
+    """How one of several networks that are trained together is updated.
+
+    Attributes:
+      rate: its learning rate, as a multiple of the optimizer's.
+      every: it moves in the last of every so many steps.
+    """
+
+    rate: float = 1.0
+    every: int = 1
+
+
 class Family(abc.ABC):
     """A generative family. Its subclasses are frozen dataclasses whose fields are its settings (settings.py) and its context:
     `prior` and `warp` where it has them, and `teacher`, whether there is one.
@@ -40,6 +52,8 @@ class Family(abc.ABC):
       group: rows of a batch that stay together in a microbatch.
       parts: names of the losses whose conflicting gradients are projected; ("loss",) is their sum.
       differentiates: whether its loss takes forward derivatives of the network.
+      continues: its teacher is where the student starts; whom it follows is the flow behind that.
+      updates: how the parts of what is trained are updated, by their names, where these are several networks; otherwise {}.
     """
 
     continuous: ClassVar[bool] = False
@@ -49,6 +63,12 @@ class Family(abc.ABC):
     group: int = 1
     parts: tuple[str, ...] = ("loss",)
     differentiates: bool = False
+    continues: ClassVar[bool] = False
+
+    @property
+    def updates(self) -> Mapping[str, Update]:
+        """One network is updated as the optimizer says."""
+        return {}
 
     def __post_init__(self):
         check_choices(self, "objective")
@@ -67,14 +87,20 @@ class Family(abc.ABC):
                     f"set --config.model.{key}={value}"
                 )
 
-    def start(self, net: Network, params: Params, teacher: Teacher) -> Params:
-        """A student's first parameters: it begins as its teacher.
+    def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
+        """What is trained, at first: a student begins as its teacher, another run as its origin, if it has one.
 
         Args:
           params: fresh ones of the network.
           teacher: frozen parameters.
+          origin: averaged parameters of another run.
         """
-        return net.adopt(params, teacher.flow)
+        source = origin if teacher is None else teacher.flow
+        return params if source is None else net.adopt(params, source)
+
+    def student(self, params: Params) -> Params:
+        """Of what is trained, the network that is averaged, judged, sampled and exported."""
+        return params
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, num: int) -> Batch:

@@ -23,7 +23,6 @@ drawing, its flow can. The teacher is frozen; the student keeps its embedding, a
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from flowlm.models.network import Network, Params
 from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.rows import Split, split_of
 from flowlm.objectives.targets import TARGETS, Delta, Networks
 from flowlm.system.settings import setting
 
@@ -110,12 +110,7 @@ class FlowMap(PathSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        share = Fraction(self.diagonal).limit_denominator(16)
-        if abs(float(share) - self.diagonal) > 1e-6 or share == 1:
-            raise ValueError(
-                f"objective.diagonal {self.diagonal} must be a fraction below 1 with a denominator of at most 16, such as "
-                f"{share if share < 1 else Fraction(15, 16)}: rows are split by exact counts"
-            )
+        split_of(self.diagonal, "diagonal", below=True)
         if TARGETS[self.target].follows and not self.teacher:
             raise ValueError(f"objective.target {self.target} follows a teacher: give --config.teacher=RUNDIR")
         if self.teacher_temperature != 1 and (not self.teacher or self.target == "residual"):
@@ -140,9 +135,8 @@ class FlowMap(PathSampler):
         return {"map": dataclasses.replace(self, noise_scale=1.0), f"map{scale}": self}
 
     @property
-    def _split(self) -> tuple[int, int]:
-        share = Fraction(self.diagonal).limit_denominator(16)
-        return share.numerator, share.denominator
+    def _split(self) -> Split:
+        return split_of(self.diagonal, "diagonal")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -158,39 +152,24 @@ class FlowMap(PathSampler):
     @property
     def group(self) -> int:
         """Rows that stay together in a microbatch: of each group the first few are diagonal."""
-        return self._split[1]
+        return self._split.group
 
     def draw(self, key: jax.Array, num: int) -> Batch:
         """Times and noise keys of a global batch of num rows, a multiple of `group`."""
-        diagonal, group = self._split
-        on, off = num * diagonal // group, num - num * diagonal // group
+        on = self._split.count(num)
+        off = num - on
         boundary = round(off * self.boundary)
         keys = jax.random.split(key, 4)
         tau_s, tau_t = pairs(keys[0], off, boundary, self.pairs, self.tau_max)
         share = 0.5 if self.cut == "midpoint" else jax.random.uniform(keys[1], (off,))
         same = stratified(keys[2], on) if on else jnp.zeros((0,))
-
-        def join(on_rows, off_rows):
-            if diagonal == 0:
-                return off_rows
-            rows = on_rows.reshape(-1, diagonal), off_rows.reshape(-1, group - diagonal)
-            return jnp.concatenate(rows, 1).reshape(num)
-
+        join = self._split.join
         return {
             "tau_s": join(same, tau_s),
             "tau_u": join(same, tau_s + share * (tau_t - tau_s)),
             "tau_t": join(same, tau_t),
             "noise": jax.random.split(keys[3], num),
         }
-
-    def _rows(self, batch):
-        """(diagonal rows, the others)."""
-        diagonal, group = self._split
-
-        def part(pick):
-            return jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:])[:, pick].reshape(-1, *a.shape[1:]), batch)
-
-        return part(slice(0, diagonal)), part(slice(diagonal, None))
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diagonal: [B1], TARGET: [B2]}, metrics) for batch = {ids [B, L]} | draw(...), B1 + B2 = B."""
@@ -216,8 +195,8 @@ class FlowMap(PathSampler):
         residual = frozen(aux.teacher.residual) if self.target == "residual" else None
         nets = Networks(delta(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
 
-        on, off = self._rows(batch)
-        on_keys, off_keys = self._rows(keys)
+        on, off = self._split.apart(batch)
+        on_keys, off_keys = self._split.apart(keys)
         losses = {}
         if self.diagonal > 0:
             z = self.noised(embedding, on, self.warp.t(on["tau_s"]), joint)

@@ -54,25 +54,26 @@ def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] =
 
 
 def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout) -> Any:
-    """The averaged parameters of the run `config.init_from`, in this run's architecture (Network.adopt).
+    """The averaged parameters of the run `config.init_from`, or of a teacher that the family continues.
 
     Raises:
       FileNotFoundError: it is not a trained run.
       ValueError: it has another tokenizer or network, and what differs; or there is a teacher, from which a student starts.
     """
-    if config.teacher:
+    if config.teacher and not experiment.family.continues:
         raise ValueError("a student starts from its teacher: give config.teacher or config.init_from, not both")
-    run = load_trained(config.init_from, layout)
+    name = "init_from" if config.init_from else "teacher"
+    run = load_trained(config[name], layout)
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
-            f"init_from {config.init_from} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
+            f"{name} {config[name]} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
         )
     if differ := _differences(run.config, config):
-        raise ValueError(f"init_from {config.init_from} is another network: {differ}")
+        raise ValueError(f"{name} {config[name]} is another network: {differ}")
     try:
         jax.eval_shape(lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs), run.params)
     except ValueError as error:
-        raise ValueError(f"init_from {config.init_from} is another network: {error}") from error
+        raise ValueError(f"{name} {config[name]} is another network: {error}") from error
     return run.params
 
 
@@ -84,6 +85,8 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
       ValueError: it has another tokenizer, network, prior or time warp; names what differs.
     """
     run = load_trained(config.teacher, layout)
+    if experiment.family.continues and config.objective.flow == "named":
+        run = _flow_behind(run, config.teacher, layout)
     theirs = run.config
     ours, taught = config.objective.family, theirs.objective.family
     if ours != taught and not (FAMILIES[ours].continuous and FAMILIES[taught].continuous):
@@ -109,6 +112,24 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     if wanted == "flow":
         return Teacher(params)
     return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, layout).params), params)
+
+
+def _flow_behind(run: Trained, directory: str, layout: Layout) -> Trained:
+    """The flow that a map, or what was made of one, names as its teacher, or as its teacher's."""
+    mend = "give --config.objective.flow=diagonal to follow the denoiser of the teacher itself, which a map is at s = t"
+    while run.config.objective.family != "flow":
+        if not run.config.teacher:
+            raise ValueError(f"the teacher {directory} was trained without a flow: {mend}")
+        if run.config.objective.to_dict().get("train_embedding"):
+            raise ValueError(
+                f"the teacher {directory} has another embedding than its flow, objective.train_embedding: {mend}"
+            )
+        directory = run.config.teacher
+        try:
+            run = load_trained(directory, layout)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the flow behind the teacher, {directory}, is not here: {mend}") from error
+    return run
 
 
 def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
@@ -141,7 +162,7 @@ def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mappin
     experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
     if has_params(directory):
         abstract = abstract_state(experiment, layout)
-        params, step = load_params(directory, abstract.params, abstract.step)
+        params, step = load_params(directory, abstract.ema, abstract.step)
         return Trained(config, tokenizer, experiment, params, step)
     checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
     state = checkpoints.restore(abstract_state(experiment, layout))

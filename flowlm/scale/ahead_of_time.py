@@ -85,7 +85,7 @@ def trace_step(
     teacher = None
     if config.teacher:
         two = config.objective.to_dict().get("target") == "residual"
-        teacher = Teacher(state.params, state.params if two else None)
+        teacher = Teacher(state.ema, state.ema if two else None)
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32, sharding=layout.rows)
     return Program(jit_step(config, experiment, layout, state).trace(state, ids, teacher), layout.mesh.size, rows)
 

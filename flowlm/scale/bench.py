@@ -105,7 +105,7 @@ def _training(net, family, batch: int, distils: bool):
     step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
     ids = jax.random.randint(jax.random.key(1), (batch, net.length), 0, net.vocab, dtype=jnp.int32)
     state = jax.block_until_ready(jax.jit(lambda: train_state.init_state(net, family, optimizer, 0))())
-    teacher = Teacher(jax.tree.map(jnp.copy, state.params)) if distils else None
+    teacher = Teacher(jax.tree.map(jnp.copy, state.ema)) if distils else None
     return jax.jit(step, donate_argnums=0).lower(state, ids, teacher).compile(), state, (ids, teacher)
 
 

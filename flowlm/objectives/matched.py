@@ -1,0 +1,219 @@
+"""Distribution matching after the flow map (2609.40235; 2602.19066 and 2603.20155 do it for discrete diffusion).
+
+A map learnt point by point averages where its capacity ends. Here only the *law* of what it writes must be right: the student
+descends the KL between its noised samples and noised data, whose gradient needs two denoisers, the frozen flow and an
+auxiliary one that follows the student. With l = logits of delta_{s,1}(z_s), p = softmax(l), x1 what it writes, and fresh noise:
+
+    z_t = (1 - t) z0' + t x1 @ E,      d = D_phi(z_t) - D_T(z_t),      p_phi, p_T their distributions
+
+    student      probability  w <p, d>                  the gradient of the KL with respect to x1
+                 logit        w <l, d>                  its natural gradient: it does not vanish where p is sure of itself
+                 log          w <p, log p_phi - log p_T>
+    auxiliary    cross-entropy of D_phi(z_t) to x1;     K updates for one of the student
+
+x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). Where V > D the score lies in z, and d is projected on what z
+shows of it: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the map, whose run names its flow; student, auxiliary and
+flow see the same states, because all keep the teacher's embedding. Rows that are not matched go on with the map's own objective.
+
+    sample  as a flow map: one call, or N with re-noising in between
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from flowlm.maths import identities, vocab
+from flowlm.maths.interpolant import interpolate
+from flowlm.maths.prior import geometry
+from flowlm.maths.time_sampling import stratified
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher, Update
+from flowlm.objectives.flow_map import FlowMap
+from flowlm.objectives.rows import Split, split_of
+from flowlm.objectives.targets import Delta
+from flowlm.system.settings import setting
+
+
+def difference(auxiliary: jax.Array, flow: jax.Array, codes: jax.Array | None) -> jax.Array:
+    """softmax(auxiliary) - softmax(flow) of logits [..., V], projected on the span of codes [V, R] where they are given."""
+    d = jax.nn.softmax(auxiliary) - jax.nn.softmax(flow)
+    return d if codes is None else (d @ codes) @ codes.T
+
+
+def probability(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+    """w <softmax(logits), d> of one token."""
+    d = stop_gradient(difference(auxiliary, flow, codes))
+    return weight * jnp.sum(jax.nn.softmax(logits) * d, -1)
+
+
+def logit(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+    """w <logits, d>, whose gradient with respect to the logits is w d."""
+    return weight * jnp.sum(logits * stop_gradient(difference(auxiliary, flow, codes)), -1)
+
+
+def log(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+    """w <softmax(logits), log softmax(auxiliary) - log softmax(flow)>; no score of z, so there is nothing to project."""
+    ratio = stop_gradient(jax.nn.log_softmax(auxiliary) - jax.nn.log_softmax(flow))
+    return weight * jnp.sum(jax.nn.softmax(logits) * ratio, -1)
+
+
+FORMS = {"probability": probability, "logit": logit, "log": log}
+WEIGHTS = {"one": jnp.ones_like, "kl": lambda t: (t / (1 - t)) ** 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched(FlowMap):
+    """A flow map whose law is matched to its flow's; it has the attributes of `FlowMap` too, for the rows that stay one.
+
+    Attributes:
+      form: of the student's loss, one of FORMS.
+      output: what the student is taken to write, `soft` or `hard`.
+      matched: share of the rows that are matched, a fraction with a denominator of at most 16.
+      at_noise: share of those that begin at s = 0; the others begin at noised data, s uniform in warped time.
+      taus: the warped times between which laws are compared.
+      weight: of a time, one of WEIGHTS.
+      auxiliary_updates: K.
+      auxiliary_rate: learning rate of the auxiliary, as a multiple of the student's.
+      auxiliary_times: whether the auxiliary reads `one` time, that of its state, or `both`, with the student's s.
+      flow: whose denoiser is followed: the flow that the teacher's run `named`, or the teacher's own, on its `diagonal`.
+    """
+
+    continues: ClassVar[bool] = True
+    needs: ClassVar[dict] = dict(mask_token=False, loss_weight=False)
+
+    form: str = setting("logit", "of the student's loss", choices=FORMS)
+    output: str = setting(
+        "hard", "what the student is taken to write: its distribution, or its token", choices=("soft", "hard")
+    )
+    matched: float = setting(1.0, "share of the rows that are matched; the others stay a flow map's", "(0, 1]")
+    at_noise: float = setting(1.0, "share of those that begin at s = 0, the others at noised data", "[0, 1]")
+    taus: tuple[float, ...] = setting((0.02, 0.98), "warped times between which laws are compared", "(0, 1)")
+    weight: str = setting("one", "of a time: one, or the KL's own", choices=WEIGHTS)
+    auxiliary_updates: int = setting(2, "updates of the auxiliary for one of the student", "[1, inf)")
+    auxiliary_rate: float = setting(2.0, "the auxiliary's learning rate, as a multiple of the student's", "(0, inf)")
+    auxiliary_times: str = setting(
+        "one", "times that the auxiliary reads: of its state, or of the student too", choices=("one", "both")
+    )
+    flow: str = setting(
+        "named",
+        "whose denoiser is followed: the flow that the teacher's run names, or the teacher's",
+        choices=("named", "diagonal"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        split_of(self.matched, "matched")
+        if not self.teacher:
+            raise ValueError("the family matched begins at a flow map: give --config.teacher=RUNDIR, the run of one")
+        if self.surgery:
+            raise ValueError("objective.surgery is for a flow map's two losses, not for matching: set it to False")
+        if len(self.taus) != 2 or self.taus[0] >= self.taus[1]:
+            raise ValueError(
+                f"objective.taus {self.taus} must be two warped times, the earlier one first, such as 0.02,0.98"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The sum: no loss conflicts with another network's."""
+        return ("loss",)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether there are rows whose target takes forward derivatives."""
+        return self.matched < 1 and super().differentiates
+
+    @property
+    def updates(self) -> Mapping[str, Update]:
+        """The student moves after every K updates of the auxiliary."""
+        return {"student": Update(1.0, self.auxiliary_updates), "auxiliary": Update(self.auxiliary_rate)}
+
+    @property
+    def _matched(self) -> Split:
+        few, group = split_of(self.matched, "matched")
+        return Split(few * super().group, group * super().group) if few < group else Split(1, 1)
+
+    @property
+    def group(self) -> int:
+        """Rows that stay together: the first are matched, the others a whole number of a flow map's groups."""
+        return self._matched.group
+
+    def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
+        """The student begins as `origin`, the flow map, and the auxiliary as the flow."""
+        student = params if origin is None else net.adopt(params, origin)
+        return {"student": student, "auxiliary": params if teacher is None else net.adopt(params, teacher.flow)}
+
+    def student(self, params: Params) -> Params:
+        """The student."""
+        return params["student"]
+
+    def draw(self, key: jax.Array, num: int) -> Batch:
+        """Times and noise keys of a global batch of num rows, a multiple of `group`."""
+        on = self._matched.count(num)
+        keys = jax.random.split(key, 5)
+        late = on - round(on * self.at_noise)
+        tau_s = jax.random.permutation(keys[0], jnp.zeros((on,)).at[:late].set(stratified(keys[1], late)))
+        first, last = self.taus
+        rows = {
+            "tau_s": tau_s,
+            "tau_u": tau_s,
+            "tau_t": first + (last - first) * stratified(keys[2], on),
+            "noise": jax.random.split(keys[3], on),
+        }
+        if on == num:
+            return rows
+        return jax.tree.map(self._matched.join, rows, super().draw(keys[4], num - on))
+
+    def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
+        """({matching: [B1], auxiliary: [B1]} and a flow map's, metrics) for batch = {ids [B, L]} | draw(...).
+
+        `matching` is 0, and costs nothing, in steps in which the student does not move.
+        """
+        student = params["student"]
+        if self._matched.group == 1:
+            return self._matching(net, params, aux, batch, keys), {}
+        on, off = self._matched.apart(batch)
+        on_keys, off_keys = self._matched.apart(keys)
+        losses, metrics = super().loss(net, student, aux, off, off_keys)
+        return self._matching(net, params, aux, on, on_keys) | losses, metrics
+
+    def _matching(self, net, params, aux, rows, keys):
+        embedding = stop_gradient(net.embedding(params["student"]))
+        student, auxiliary, flow = (
+            net.with_embedding(tree, embedding) for tree in (params["student"], params["auxiliary"], aux.teacher.flow)
+        )
+        tau_s, tau, t = rows["tau_s"], rows["tau_t"], self.warp.t(rows["tau_t"])
+        ends = jnp.ones_like(tau_s)
+        start_keys, fresh_keys = jnp.moveaxis(jax.vmap(jax.random.split)(rows["noise"]), 1, 0)
+        z = self.noised(embedding, rows | {"noise": start_keys}, self.warp.t(tau_s))
+
+        def write(params):
+            return net.head(params), net.apply(params, z, tau_s, ends, keys)
+
+        written = stop_gradient(write(student))
+        ids = vocab.argmax(*written)
+        x1 = embedding[ids] if self.output == "hard" else vocab.softmax_embed(*written, embedding)
+        z0 = self.prior.sample(fresh_keys, embedding, net.length)
+        z_t = stop_gradient(interpolate(z0, x1, t[:, None, None]))
+        follows = net.head(auxiliary), net.apply(auxiliary, z_t, tau, tau_s if self.auxiliary_times == "both" else None)
+        if self.output == "hard":
+            following = vocab.cross_entropy(*follows, ids)
+        else:
+            following = vocab.over_logits(identities.diagonal, (follows, written)).loss
+
+        def match():
+            wanted = Delta(lambda *args: net.apply(flow, *args), net.head(flow)).tempered(self.teacher_temperature)
+            codes = geometry(embedding).codes if net.vocab > net.width else None
+
+            def form(*args):
+                return FORMS[self.form](*args, codes)
+
+            readouts = write(student), stop_gradient(follows), stop_gradient(wanted.see(z_t, tau))
+            return vocab.over_logits(form, readouts, (WEIGHTS[self.weight](t),)).mean(-1)
+
+        moves = aux.step % self.auxiliary_updates == self.auxiliary_updates - 1
+        matching = jax.lax.cond(moves, match, lambda: jnp.zeros_like(tau))
+        return {"matching": matching, "auxiliary": following.mean(-1)}
