@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
-STUDENTS = {"flow_map": "flow_map", "sdtt": "masked", "dcd": "uniform"}
+STUDENTS = {"flow_map": "flow_map", "matched": "matched", "sdtt": "masked", "dcd": "uniform"}
 BASELINES = ("autoregressive", "masked", "uniform")
 
 
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update(name="everyday", tokenizer="everyday_1000", length=9)
     config.model.update(vocab_size=1009, time_scale=1000.0, gate_init=1.0, learned_positions=True)
     config.evaluation.update(every=2000, steps=(1, 8), samples=256, final_samples=4096)
-    if family in ("flow", "flow_map"):
+    if family in ("flow", "flow_map", "matched"):
         config.model.update(input="white", output="early_skip")
     if arg == "":
         # Draws sharpened and noise shrunk: a sentence of eight good words in place of eight likely ones.
@@ -34,11 +34,16 @@ def get_config(arg: str = "") -> ConfigDict:
         config.evaluation.steps = (8,)
     if arg in STUDENTS:
         config.update(steps=900, teacher="")
-    if arg == "flow_map":
+    if arg in ("flow_map", "matched"):
         config.model.update(preview=True, time_embeddings=2)
+    if arg == "flow_map":
         # The flow of sharpened predictions: one jump cannot draw at a temperature.
         config.objective.update(teacher_temperature=0.7, targets_from="ema", boundary=0.25, noise_scale=0.5)
         config.optimizer.learning_rate = 3e-3
+    if arg == "matched":
+        config.update(ema_decay=0.99)
+        config.objective.update(teacher_temperature=0.7, noise_scale=0.5)
+        config.optimizer.update(learning_rate=5e-4, b1=0.0)
     if arg == "autoregressive":
         config.evaluation.steps = (8,)
     return config

@@ -28,13 +28,14 @@ FILES = sorted(
 )
 ARGUMENTS = {
     "grammar": (
-        *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
+        *("raw", "scaled", "posterior", "both", "white", "flow_map", "matched", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
-    **dict.fromkeys(("quickstart", "speeches"), ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd")),
+    "quickstart": ("flow_map", "matched", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
+    "speeches": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }
 CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
@@ -55,7 +56,7 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
-    distils = argument in ("flow_map", "residual", "sdtt", "dcd")
+    distils = argument in ("flow_map", "matched", "residual", "sdtt", "dcd")
     config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 
@@ -64,7 +65,7 @@ def test_builds_and_lowers(path, argument):
     state = abstract_state(experiment, layout)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
     step = jit_step(config, experiment, layout, state)
-    traced = step.trace(state, ids, Teacher(state.params) if distils else None)
+    traced = step.trace(state, ids, Teacher(state.ema) if distils else None)
     new, metrics = traced.out_info
 
     def shapes(tree):
@@ -87,7 +88,7 @@ def test_every_kind_of_flow_map_step_lowers_for_tpus(target):
     settings = dict(seed=0, ema_decay=0.999, accumulation=1, dropout=False)
     step = make_step(experiment.net, experiment.family, experiment.optimizer, **settings)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
-    traced = jax.jit(step).trace(state, ids, Teacher(state.params))
+    traced = jax.jit(step).trace(state, ids, Teacher(state.ema))
     assert "tanh" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 

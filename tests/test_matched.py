@@ -127,8 +127,7 @@ def test_logit_is_its_natural_gradient(vocab, width):
 def test_no_gradient_where_the_laws_agree(form):
     """Any denoisers that say the same leave the student alone, and others do not."""
     logits, flow, other = (jnp.asarray(RNG.standard_normal((5, 4)), jnp.float32) for _ in range(3))
-    codes = jnp.asarray(RNG.standard_normal((4, 2)), jnp.float32)
-    for codes in (None, codes):
+    for codes in (None, jnp.asarray(RNG.standard_normal((4, 2)), jnp.float32)):
         gradient = jax.grad(lambda a, phi, codes=codes: FORMS[form](a, phi, flow, jnp.ones(5), codes).sum())
         assert np.abs(gradient(logits, flow)).max() < 1e-6
         assert np.abs(gradient(logits, other)).max() > 1e-2
@@ -189,7 +188,7 @@ def gradients(fam, net, student, auxiliary, flow, num=4096, step=1):
 @pytest.mark.parametrize("output", ["hard", "soft"])
 @pytest.mark.parametrize("width", [4, 2])
 def test_mass_moves_from_what_is_written_too_often(form, output, width):
-    """The first sequence has .6 of the student's law and less of the data's: descent makes its share smaller, at V <= D and V > D."""
+    """The first sequence has .6 of the student's law and less of the data's: descent makes it less, at V <= D and V > D."""
     net, student, auxiliary, flow = networks(width)
     fam = family(4, width, form=form, output=output, weight="kl", taus=(0.1, 0.9))
     found = gradients(fam, net, student, auxiliary, flow)["matching"]["student"]["shares"]
@@ -214,7 +213,10 @@ def test_losses_move_their_own_network_alone():
 def test_the_student_stands_still_until_the_auxiliary_has_followed():
     net, student, auxiliary, flow = networks()
     fam = family(4, 4, auxiliary_updates=3)
-    moved = [np.abs(gradients(fam, net, student, auxiliary, flow, 256, step)["matching"]["student"]["shares"]).max() for step in range(6)]
+    moved = [
+        np.abs(gradients(fam, net, student, auxiliary, flow, 256, step)["matching"]["student"]["shares"]).max()
+        for step in range(6)
+    ]
     assert [bool(m) for m in moved] == [False, False, True, False, False, True]
 
 
@@ -243,7 +245,7 @@ def test_rows_that_are_not_matched_have_the_flow_maps_loss():
     """Three of four rows are matched; the fourth part is exactly what the family flow_map makes of the same rows."""
     fam = family(4, 4, matched=0.75, diagonal=0.5)
     assert fam.group == 8
-    net, student, auxiliary, flow = networks()
+    net, _, auxiliary, flow = networks()
     ids = jnp.asarray(SEQUENCES[np.random.default_rng(1).integers(0, 5, 32)])
     batch = {"ids": ids, **fam.draw(jax.random.key(4), 32)}
     aux = Auxiliary(Teacher(flow), None, jnp.int32(1))

@@ -62,7 +62,7 @@ def two_steps(made, config, layout):
         places = jax.tree.map(lambda a: a.sharding, abstract_state(made, layout))
         ids = jax.device_put(ids, layout.rows)
     state = jax.jit(lambda: begin(made), out_shardings=places)()
-    teacher = Teacher(state.params) if config.teacher else None
+    teacher = Teacher(state.ema) if config.teacher else None
     # Most of the time of this test is LLVM's, which need not try hard.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     compiled = jax.jit(step, out_shardings=(places, None)).lower(state, ids, teacher).compile(options)

@@ -96,7 +96,7 @@ def run_config(data_dir, family="flow", **changes):
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
     config.model.update(FAMILIES[family].needs)
-    if family in ("flow_map", "residual"):
+    if family in ("flow_map", "matched", "residual"):
         config.model.update(input="both", time_embeddings=2)
     if family == "autoregressive":
         config.objective.start = 98
