@@ -20,6 +20,7 @@ from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.base import Auxiliary, Teacher
 from flowlm.objectives.discrete import EPS
 from flowlm.objectives.masked import Masked
+from flowlm.objectives.matched_discrete import MatchedMasked, MatchedUniform
 from flowlm.objectives.uniform import Uniform, alpha_of
 
 V, L, UPDATES, BATCH = 4, 3, 800, 256
@@ -109,3 +110,58 @@ def test_a_student_by_default_writes_more_rows_of_the_law_than_its_teacher(kind,
     other = inside(forward, net, distilled(forward, net, teacher, steps), steps)
     assert mine > taught + 0.05
     assert other < taught + 0.015
+
+
+GRID = 8  # times of the tables of two networks
+
+MATCHED = {
+    "masked": MatchedMasked(teacher=True),
+    "uniform": MatchedUniform(warp=TimeWarp("gaussian", "ambient", V, V), teacher=True),
+}
+
+
+def matched(family, net, teacher, steps):
+    """The student's table that matching ends at; both networks start at the teacher's, the auxiliary is the faster one."""
+    optimizer = optax.partition(
+        {
+            name: optax.adam(optax.linear_schedule(rate, 0.0, UPDATES))
+            for name, rate in (("student", 0.05), ("auxiliary", 0.1))
+        },
+        {"student": "student", "auxiliary": "auxiliary"},
+    )
+    data, logits = jnp.asarray(SEQUENCES), jnp.log(jnp.asarray(WEIGHTS))
+
+    def loss(tables, teacher, key):
+        rows, times, others, draws = jax.random.split(key, 4)
+        batch = {"ids": data[jax.random.categorical(rows, logits, shape=(BATCH,))], **family.draw(draws, BATCH)}
+        batch["r"] = jax.random.randint(times, (BATCH,), 1, steps + 1) / steps  # those that its sampler asks for
+        if isinstance(family, Uniform):
+            batch["r_next"] = jax.random.randint(others, (BATCH,), 1, GRID + 1) / GRID
+        params = {name: teacher | {"table": table} for name, table in tables.items()}
+        losses, _ = family.loss(net, params, Auxiliary(Teacher(teacher), None, jnp.int32(0)), batch, None)
+        return sum(each.mean() for each in losses.values())
+
+    @jax.jit
+    def fit(teacher):
+        def update(carry, key):
+            tables, state = carry
+            change, state = optimizer.update(jax.grad(loss)(tables, teacher, key), state)
+            return (optax.apply_updates(tables, change), state), None
+
+        tables = dict.fromkeys(("student", "auxiliary"), teacher["table"])
+        start = tables, optimizer.init(tables)
+        return jax.lax.scan(update, start, jax.random.split(jax.random.key(0), UPDATES))[0][0]["student"]
+
+    return teacher | {"table": fit(teacher)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "tie"),
+    [("masked", 2, 0.0), ("uniform", 2, 0.0), pytest.param("masked", 2, 1.0, marks=pytest.mark.slow)],
+)
+def test_a_matched_student_writes_more_rows_of_the_law_than_its_teacher(kind, steps, tie):
+    family = replace(MATCHED[kind], tie=tie)
+    net, teacher = tabular(kind, GRID)
+    taught = inside(family, net, teacher, steps)
+    mine = inside(family, net, matched(family, net, teacher, steps), steps)
+    assert mine > taught + 0.05, (mine, taught)

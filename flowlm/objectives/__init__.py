@@ -11,6 +11,7 @@ from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import FlowMap
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.matched import Matched
+from flowlm.objectives.matched_discrete import MatchedMasked, MatchedUniform
 from flowlm.objectives.residual import Residual
 from flowlm.objectives.uniform import Uniform
 from flowlm.system.settings import field_names
@@ -23,6 +24,8 @@ FAMILIES: dict[str, type[Family]] = {
     "autoregressive": Autoregressive,
     "masked": Masked,
     "uniform": Uniform,
+    "matched_masked": MatchedMasked,
+    "matched_uniform": MatchedUniform,
 }
 
 

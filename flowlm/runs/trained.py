@@ -89,7 +89,8 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
         run = _flow_behind(run, config.teacher, layout)
     theirs = run.config
     ours, taught = config.objective.family, theirs.objective.family
-    if ours != taught and not (FAMILIES[ours].continuous and FAMILIES[taught].continuous):
+    both_flow = FAMILIES[ours].continuous and FAMILIES[taught].continuous
+    if not (issubclass(FAMILIES[ours], FAMILIES[taught]) or both_flow):
         raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
