@@ -16,11 +16,13 @@ def _sample(values: FlagValues) -> None:
         raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
     import flowlm
+    from flowlm.runs.model import check_drawing
     from flowlm.system import storage
 
     out = None if values.out is None else storage.path(values.out)
     if out is not None:
         storage.check_writable_file(out)
+    check_drawing(values.checkpoint, counts, values.sampler, **objective)
     model = flowlm.load(values.checkpoint, **objective)
     written = []
     for steps in counts:

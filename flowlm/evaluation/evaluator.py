@@ -136,14 +136,15 @@ class Evaluator:
         return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
-        key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
+        key = purpose_key(self._seed, step, SAMPLE)
         out = {}
         for (sampler, steps), follow in self._trajectories.items():
             check_stopped()
             name = row_name(sampler, steps)
             begin(f"following {FOLLOWED} samples of {name}")
             ids = gathered(follow(params, key, FOLLOWED, steps)).swapaxes(0, 1)
-            pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
+            seen = np.unique(ids).tolist()
+            pieces = dict(zip(seen, self._dataset.tokenizer.decode_tokens(seen)))
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
         return out
 

@@ -325,6 +325,7 @@ def import_run(path: str | os.PathLike, to: str | os.PathLike, weights: str, bas
     run = load_imported(path, weights, base)
     if run.config.data.tokenizer == OWN:
         run.config.data.tokenizer = str(storage.path(to) / OWN)
+    integrity.begin(to)
     run_directory.prepare_workdir(to, run.config, run.tokenizer)
     save_params(to, run.params, run.step, jnp.float32)
     facts = {"format": "params", "from": str(path), "step": run.step, "checksum": integrity.checksum(run.params)}

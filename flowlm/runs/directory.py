@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from flowlm.config import complete, defaults, flat
 from flowlm.data.tokenizers import Tokenizer
+from flowlm.runs import integrity
 from flowlm.system import storage
 from flowlm.system.processes import is_first
 
@@ -159,7 +160,8 @@ def is_importable(path: str | os.PathLike) -> bool:
 
 
 def check_is_run(path: str | os.PathLike) -> None:
-    """Raises ValueError where a run is wanted and something else lies, that another command reads."""
+    """Raises ValueError where a run is wanted and there is what another command reads, or what was not written to its end."""
+    integrity.check_finished(path)
     if is_importable(path):
         raise ValueError(
             f"{path} is a checkpoint in another format: make a run of it by `flowlm import {path} --to=DIR`"
@@ -181,6 +183,7 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tok
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
+        integrity.check_finished(workdir)
         held, held_tokenizer = load_workdir(workdir)
         if changed := _differences(workdir, held, config):
             shown = ", ".join(f"{k} = {there!r} there, {here!r} here" for k, (there, here) in list(changed.items())[:4])

@@ -9,7 +9,8 @@ An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of 
 places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays,
 each device its own, and a number for each to be exchanged.
 
-A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it.
+A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it. While the others are
+written it says that they are, so that a directory whose writer was killed is not taken for what it was to be.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from flowlm.engine.sharding import path_of
 from flowlm.system import processes, storage
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # what it says until all files are there
 
 
 def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
@@ -106,6 +108,24 @@ def _own(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def begin(directory: str | os.PathLike) -> None:
+    """Makes `directory` one that is refused (`check_finished`) until it is sealed."""
+    directory = storage.path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    storage.write_text(directory / MANIFEST, json.dumps({UNFINISHED: True}) + "\n")
+
+
+def check_finished(directory: str | os.PathLike) -> None:
+    """Raises ValueError where who wrote a directory was ended before its last file."""
+    manifest = storage.path(directory) / MANIFEST
+    try:
+        told = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    except ValueError:
+        return  # damaged, which `check_files` says
+    if isinstance(told, dict) and UNFINISHED in told:
+        raise ValueError(f"{directory} was not written to its end: remove it and make it again")
+
+
 def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
     """Writes `directory`/manifest.json: the facts, the sha256 of every file that is there, and that of all this.
 
@@ -114,13 +134,18 @@ def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[
       read: gives the parameters as they are read from it.
 
     Raises:
-      RuntimeError: those are others; there is no manifest then.
+      RuntimeError: those are others; the directory is refused from then on.
     """
     directory = storage.path(directory)
     facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
     storage.write_text(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
-    if checksum(read()) != facts["checksum"]:
-        (directory / MANIFEST).unlink()
+    kept = False
+    try:
+        kept = checksum(read()) == facts["checksum"]
+    finally:
+        if not kept:
+            begin(directory)
+    if not kept:
         raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
 
 
@@ -130,11 +155,12 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any] | None:
     Of several processes all must call; the first reads the files, since one answer is enough for all.
 
     Raises:
-      ValueError: names the file that is missing or changed.
+      ValueError: names the file that is missing or changed; or as `check_finished`.
     """
     directory = storage.path(directory)
     if not (directory / MANIFEST).exists():
         return None
+    check_finished(directory)
     wrong = None
     try:
         facts = json.loads((directory / MANIFEST).read_text())

@@ -16,7 +16,7 @@ from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine import sampling
 from flowlm.engine.sampling import ROWS, named_sampler, on_rows
 from flowlm.engine.sharding import Layout, make_mesh
-from flowlm.runs.trained import Trained, load_trained
+from flowlm.runs.trained import Trained, load_settings, load_trained
 
 _SHOWN = 5  # texts that an error names
 
@@ -181,6 +181,25 @@ def load_model(directory: str | os.PathLike, **objective: Any) -> Model:
     """Loads a trained run; see `flowlm.load`."""
     layout = Layout(make_mesh(), fsdp=True)
     return Model(load_trained(directory, layout, objective), layout)
+
+
+def check_drawing(
+    directory: str | os.PathLike, steps: Sequence[int], sampler: str | None = None, **objective: Any
+) -> None:
+    """Says of the settings of a run alone what `Model.draw` would say when all parameters are read, which may take minutes.
+
+    Args:
+      objective: as `flowlm.load` takes them.
+
+    Raises:
+      ValueError: there is no such sampler, the family does not sample in one of these numbers of steps, or as `flowlm.load`.
+    """
+    layout = Layout(make_mesh(), fsdp=True)
+    _, _, (net, family, *_) = load_settings(directory, layout, objective)
+    _, family = named_sampler(family, sampler)
+    key = jax.random.key(0)
+    for count in steps:
+        sampling.Sampler(net, family, count, layout, 1).check(jax.eval_shape(net.init, key), key)
 
 
 def _named(numbers: Sequence[int]) -> str:
