@@ -1,4 +1,4 @@
-"""Whether what is read is what was written: sums of arrays, and manifests of files.
+"""Tells whether what is read is what was written, by sums of arrays and manifests of files.
 
 A training state may be large and spread over many hosts, so its arrays are summed where they lie, on the devices, when they are
 saved and again when they are read:
@@ -45,13 +45,13 @@ def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
 
 
-# All blocks of a device in one program, because each program takes its time to compile.
+# All blocks of a device are summed by one program, because compiling one for each block would take long.
 _sums = jax.jit(lambda *blocks: jnp.stack([_sum(*block) for block in blocks]))
 
 
 def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
     """(device, arguments of `_sum`) of the blocks of an array in this process, each block once over all processes."""
-    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # as two words
+    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # 8 bytes are summed as two words
     strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
     for block in array.addressable_shards:
         if block.replica_id == 0:
@@ -65,7 +65,7 @@ def sums(tree: Any) -> np.ndarray:
     for number, array in enumerate(leaves):
         for device, block in _blocks(jnp.asarray(array)):
             places[device].append((number, block))
-    # No program spans processes: only the finished sums are exchanged, once. All are started before the first is waited for.
+    # No program spans processes, so only finished sums are exchanged. All programs are started before the first is waited for.
     started = [([number for number, _ in blocks], _sums(*(block for _, block in blocks))) for blocks in places.values()]
     total = np.zeros(len(leaves), np.uint32)
     for numbers, parts in started:
@@ -104,7 +104,7 @@ def _digest(file: epath.Path) -> str:
 
 
 def _own(facts: Mapping[str, Any]) -> str:
-    """Digest of what a manifest says beside this digest."""
+    """Digest of what a manifest says, this digest left out."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,7 +165,7 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any] | None:
     try:
         facts = json.loads((directory / MANIFEST).read_text())
         if not {"sha256", "manifest"} & facts.keys():
-            return None  # of something else
+            return None  # it is a manifest of something else, such as prepared text
         own = facts.pop("manifest", None)
         digests = facts["sha256"].items()
         # Manifests of releases that sealed programs alone said neither their format nor their own digest.

@@ -1,4 +1,4 @@
-"""A trained model as one calls it: texts, ids, and what the model makes of texts. `flowlm.load` is here."""
+"""A trained model as a user calls it: it writes texts and ids, and bounds the likelihood of texts. `flowlm.load` makes it."""
 
 import operator
 import os
@@ -29,9 +29,9 @@ class Samples(NamedTuple):
       ids: the same as int32 [num, L], each row with its start token.
       sampler: the name of the sampler that drew them.
       steps: how many it took.
-      seed: of its randomness.
-      seconds: of the drawing.
-      compile_seconds: of what came before it, compilation above all; 0 the next time.
+      seed: of the noise.
+      seconds: what drawing took.
+      compile_seconds: what came before it took, above all compilation; about 0 the next time.
     """
 
     texts: list[str]
@@ -49,8 +49,8 @@ class Model:
     Each number of samples, of steps and each sampler is a program of its own, compiled at its first use and kept.
 
     Attributes:
-      run: what it is made of: settings, tokenizer, network, family, averaged parameters, and the step they are of.
-      layout: the devices, and how arrays lie on them.
+      run: the trained run: settings, tokenizer, network, family, averaged parameters, and the step that they are from.
+      layout: the devices, and how arrays are spread over them.
     """
 
     def __init__(self, run: Trained, layout: Layout) -> None:
