@@ -175,7 +175,7 @@ class Panel:
                     f"the {name} split has no row, and evaluations read it: prepare more text, or shorter rows"
                 )
         self._tokenizer = dataset.tokenizer
-        # Those that may not be here come first, because the others take long.
+        # Pretrained judges come first, because their files may be missing and fitting the others takes long.
         self._pretrained = make_language_models(
             language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
         )
