@@ -2,7 +2,7 @@
 
 params       the averaged parameters alone (Orbax): what takes a run directory takes this too, on any mesh
 safetensors  the same in the reference's names (reference.py), with a model card; `flowlm import` reads it back
-jax          programs that run where flowlm is not installed (examples/run_exported.py):
+jax          programs that run without flowlm (examples/run_exported.py):
                  sampler.jax    (weights, seed uint32 [], rows int32 [b]) -> ids int32 [b, L], those of `flowlm sample --seed`
                  denoiser.jax   (weights, state, tau_s [b], tau_t [b]) -> logits float32 [b, L, V]; state is z float32
                                 [b, L, D], or ids int32 [b, L] of a discrete diffusion or an autoregressive model
