@@ -81,14 +81,7 @@ class Step(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective.
-
-    Attributes:
-      group: chips that take part.
-      bytes: size of the operand on one chip.
-      wire: bytes that a chip sends in one run, by the ring algorithm.
-      times: how often it runs in one step.
-    """
+    """`bytes`: the operand's size on one chip; `wire`: what a chip sends in one run (ring algorithm); `times`: runs in a step."""
 
     kind: str
     group: int
