@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
       metrics: as evaluation.py lists them.
       texts: {sampler@steps: samples as text}.
-      trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
+      trajectories: {sampler@steps: the likeliest token of every position at every step, as text, by sample, step and position}.
       notes: what a reader of the metrics must know, a sentence each.
       main: the judges' metrics to read first.
       meanings: {metric of a judge: what it is}.

@@ -109,7 +109,7 @@ class Gaussian:
         return jnp.matmul(_white(keys, length, geo.color.shape[0]), geo.color, precision=HIGHEST)
 
     def sample_joint(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
-        """`sample` for two embeddings side by side, [E, E'] [V, 2D], which are equal when a student starts at its teacher.
+        """`sample` for two embeddings side by side, of shape [V, 2D], which are equal when a student starts at its teacher.
 
         Their Gram matrix is then singular; a QR factor, slower on accelerators, is exact all the same.
         """
