@@ -24,6 +24,7 @@ from flowlm.objectives import FAMILIES
 from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import save_params
 from flowlm.studies import study
+from flowlm.system.settings import settings_of
 
 INF, NAN = math.inf, math.nan
 # What each may be at the ends of its range, and what it may not be: written down a second time, by hand.
@@ -315,3 +316,11 @@ def test_a_constant_rate_does_not_depend_on_the_steps():
     short, long = (make_schedule(2e-3, "constant", 100, steps) for steps in (10, 10_000))
     for step in (0, 5, 50, 100, 5000):
         assert float(short(step)) == float(long(step)) == pytest.approx(2e-3 * min(1, step / 100))
+
+
+@pytest.mark.parametrize("key", ["noise_scale", "guidance"])
+def test_what_flow_and_flow_map_have_alike_is_declared_once(key):
+    """By the class that they share, so that a change of it is a change in both."""
+    classes = {each for family in ("flow", "flow_map") for each in FAMILIES[family].__mro__}
+    assert [each.__name__ for each in classes if key in vars(each).get("__annotations__", {})] == ["PathSampler"]
+    assert settings_of(FAMILIES["flow"])[key] is settings_of(FAMILIES["flow_map"])[key]

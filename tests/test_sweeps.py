@@ -125,7 +125,7 @@ def test_the_velocity_loss_is_the_velocity_s(monkeypatch):
     """|b - (x1 - x0)|^2 written densely over the vocabulary, with any x0: it cancels."""
     net = network(warp="identity")
     params = perturbed(net.init(jax.random.key(0)))
-    family = Flow(Gaussian(), TimeWarp("gaussian", "identity", 12, 16), "velocity")
+    family = Flow(Gaussian(), TimeWarp("gaussian", "identity", 12, 16), loss_kind="velocity")
     ids = jax.random.randint(jax.random.key(1), (8, 6), 0, 12)
     batch = {"ids": ids, **family.draw(jax.random.key(2), 8)}
     t = batch["tau"]

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from flowlm.data import corpora, windows, word_tokens
-from flowlm.data.grammar import Grammar
+from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.data.word_tokens import UNKNOWN
 
@@ -118,8 +118,13 @@ def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
     )
 
 
+def of_grammars() -> dict[str, tokenizers.Tokenizer]:
+    """The words of each grammar that comes with the package, under its name."""
+    return {name: words(Grammar.load(name)) for name in shipped_names()}
+
+
 def main(directory: pathlib.Path) -> None:
-    made = {"chars": characters(), "grammar98": words(Grammar.load("grammar98"))}
+    made = {"chars": characters()} | of_grammars()
     speeches = [text for _, text in corpora.documents("sotu", "train", "")]
     made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:

@@ -1,4 +1,4 @@
-"""From settings to things: the network, the family and the optimizer of a run."""
+"""Makes the network, the family and the optimizer of a run from its settings."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from flowlm.objectives import Family, make_family
 
 
 class Experiment(NamedTuple):
-    """net, family (objectives/), optimizer and its learning-rate schedule."""
+    """What settings make: a network, a family (objectives/), an optimizer and its learning-rate schedule."""
 
     net: Network
     family: Family
@@ -26,7 +26,7 @@ class Experiment(NamedTuple):
 
 
 def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained: bool = False) -> Experiment:
-    """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
+    """Makes everything of a run that needs settings alone. It is cheap, so that bad settings fail first.
 
     Args:
       vocab_size: the tokenizer's.
@@ -71,7 +71,7 @@ def abstract_state(experiment: Experiment, layout: Layout) -> train_state.TrainS
 
 
 def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract: train_state.TrainState) -> Callable:
-    """The training step as it is run, step(state, ids, teacher) -> (state, metrics): the state is donated and keeps its place."""
+    """The training step as it is run, step(state, ids, teacher) -> (state, metrics). The state is donated and keeps its place."""
     step = train_state.make_step(
         experiment.net,
         experiment.family,

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,22 +88,72 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
     return with_breaks(dataset.tokenizer, split.shuffled(0)(0, min(num, len(split))))
 
 
-def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: first its own, then counts, always.
+class Material:
+    """What judges are made of; each part is read once, when the first judge asks for it.
 
-    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
+    Attributes:
+      dataset: the run's data.
+      start: id of the start token.
+      pad: id of the token behind a sentence that is a row of its own; None of other data.
     """
-    start = dataset.tokenizer.start
-    held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
-    if dataset.grammar is not None:
-        return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
-    text = dataset.train.text(MAX_CHARS)
-    if dataset.sentences:
-        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
-        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
-        own = Sentences(whole(dataset.train), unseen, start, pad)
-        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
-    return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.start = dataset, dataset.tokenizer.start
+        self.pad = dataset.tokenizer.pad if dataset.sentences else None
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Rows of ids [N, L] of the validation split."""
+        return self.dataset.validation.rows(0, min(MAX_ROWS, len(self.dataset.validation)))
+
+    @cached_property
+    def text(self) -> str:
+        """The train split as text, or its beginning."""
+        return self.dataset.train.text(MAX_CHARS)
+
+
+def _grammar(made_of: Material) -> Judge | None:
+    grammar = made_of.dataset.grammar
+    return None if grammar is None else GrammarJudge(grammar, made_of.start)
+
+
+def _sentences(made_of: Material) -> Judge | None:
+    data = made_of.dataset
+    if not data.sentences:
+        return None
+    train, *unseen = (split.rows(0, len(split)) for split in (data.train, data.validation, data.test))
+    return Sentences(train, np.concatenate(unseen), made_of.start, made_of.pad)
+
+
+def _characters(made_of: Material) -> Judge | None:
+    return KneserNey.fit(made_of.text) if made_of.dataset.grammar is None else None
+
+
+def _statistics(made_of: Material) -> Judge:
+    # Of a row that is cut out of a text, words that the text has not are mistakes; the others are of known words anyway.
+    cut = made_of.dataset.grammar is None and not made_of.dataset.sentences
+    return Statistics(frozenset(words(made_of.text)) if cut else None, made_of.start, made_of.pad)
+
+
+def _ngrams(made_of: Material) -> Judge:
+    return NGrams(made_of.held_out, made_of.start, made_of.pad)
+
+
+# Makes each judge, or nothing where it has nothing to say of the data. The first that is made is the data's own: what it calls main
+# is what tables show first.
+JUDGES: dict[str, Callable[[Material], Judge | None]] = {
+    "grammar": _grammar,
+    "sentences": _sentences,
+    "characters": _characters,
+    "statistics": _statistics,
+    "ngrams": _ngrams,
+}
+
+
+def make_judges(dataset: Dataset) -> list[Judge]:
+    """Those of JUDGES that fit the data, in their order."""
+    made_of = Material(dataset)
+    return [judge for make in JUDGES.values() if (judge := make(made_of)) is not None]
 
 
 class Panel:
@@ -125,7 +175,7 @@ class Panel:
                     f"the {name} split has no row, and evaluations read it: prepare more text, or shorter rows"
                 )
         self._tokenizer = dataset.tokenizer
-        # Those that may not be here come first, because the others take long.
+        # Pretrained judges come first, because their files may be missing and fitting the others takes long.
         self._pretrained = make_language_models(
             language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
         )

@@ -15,7 +15,7 @@ def unigram(rows: np.ndarray, num: int, seed: int) -> np.ndarray:
 def chain(order: int, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Rows int32 [num, L]: each token follows the `order` - 1 before it as somewhere in rows [N, L], drawn by frequency.
 
-    The first `order` - 1 are those of one row. After tokens that end rows only, the next token is one of all.
+    The first `order` - 1 are those of one row. After tokens that only end rows the next one is drawn from all tokens.
     """
     rng = np.random.default_rng(seed)
     size, before = int(rows.max()) + 1, order - 1
@@ -42,5 +42,5 @@ def chain(order: int, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
 bigram, trigram, four_gram = (functools.partial(chain, order) for order in (2, 3, 4))
 
 SAMPLERS = {"unigram": unigram, "trigram": trigram}
-# Of sentences, where a chain that keeps three words in mind writes many that are true: they are short.
+# For rows that are sentences: they are so short that a chain which keeps three words in mind writes many real ones.
 SENTENCE_SAMPLERS = {"bigram": bigram, "trigram": trigram, "4-gram": four_gram}

@@ -25,7 +25,7 @@ class Chip(NamedTuple):
       bandwidth: of HBM, bytes/s.
       links: bytes/s that it sends to its neighbours, all links together.
       hbm: bytes that the compiler lets a program have, as its own error says.
-      reserved: of those, never given to programs.
+      reserved: bytes of hbm that programs are never given.
       shapes: topologies that are offered.
       kinds: what jax calls such a device (`device_kind`).
       options: of `get_topology_desc`.
@@ -69,7 +69,7 @@ PEAKS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "NVIDIA H200": 989e12,
     "NVIDIA L40S": 362e12,
 }
-# The share of the roofline that an estimate of time supposes. An assumption: nothing ran.
+# The share of the roofline that an estimate of time supposes. It is an assumption, because nothing ran.
 EFFICIENCY = 0.5
 
 
@@ -118,7 +118,9 @@ def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels_only: bool = False
             elif name == "pallas_call":
                 times, deeper = math.prod(params["grid_mapping"].grid), True
             elif name == "shard_map":  # its body is what one device does
-                axes = next(value for key, value in params.items() if key.endswith("manual_axes"))  # jax renames it
+                axes = next(
+                    value for key, value in params.items() if key.endswith("manual_axes")
+                )  # jax renames it at times
                 times = math.prod(params["mesh"].shape[axis] for axis in axes)
             parts = [count(each, deeper) for value in params.values() for each in _inner(value)]
             total += times * (max(parts, default=0.0) if name == "cond" else sum(parts))

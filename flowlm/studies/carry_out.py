@@ -64,7 +64,7 @@ class Commands:
             return False
         process = subprocess.Popen(line, stdout=log, stderr=log and subprocess.STDOUT)
         self._running.add(process)
-        if signals.told():  # between the two lines above
+        if signals.told():  # the signal may have come between the two lines above
             process.terminate()
         try:
             return process.wait() == 0
@@ -90,8 +90,9 @@ def shares_of_cores(parallel: int) -> list[set[int]]:
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = (), parallel: int = 1) -> None:
     """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
 
-    The evaluations are kept in `results`/runs. A run that is there is done, though its run directory be gone: it is made again
-    only where a run that is left needs it, as its teacher for one. So a study can be carried out in pieces, on several machines.
+    The evaluations are kept in `results`/runs. A run that is kept there is done, even if its run directory is gone: it is made
+    again only where a run that is left needs it, for example as its teacher. So a study can be carried out in pieces, on several
+    machines.
 
     Args:
       extra: further flags of every run, such as --config.steps=10.

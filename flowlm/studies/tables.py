@@ -1,4 +1,4 @@
-"""What a study found: one record for each cell, and from them tables and pictures."""
+"""Makes one record for each cell of what a study found, and tables and pictures of these records."""
 
 import csv
 from collections import defaultdict
@@ -14,11 +14,11 @@ from flowlm.studies.matching import Point, matched
 from flowlm.studies.study import Run, Study, kept_file, setting_name
 from flowlm.system import storage
 
-NEAR = 0.1  # nats of diversity
+NEAR = 0.1  # nats: a picture shows what is no further than this from the diversity that is made equal
 
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Mapping[str, float]]]:
-    """(run, seed, setting of the sampler or "", metrics) of all that is there."""
+    """(run, seed, setting of the sampler or "", metrics) of every evaluation that is kept."""
     for run in (run for run in study.runs if run.listed):
         for seed in run.seeds:
             path = kept_file(kept, run, seed)
@@ -44,7 +44,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
             plain = samples
         for sampler, values in samples.items():
             if setting and sampler in plain and _same(values, plain[sampler]):
-                continue  # the setting does not touch this sampler
+                continue  # because the setting does not change this sampler
             name, steps = parse_row(sampler)
             record = {
                 "method": run.name,
@@ -64,9 +64,15 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 
 def write_tables(study: Study, kept: Path, results: Path) -> None:
-    """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric; study_matched.md, .png: so too, at equal diversity. study.png, study_time.png: against steps, against time, without
-    swept settings."""
+    """Writes the tables and pictures of a study to `results`.
+
+    study.csv           every record
+    study.md            means over seeds, with their spread
+    study_grid.md       the same as a table of methods by steps for each metric
+    study_matched.md    such tables at equal diversity, and a picture of the last
+    study.png           metrics against sampling steps, without swept settings
+    study_time.png      the same against time
+    """
     records = gather(study, kept)
     if not records:
         return
