@@ -27,6 +27,7 @@ FILES = sorted(
     path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("head_to_head", "ablations", "my_text")
 )
 ARGUMENTS = {
+    "grammar1k": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from flowlm.data import corpora, windows, word_tokens
-from flowlm.data.grammar import Grammar
+from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.data.word_tokens import UNKNOWN
 
@@ -119,7 +119,7 @@ def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
 
 
 def main(directory: pathlib.Path) -> None:
-    made = {"chars": characters(), "grammar98": words(Grammar.load("grammar98"))}
+    made = {"chars": characters()} | {name: words(Grammar.load(name)) for name in shipped_names()}
     speeches = [text for _, text in corpora.documents("sotu", "train", "")]
     made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:
