@@ -32,6 +32,7 @@ ARGUMENTS = {
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
+    "molecules": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),

@@ -112,7 +112,7 @@ def test_start_token_of_fetched_tokenizers(tmp_path):
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="known are chars, .*grammar98, sotu_bpe_1024.*bert-base-uncased"):
+    with pytest.raises(ValueError, match="known are chars, .*grammar98, .*sotu_bpe_1024.*bert-base-uncased"):
         tokenizers.shipped("sotu_bpe_2048")
     with pytest.raises(FileNotFoundError, match=r"from_pretrained\('openai-community/gpt2'\)\.save\(.*gpt2.json'\)"):
         tokenizers.shipped("gpt2", tmp_path)
