@@ -5,7 +5,7 @@
     flowlm train --config=experiments/molecules.py:flow_map --config.teacher=DIR --workdir=DIR2
 
 An estimated 18 minutes on 2 idle CPU cores and 29 for the flow map, by the tokens a second of grammar.py; not run to its end.
-A chain that keeps seven characters in mind writes .51 molecules. Without the judge: --config.evaluation.language_models=
+A chain that keeps seven characters in mind writes .51 molecules. Without the judge: "--config.evaluation.language_models=()"
 """
 
 from ml_collections import ConfigDict
