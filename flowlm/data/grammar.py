@@ -171,12 +171,14 @@ class Grammar:
             live = np.flatnonzero(before.any(0))
             before, columns = before[:, live], columns[:, live]
             following = set(columns[before[:-1] > 0].tolist())
-            for probability, symbols in zip(rule.probabilities, rule.alternatives) if len(live) else ():
+            for probability, symbols in zip(rule.probabilities, rule.alternatives):
                 if symbols and isinstance(symbols[0], int) and symbols[0] not in following:
                     continue
                 part = probability * before
                 for inner in symbols:
                     part = read(inner, part, columns)
+                    if not part.any():
+                        break
                 after[:, live] += part
             return after
 
