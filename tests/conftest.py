@@ -22,7 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve", "docs")
+SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve", "molecules", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
@@ -34,6 +34,7 @@ AVAILABLE = {
         "no transformers and torch: pip install -e .[hf]",
     ),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
+    "molecules": (importlib.util.find_spec("rdkit") is not None, "no rdkit: pip install -e .[molecules]"),
     "docs": (
         all(
             importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")

@@ -27,10 +27,12 @@ FILES = sorted(
     path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("head_to_head", "ablations", "my_text")
 )
 ARGUMENTS = {
+    "grammar1k": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "matched", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
+    "molecules": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),

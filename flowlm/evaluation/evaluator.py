@@ -7,6 +7,7 @@ Metrics are one flat dict:
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
     samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
+    samples/6-gram/METRIC, samples/8-gram/METRIC            the same where they are of letters
 """
 
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ class Evaluator:
         return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
 
     def _naives(self) -> dict[str, Callable]:
-        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
+        return naive.samplers(self._dataset.sentences, self._dataset.tokenizer.vocab_size)
 
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)

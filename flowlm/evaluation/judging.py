@@ -16,6 +16,7 @@ from flowlm.judges.exact import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
+from flowlm.judges.molecules import Molecules
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
@@ -29,20 +30,21 @@ TRIED = 8  # ids of a row that pretrained judges are tried on
 
 
 def make_language_models(
-    names: Sequence[str], length: int, data_dir: str, layout: Layout, reference: Callable[[int], Sequence[str]]
-) -> list[LanguageModel | Mauve]:
-    """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
+    names: Sequence[str], length: int, data_dir: str, layout: Layout, dataset: Dataset
+) -> list[LanguageModel | Mauve | Molecules]:
+    """The judges of `evaluation.language_models`; language models read `length` of their tokens of every text.
 
     Args:
-      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`.
+      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`;
+        `rdkit`, of molecules.
       data_dir: where smollm2's file is.
-      reference: num -> that many held-out texts, or all where there are fewer. Only mauve calls it, and at its first score.
+      dataset: that of the run. Mauve and rdkit read its rows beside the samples.
 
     Raises:
       ValueError: another name, or two judges whose metrics would have one name. FileNotFoundError, ImportError: what a judge
         needs is not here, and how to get it.
     """
-    judges: dict[tuple[type, str], tuple[str, LanguageModel | Mauve]] = {}
+    judges: dict[tuple[type, str], tuple[str, LanguageModel | Mauve | Molecules]] = {}
     for name in names:
         kind, _, rest = name.partition(":")
         if name == "smollm2":
@@ -52,9 +54,11 @@ def make_language_models(
         elif kind == "run" and rest:
             judge = run_judge(rest, length, layout)
         elif kind == "mauve" and re.fullmatch("smollm2|hf:.+", rest):
-            judge = mauve.make_judge(rest, length, data_dir, reference)
+            judge = mauve.make_judge(rest, length, data_dir, partial(reference_texts, dataset))
+        elif name == Molecules.name:
+            judge = Molecules(partial(rows_as_text, dataset), dataset.tokenizer.start, dataset.tokenizer.pad)
         else:
-            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2 or mauve:hf:NAME"
+            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2, mauve:hf:NAME or rdkit"
             raise ValueError(f"unknown evaluation.language_models {name!r}: choose {choices}")
         other, _ = judges.setdefault((type(judge), judge.name), (name, judge))
         if other != name or names.count(name) > 1:
@@ -86,6 +90,12 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
     """`num` rows of the validation split as pretrained judges read them, or all where there are fewer; drawn with one seed."""
     split = dataset.validation
     return with_breaks(dataset.tokenizer, split.shuffled(0)(0, min(num, len(split))))
+
+
+def rows_as_text(dataset: Dataset, name: str) -> list[str]:
+    """The rows of the split of that name as text."""
+    split = getattr(dataset, name)
+    return dataset.tokenizer.decode_batch(split.rows(0, len(split)))
 
 
 class Material:
@@ -161,7 +171,7 @@ class Panel:
 
     Attributes:
       notes: what a reader of their metrics must know, a sentence each.
-      main: the metrics to read first: of the data's own judge, of the pretrained ones, and of those that count.
+      main: the metrics to read first: of RDKit, of the data's own judge, of the pretrained ones, and of those that count.
       meanings: {metric: what it is}.
 
     Raises:
@@ -176,9 +186,7 @@ class Panel:
                 )
         self._tokenizer = dataset.tokenizer
         # Pretrained judges come first, because their files may be missing and fitting the others takes long.
-        self._pretrained = make_language_models(
-            language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
-        )
+        self._pretrained = make_language_models(language_models, dataset.length, data_dir, layout, dataset)
         rows = dataset.validation.rows(0, min(2, len(dataset.validation)))
         for name, judge in zip(language_models, self._pretrained, strict=True):
             try:
@@ -187,7 +195,10 @@ class Panel:
                 raise ValueError(f"the judge {name!r} cannot read this run's text: {error}") from error
         self._counting = make_judges(dataset)
         score_all(self._counting, rows, self._tokenizer.decode_batch(rows))
-        ordered = [*self._counting[:1], *self._pretrained, *self._counting[1:]]
+        # RDKit knows what a row of molecules is worth, before all that compares it with others.
+        exact = [judge for judge in self._pretrained if isinstance(judge, Molecules)]
+        pretrained = [judge for judge in self._pretrained if judge not in exact]
+        ordered = [*exact, *self._counting[:1], *pretrained, *self._counting[1:]]
         self.main = tuple(metric for judge in ordered for metric in getattr(judge, "main", ()))
         self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))

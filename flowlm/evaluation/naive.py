@@ -1,6 +1,7 @@
 """Samplers that know no language: a measure that one of them wins is worth nothing (2606.08417)."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -44,3 +45,13 @@ bigram, trigram, four_gram = (functools.partial(chain, order) for order in (2, 3
 SAMPLERS = {"unigram": unigram, "trigram": trigram}
 # For rows that are sentences: they are so short that a chain which keeps three words in mind writes many real ones.
 SENTENCE_SAMPLERS = {"bigram": bigram, "trigram": trigram, "4-gram": four_gram}
+# Of rows whose tokens are letters, of which a chain must keep more in mind.
+LETTER_SAMPLERS = {"trigram": trigram} | {f"{order}-gram": functools.partial(chain, order) for order in (6, 8)}
+LETTERS = 128  # a vocabulary that is smaller is one of letters
+
+
+def samplers(sentences: bool, vocab_size: int) -> dict[str, Callable[[np.ndarray, int, int], np.ndarray]]:
+    """{name: (rows, num, seed) -> rows} of those that fit the data, of which `sentences` says whether each row is a text."""
+    if not sentences:
+        return SAMPLERS
+    return LETTER_SAMPLERS if vocab_size < LETTERS else SENTENCE_SAMPLERS
