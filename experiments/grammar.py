@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
-STUDENTS = {"flow_map": "flow_map", "matched": "matched", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+STUDENTS = {"flow_map": "flow_map", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+MATCHED = ("matched", "matched_masked", "matched_uniform")  # the last two begin at a run of :masked, of :uniform
+STUDENTS |= dict(zip(MATCHED, MATCHED))
 BASELINES = ("autoregressive", "masked", "uniform")
 
 
@@ -39,8 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":
         config.objective.update(target="csd", noise_scale=0.5)
-    if arg == "matched":
-        config.update(steps=2000, ema_decay=0.99)
+    if arg in MATCHED:
+        config.update(steps=400 if arg == "matched" else 1500, ema_decay=0.99)
         config.optimizer.update(learning_rate=5e-4, b1=0.0)
-        config.evaluation.update(every=500)
+        config.evaluation.update(every=200)
     return config

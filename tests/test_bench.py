@@ -10,6 +10,7 @@ import toy
 from command_line import error_of, flowlm
 
 from flowlm.config import objective
+from flowlm.engine.flops import count_flops
 from flowlm.maths.prior import Gaussian
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.attention import native
@@ -18,7 +19,7 @@ from flowlm.objectives.base import Auxiliary
 from flowlm.objectives.flow import Flow
 from flowlm.scale import bench
 from flowlm.scale.bench import compare
-from flowlm.scale.costs import CHIPS, PEAKS, count_flops, forward_flops
+from flowlm.scale.costs import CHIPS, PEAKS, forward_flops
 from flowlm.scale.dense import DenseFlow, dense_sample
 
 SIGMAS = 5

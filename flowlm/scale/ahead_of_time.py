@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 
 from flowlm.engine import sampling, sharding
 from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.engine.flops import count_flops
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.base import Teacher
 from flowlm.scale import hlo
-from flowlm.scale.costs import CHIPS, Chip, count_flops, roofline
+from flowlm.scale.costs import CHIPS, Chip, roofline
 from flowlm.scale.dense import DenseFlow
 
 # Variables of a process that compiles for TPUs where there are none: without them libtpu looks for its cloud, or for a lock file.

@@ -15,6 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
+from ml_collections import ConfigDict
+
+from flowlm import config as settings
+from flowlm.engine.flops import network_evaluations
 from flowlm.studies.study import (
     Run,
     Study,
@@ -43,7 +47,9 @@ def keep(path: Path, place: Path, run: Run) -> None:
 
     places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
-    record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
+    config = read("config.json")
+    passes = round(network_evaluations(settings.complete(ConfigDict(config))), 3)
+    record = {"config": config, "versions": read("versions.json"), "passes": passes, "evaluations": evaluations}
     place.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(storage.path(place), json.dumps(record, indent=1) + "\n")
 

@@ -70,6 +70,7 @@ def write_tables(study: Study, kept: Path, results: Path) -> None:
     study.md            means over seeds, with their spread
     study_grid.md       the same as a table of methods by steps for each metric
     study_matched.md    such tables at equal diversity, and a picture of the last
+    study_budget.md     what each run's training costs, in passes of the network
     study.png           metrics against sampling steps, without swept settings
     study_time.png      the same against time
     """
@@ -108,6 +109,8 @@ def write_tables(study: Study, kept: Path, results: Path) -> None:
         (results / "study_matched.md").write_text("\n".join(lines), encoding="utf-8")
         draw_matched(study, points, held_out - below, results / "study_matched.png")
 
+    (results / "study_budget.md").write_text("\n".join(budgets(study, kept)) + "\n", encoding="utf-8")
+
     drawn = {run.name for run in study.runs if run.drawn}
     steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
     for (name, steps), group in cells.items():
@@ -123,6 +126,28 @@ def write_tables(study: Study, kept: Path, results: Path) -> None:
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
+
+
+def budgets(study: Study, kept: Path) -> list[str]:
+    """Lines of a table of what training costs, in rows that the network passes forward (engine/flops.py); a backward pass is two.
+
+    The last column adds the runs that a student comes of.
+    """
+    runs = {run.name: run for run in study.runs}
+    costs, rows = {}, []
+    for run in study.runs:
+        path = next(filter(Path.exists, (kept_file(kept, run, seed) for seed in run.seeds)), None)
+        record = {} if path is None else storage.read_json(path)
+        if "passes" in record:
+            config = record["config"]
+            costs[run.name] = config["steps"] * config["batch_size"] * record["passes"] / 1e6
+            chain = [run.name]
+            while (teacher := runs[chain[-1]].teacher) is not None:
+                chain.append(teacher)
+            told = sum(costs[name] for name in chain) if costs.keys() >= set(chain) else None
+            numbers = config["steps"], config["batch_size"], f"{record['passes']:.1f}", f"{costs[run.name]:.2f}"
+            rows.append([run.name, *numbers, "-" if told is None else f"{told:.2f}"])
+    return markdown(["run", "steps", "rows", "passes a row", "million passes", "with its teachers"], rows)
 
 
 def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], target: float, path: Path) -> None:
