@@ -20,6 +20,7 @@ flow see the same states, because all keep the teacher's embedding. Rows that ar
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -28,7 +29,7 @@ from jax.lax import stop_gradient
 
 from flowlm.maths import identities, vocab
 from flowlm.maths.interpolant import interpolate
-from flowlm.maths.prior import geometry
+from flowlm.maths.prior import HIGHEST, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
 from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher, Update
@@ -41,21 +42,28 @@ from flowlm.system.settings import setting
 def difference(auxiliary: jax.Array, flow: jax.Array, codes: jax.Array | None) -> jax.Array:
     """softmax(auxiliary) - softmax(flow) of logits [..., V], projected on the span of codes [V, R] where they are given."""
     d = jax.nn.softmax(auxiliary) - jax.nn.softmax(flow)
-    return d if codes is None else (d @ codes) @ codes.T
+    dot = partial(jnp.matmul, precision=HIGHEST)
+    return d if codes is None else dot(dot(d, codes), codes.T)
 
 
-def probability(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def probability(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <softmax(logits), d> of one token."""
     d = stop_gradient(difference(auxiliary, flow, codes))
     return weight * jnp.sum(jax.nn.softmax(logits) * d, -1)
 
 
-def logit(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def logit(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <logits, d>, whose gradient with respect to the logits is w d."""
     return weight * jnp.sum(logits * stop_gradient(difference(auxiliary, flow, codes)), -1)
 
 
-def log(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def log(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <softmax(logits), log softmax(auxiliary) - log softmax(flow)>; no score of z, so there is nothing to project."""
     ratio = stop_gradient(jax.nn.log_softmax(auxiliary) - jax.nn.log_softmax(flow))
     return weight * jnp.sum(jax.nn.softmax(logits) * ratio, -1)
