@@ -90,11 +90,7 @@ FLOW_MAPS = {
 SHIPPED = {"teacher": "checkpoints/grammar_fmlm", "objective.flow": "diagonal", "objective.noise_scale": 1.0}
 MATCHED = {
     SEEDS: sweep("objective.at_noise", (1.0, 0.5)),
-    ONE: chain(
-        sweep("objective.form", ("probability", "log")),
-        sweep("objective.output", ("soft",)),
-        sweep("objective.teacher_temperature", (0.7,)),
-    ),
+    ONE: chain(sweep("objective.form", ("probability",)), sweep("objective.teacher_temperature", (0.7,))),
 }
 NAMES = (*FLOWS, "vocabulary", *FLOW_MAPS, "gamma")
 
