@@ -49,7 +49,11 @@ LIMITS = {
     **dict.fromkeys((f"model.{key}" for key in ("width", "blocks", "heads", "cond")), COUNT),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_latest")), COUNT),
     **dict.fromkeys((f"evaluation.{key}" for key in ("held_out", "held_out_batch", "samples", "final_samples")), COUNT),
-    "objective.teacher_steps": COUNT,
+    **dict.fromkeys(("objective.teacher_steps", "objective.auxiliary_updates"), COUNT),
+    "objective.auxiliary_rate": POSITIVE,
+    "objective.matched": UP_TO_ONE,
+    "objective.tie": NOT_NEGATIVE,
+    "objective.taus": (((0.02, 0.98), (0.5,)), ((0.0, 0.5), (0.5, 1.0), (-0.1, 0.5), ("a",))),
     **dict.fromkeys(
         ("model.vocab_size", "checkpoint.keep_every", "evaluation.every", "optimizer.warmup_steps"), FROM_ZERO
     ),
@@ -59,7 +63,7 @@ LIMITS = {
     **dict.fromkeys(("model.gate_init", "model.attention_cap", "model.logit_cap"), NOT_NEGATIVE),
     **dict.fromkeys(("optimizer.weight_decay", "objective.guidance", "objective.adaptive"), NOT_NEGATIVE),
     **dict.fromkeys(("model.dropout", "optimizer.b1", "optimizer.b2", "objective.diagonal"), BELOW_ONE),
-    **dict.fromkeys(("objective.eta", "objective.boundary", "objective.gamma"), SHARE),
+    **dict.fromkeys(("objective.eta", "objective.boundary", "objective.gamma", "objective.at_noise"), SHARE),
     **dict.fromkeys((f"objective.{key}" for key in ("noise_scale", "top_p", "jump", "tau_max")), UP_TO_ONE),
     **dict.fromkeys(("mesh.replica", "mesh.data", "mesh.model"), DEVICES),
     "objective.temperature": TEMPERATURE,
@@ -108,7 +112,7 @@ def test_settings_are_checked_at_the_ends_of_their_ranges_and_beyond(family):
             config = defaults(family)
             holder = config[section] if section else config
             holder[key] = value
-            unset = family in ("flow", "flow_map") and name == "objective.temperature"
+            unset = family in ("flow", "flow_map", "matched") and name == "objective.temperature"
             if value in inside or (value is None and unset):
                 check_settings(config)
                 continue

@@ -106,7 +106,7 @@ def test_the_shipped_ablations_build(ablation, size, monkeypatch):
 
 def test_an_unknown_ablation_is_named():
     with pytest.raises(
-        ValueError, match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, not 'warp'"
+        ValueError, match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, and matched_cpu, not 'warp'"
     ):
         ABLATIONS["get_study"]("warp")
 

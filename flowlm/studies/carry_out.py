@@ -48,10 +48,14 @@ def keep(path: Path, place: Path, run: Run) -> None:
     places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
     config = read("config.json")
-    passes = round(network_evaluations(settings.complete(ConfigDict(config))), 3)
-    record = {"config": config, "versions": read("versions.json"), "passes": passes, "evaluations": evaluations}
+    record = {"config": config, "versions": read("versions.json"), "passes": passes(config), "evaluations": evaluations}
     place.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(storage.path(place), json.dumps(record, indent=1) + "\n")
+
+
+def passes(config: dict) -> float:
+    """What a row costs in a step of training with these settings, as passes forward of the network."""
+    return round(network_evaluations(settings.complete(ConfigDict(config))), 3)
 
 
 class Commands:
