@@ -107,7 +107,8 @@ def test_the_shipped_ablations_build(ablation, monkeypatch):
 
 def test_an_unknown_ablation_is_named():
     with pytest.raises(
-        ValueError, match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, and matched_cpu, not 'warp'"
+        ValueError,
+        match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, and matched_cpu, not 'warp'",
     ):
         ABLATIONS["get_study"]("warp")
 
