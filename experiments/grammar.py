@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
-STUDENTS = {"flow_map": "flow_map", "matched": "matched", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+STUDENTS = {name: name for name in ("flow_map", "matched", "gumbel", "residual")} | {"sdtt": "masked", "dcd": "uniform"}
 BASELINES = ("autoregressive", "masked", "uniform")
 
 
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Only the matrix of the input's raw part decays: it overfits the noise (see above).
     config.optimizer.update(learning_rate=2e-3, b2=0.99, weight_decay=0.4, decay_pattern="mix_raw")
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
-    if family in ("flow", "flow_map", "matched", "residual"):
+    if family in ("flow", "flow_map", "matched", "gumbel", "residual"):
         config.model.input = "both" if arg in STUDENTS else arg or "both"
     if family == "autoregressive":
         config.objective.start = 98
@@ -35,10 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update(steps=4500, teacher="")
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
-    if arg in ("flow_map", "matched", "residual"):
+    if arg in ("flow_map", "matched", "gumbel", "residual"):
         config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":
         config.objective.update(target="csd", noise_scale=0.5)
+    if arg == "gumbel":
+        config.evaluation.steps = (1,)
     if arg == "matched":
         config.update(steps=2000, ema_decay=0.99)
         config.optimizer.update(learning_rate=5e-4, b1=0.0)

@@ -50,9 +50,9 @@ class Residual(NoisePath):
         check_two_times(model)
         super().check(family, model)
 
-    def start(self, net: Network, params: Params, teacher: Teacher) -> Params:
+    def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
         """The flow's network with an output of zero: the map is one Euler step."""
-        return net.mute(net.adopt(params, teacher.flow))
+        return net.mute(super().start(net, params, teacher, origin))
 
     def draw(self, key: jax.Array, num: int) -> Batch:
         """tau_s, tau_t [num], and a noise key for every row."""
