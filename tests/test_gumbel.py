@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 from oracle import log_prob_head, total_variation
+from orbax.checkpoint.experimental import v1 as ocp
 from scipy import special, stats
-from toy import FunctionNetwork, run_config
+from toy import FunctionNetwork, run_config, train_only
 
+import flowlm
 from flowlm import config as settings
 from flowlm.engine.build import build
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.exchange.export import export
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network
 from flowlm.objectives import make_family
 from flowlm.objectives.base import Auxiliary, Teacher
 from flowlm.objectives.gumbel import coupled, coupled_states
+from flowlm.runs.metrics import read_metrics
+from flowlm.scale.ahead_of_time import trace_step
 
 V, L = 4, 4  # a start token and three that depend on each other
 
@@ -297,3 +303,103 @@ def test_what_it_cannot_do_is_refused():
     taught, *_ = teacher()
     with pytest.raises(ValueError, match="in one step, got 2: set evaluation.steps or --steps to 1"):
         family().sample(*exact_student(taught), jax.random.key(0), 4, 2)
+
+
+# --- Runs --------------------------------------------------------------------------------------------------------
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def directory(data_dir, tmp_path_factory):
+    """Runs of a few steps: `ar`, narrower and not as deep as its student, and a flow."""
+    directory = tmp_path_factory.mktemp("gumbel")
+    train_only(run_config(data_dir, "autoregressive", **{"steps": 3, "model.blocks": 1}), directory / "ar")
+    train_only(run_config(data_dir, **{"steps": 2, "model.input": "both", "model.width": 104}), directory / "flow")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def student(directory, data_dir):
+    """student(name, **changes) trains a student of `ar` and returns its directory; what is there goes on."""
+
+    def run(name, **changes):
+        own = {"steps": STEPS, "teacher": str(directory / "ar")}
+        train_only(run_config(data_dir, "gumbel", **own | changes), directory / name)
+        return directory / name
+
+    return run
+
+
+def saved(workdir, step=STEPS):
+    return ocp.load(workdir / "checkpoints" / str(step))
+
+
+def same(a, b):
+    return all(
+        (np.asarray(x) == np.asarray(y)).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_it_learns_and_is_taken_up_bitwise(student):
+    whole = student("whole", steps=2 * STEPS)
+    nats = [line["cross_entropy"] for line in read_metrics(whole)]
+    assert nats[-1] < nats[0] - 0.1
+    student("cut", steps=STEPS)
+    assert same(saved(student("cut", steps=2 * STEPS), 2 * STEPS), saved(whole, 2 * STEPS))
+
+
+def test_eight_devices_and_microbatches_are_as_one(student):
+    """Under fsdp the blocks of the teacher, of other shapes, are split and gathered too, also in texts that it draws."""
+    own = {"objective.texts": "teacher"}
+    one = read_metrics(student("one", **own))
+    eight = read_metrics(student("eight", **own, **{"mesh.data": 8, "mesh.fsdp": True}))
+    for ours, theirs in zip(one, eight, strict=True):
+        np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=2e-5)
+        np.testing.assert_allclose(theirs["grad_norm"], ours["grad_norm"], rtol=1e-3)
+
+
+def test_only_the_student_is_sampled_and_exported(student, tmp_path):
+    run = student("whole", steps=2 * STEPS)
+    ids = flowlm.load(str(run)).sample_ids(num=4, steps=1, seed=0)
+    assert ids.shape == (4, 19)
+    with pytest.raises(ValueError, match="--steps to 1"):
+        flowlm.load(str(run)).sample_ids(num=4, steps=2, seed=0)
+    layout = Layout(make_mesh(data=1))
+    for form in ("params", "jax"):
+        export(run, tmp_path / form, layout, format=form, **({"steps": 1} if form == "jax" else {}))
+    np.testing.assert_array_equal(flowlm.load(str(tmp_path / "params")).sample_ids(num=4, steps=1, seed=0), ids)
+
+
+def test_matching_goes_on_from_it_where_it_kept_the_flows_embedding(student, directory, data_dir):
+    """One that begins as the flow, and stays in its states; one with an embedding of its own is refused."""
+    flow, ar = str(directory / "flow"), str(directory / "ar")
+    run = student("kept", steps=3, init_from=flow, **{"objective.train_embedding": False})
+    theirs = saved(directory / "flow", 2)["ema"]
+    assert same(saved(run, 3)["params"]["embedding"], theirs["embedding"])
+    assert not same(saved(run, 3)["params"]["unembed_kernel"], theirs["unembed_kernel"])
+    own = {"steps": 1, "teacher": flow, "model.width": 104, "init_from": str(run), "checkpoint.every": 1}
+    train_only(run_config(data_dir, "matched", **own), directory / "matched")
+    assert same(saved(directory / "matched", 1)["params"]["student"], saved(run, 3)["ema"])
+    other = student("whole", steps=2 * STEPS)
+    with pytest.raises(
+        ValueError, match="init_from .*whole has another embedding than the flow of .*train_embedding=False"
+    ):
+        train_only(run_config(data_dir, "matched", **own | {"init_from": str(other)}), directory / "refused")
+    with pytest.raises(
+        ValueError, match="family 'gumbel': it cannot teach 'matched', but a run of one of these can: flow"
+    ):
+        train_only(run_config(data_dir, "matched", **own | {"teacher": str(run)}), directory / "refused")
+    with pytest.raises(ValueError, match="family 'flow': it cannot teach 'gumbel', .* can: autoregressive$"):
+        student("refused", teacher=flow)
+    with pytest.raises(ValueError, match="family 'autoregressive': it cannot teach 'flow_map'"):
+        train_only(run_config(data_dir, "flow_map", teacher=ar), directory / "refused")
+
+
+def test_its_step_is_planned_with_the_teacher_in_memory(data_dir):
+    """A causal network of the student's size, whose parameters are arguments of the step beside the state."""
+    config = run_config(data_dir, "gumbel", teacher="its run directory")
+    traced = trace_step(config, jax.devices()[:1]).traced
+    taught = traced.in_avals[0][2] if len(traced.in_avals[0]) > 2 else None
+    assert taught.net.causal and taught.net.time_embeddings == 0
+    assert {"embedding", "blocks", "unembed_kernel"} <= taught.flow.keys()
