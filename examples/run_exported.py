@@ -20,7 +20,10 @@ def load(directory):
         raise ValueError(
             f"there is no sampler.jax in {directory}: give a directory that `flowlm export --format=jax` wrote"
         )
-    for name, digest in json.loads((directory / "manifest.json").read_text())["sha256"].items():
+    manifest = json.loads((directory / "manifest.json").read_text())
+    if "sha256" not in manifest:
+        raise ValueError(f"{directory} was not written to its end: remove it and export again")
+    for name, digest in manifest["sha256"].items():
         if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{directory / name} is not the file that was exported")
     program = export.deserialize(bytearray((directory / "sampler.jax").read_bytes()))

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
-STUDENTS = {name: name for name in ("flow_map", "matched", "gumbel", "residual")} | {"sdtt": "masked", "dcd": "uniform"}
+STUDENTS = {"flow_map": "flow_map", "gumbel": "gumbel", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+MATCHED = ("matched", "matched_masked", "matched_uniform")  # the last two begin at a run of :masked, of :uniform
+STUDENTS |= dict(zip(MATCHED, MATCHED))
 BASELINES = ("autoregressive", "masked", "uniform")
 
 
@@ -41,8 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.objective.update(target="csd", noise_scale=0.5)
     if arg == "gumbel":
         config.evaluation.steps = (1,)
-    if arg == "matched":
-        config.update(steps=2000, ema_decay=0.99)
+    if arg in MATCHED:
+        config.update(steps=400 if arg == "matched" else 1500, ema_decay=0.99)
         config.optimizer.update(learning_rate=5e-4, b1=0.0)
-        config.evaluation.update(every=500)
+        config.evaluation.update(every=200)
     return config

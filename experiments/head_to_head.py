@@ -74,6 +74,9 @@ def grammar() -> Study:
         Run("uniform", f"{GRAMMAR}:uniform", many, None, SEEDS, DRAWN),
         Run("flow", GRAMMAR, many, None, SEEDS, flown),
         Run("flow_map", f"{GRAMMAR}:flow_map", many, "flow", SEEDS, mapped),
+        Run("matched", f"{GRAMMAR}:matched", many, "flow_map", SEEDS, mapped),
+        Run("matched_masked", f"{GRAMMAR}:matched_masked", many, "masked", SEEDS, DRAWN),
+        Run("matched_uniform", f"{GRAMMAR}:matched_uniform", many, "uniform", SEEDS, DRAWN),
         *distilled(GRAMMAR, "sdtt", "masked", 4500, few, last=many, sweep=DRAWN),
         *distilled(GRAMMAR, "dcd", "uniform", 4500, few, last=many, sweep=DRAWN),
     ]

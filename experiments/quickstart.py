@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=2e-3, b2=0.99)
     config.data.update(name="everyday", tokenizer="everyday_1000", length=9)
     config.model.update(vocab_size=1009, time_scale=1000.0, gate_init=1.0, learned_positions=True)
-    config.evaluation.update(every=2000, steps=(1, 8), samples=256, final_samples=4096)
+    config.evaluation.update(every=0, steps=(1, 8), samples=256, final_samples=4096)
     if family in ("flow", "flow_map", "matched"):
         config.model.update(input="white", output="early_skip")
     if arg == "":
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.objective.update(temperature=0.55, noise_scale=0.8)
         config.evaluation.steps = (8,)
     if arg in STUDENTS:
-        config.update(steps=900, teacher="")
+        config.update(steps=650, teacher="")
     if arg in ("flow_map", "matched"):
         config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":

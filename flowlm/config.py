@@ -83,7 +83,7 @@ class Evaluation:
     samples: int = setting(256, "samples for each number of steps", "[1, inf)")
     final_samples: int = setting(1024, "the same after the last step", "[1, inf)")
     language_models: tuple[str, ...] = setting(
-        (), "judges beside the usual ones: smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2, mauve:hf:NAME"
+        (), "judges beside the usual ones: smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2, mauve:hf:NAME, rdkit"
     )
 
 

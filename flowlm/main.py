@@ -66,12 +66,12 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def carry_out(call: Call) -> None:
-    """Does what a command says. What goes wrong ends the process with one line; --verbosity=1 shows where."""
+    """Carries out a command. An error ends the process with one line; --verbosity=1 shows where it was raised."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # at INFO every save tells a long story
         logging.get_absl_handler().setFormatter(
             Formatter("%(message)s")
-        )  # whoever reads a warning seeks no line of code
+        )  # because a line of code means nothing to whoever reads a warning
     try:
         _check_outputs(call)
         call.command.run(call.values)

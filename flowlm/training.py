@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom. There is no other."""
+"""The training loop, from top to bottom: every family and every command trains by it."""
 
 import contextlib
 import sys
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
             recompilations.check(step)
             log.progress.update()
 
-            # Reading the previous step's numbers leaves the device busy with this one.
+            # Only the previous step's numbers are read, so that the device is busy with this step meanwhile.
             if step > first and step % config.log_every == 0:
                 values = _check_finite(previous, step, checkpoints)
                 log.training(step, values | {"learning_rate": float(experiment.schedule(step - 1))})
@@ -112,7 +112,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
 def _born(
     experiment: Experiment, abstract: TrainState, seed: int, teacher: Teacher | None, origin: Params | None
 ) -> TrainState:
-    """A fresh state, born sharded: shapes, then places, then values."""
+    """A fresh state. Each device computes its own shards, so that no device ever holds the whole of a large state."""
     init = partial(train_state.init_state, experiment.net, experiment.family, experiment.optimizer, seed)
     return jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(teacher, origin)
 
@@ -150,7 +150,7 @@ class _Log:
     """
 
     def __init__(self, config: ConfigDict, workdir: str, first: int, tokens: int):
-        """tokens: of a step."""
+        """tokens: how many a step reads."""
         leads = processes.is_first()
         self._writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
         self.progress = tqdm(
@@ -164,7 +164,7 @@ class _Log:
             self._writer.write(step, values)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """The line of an evaluation, whose time is not that of training."""
+        """The line of an evaluation. Its time does not count for the speed of training."""
         self.write(step, values)
         self._last, self._clock = step, time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""What is set for every test before jax starts: eight fake CPU devices, and one cache of compiled programs.
+"""What is set for every test before jax starts: eight fake CPU devices, quick compilation, and one cache of compiled programs.
 
 A test marked `needs("NAME")` is skipped, with the reason, where what it needs is not here; with --with-NAME it fails instead.
 What changes the machine is done only if asked for.
@@ -14,7 +14,12 @@ import tempfile
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most programs here run a few steps, so that compiling them well takes longer than it saves. The few that run thousands of steps
+# are compiled with toy.OPTIMIZED. Subprocesses inherit the flags.
+QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+_flags = os.environ.get("XLA_FLAGS", "")
+_quick = [f"--{name}={value}" for name, value in QUICK.items() if name not in _flags]
+os.environ["XLA_FLAGS"] = " ".join([_flags, *_quick, "--xla_force_host_platform_device_count=8"]).strip()
 # Runs of one experiment compile the same programs; workers and subprocesses inherit the directory.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="flowlm-tests-")
@@ -22,7 +27,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve", "docs")
+SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve", "molecules", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
@@ -34,6 +39,7 @@ AVAILABLE = {
         "no transformers and torch: pip install -e .[hf]",
     ),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
+    "molecules": (importlib.util.find_spec("rdkit") is not None, "no rdkit: pip install -e .[molecules]"),
     "docs": (
         all(
             importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")

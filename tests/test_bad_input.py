@@ -366,6 +366,23 @@ def test_a_run_without_checkpoints(data_dir, tmp_path):
     assert "no complete checkpoint yet" in error_of("evaluate", f"--checkpoint={tmp_path}")
 
 
+def test_samplers_are_refused_before_parameters_are_read(tmp_path):
+    """By the settings alone: here there is nothing else."""
+    for family in ("flow", "autoregressive"):
+        run_directory.prepare_workdir(tmp_path / family, run_config("", family), shipped("grammar98"))
+    out = f"--out={tmp_path}/out"
+    for line, said in {
+        ("sample", "flow", "--sampler=eulr"): "no sampler 'eulr': there are euler, ancestral",
+        ("export", "flow", "--sampler=eulr", "--format=jax", "--steps=2", out): "no sampler 'eulr'",
+        ("sample", "autoregressive", "--steps=3"): "takes 18 steps, got 3",
+        ("evaluate", "autoregressive", "--steps=3"): "takes 18 steps, got 3",
+        ("export", "autoregressive", "--format=jax", "--steps=3", out): "takes 18 steps, got 3",
+    }.items():
+        command, family, *flags = line
+        assert said in error_of(command, f"{tmp_path / family}", *flags), line
+    assert "no checkpoints under" in error_of("sample", f"{tmp_path / 'flow'}", "--sampler=euler")
+
+
 def test_sampling_takes_a_step():
     config = run_config("")
     experiment = assembly.build(config, 99)

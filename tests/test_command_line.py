@@ -25,6 +25,7 @@ NAMES = [command.name for command in COMMANDS]
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
     "prepare judge": {"data_dir"},
+    "prepare qm9": {"data_dir"},
     "inspect": {"checkpoint", "weights"},
     "import": {"checkpoint", "to", "weights", "config", "config.KEY"},
 }

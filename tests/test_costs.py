@@ -1,5 +1,8 @@
 """FLOPs in closed form, counted from a jaxpr, and counted by XLA where nothing is in a loop, agree; the roofline by hand."""
 
+import runpy
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,12 +13,13 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from flowlm.engine.flops import count_flops, network_evaluations
 from flowlm.maths import vocab
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models import dit
 from flowlm.objectives import make_family
 from flowlm.objectives.base import Auxiliary
-from flowlm.scale.costs import CHIPS, EFFICIENCY, Chip, count_flops, forward_flops, roofline
+from flowlm.scale.costs import CHIPS, EFFICIENCY, Chip, forward_flops, roofline
 
 SIZES = dict(width=128, blocks=3, cond=32)
 VOCAB, LENGTH, BATCH = 384, 64, 2
@@ -126,3 +130,21 @@ def test_roofline_by_hand():
     assert result.estimate == pytest.approx(0.05 / EFFICIENCY)
     assert roofline(chip, 2e13, 0, 0).bound == "compute"
     assert all(chip.reserved < chip.hbm and chip.shapes for chip in CHIPS.values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes", "passes"),
+    [
+        ("masked", {}, 3),
+        ("sdtt", {}, 3 + 2),  # the teacher's two steps
+        ("dcd", {}, 3 + 1),
+        ("matched_masked", {}, 1 + 3 + 1 + 3),  # what is written, the auxiliary, the teacher, the student
+        ("matched_masked", {"objective.auxiliary_updates": 4}, 1 + 3 + 1 + 3 / 4),
+    ],
+)
+def test_passes_of_a_step_are_those_of_its_networks(argument, changes, passes):
+    """A backward pass is two; a network that moves in every fourth step counts a quarter."""
+    config = runpy.run_path(str(Path(__file__).parents[1] / "experiments/grammar.py"))["get_config"](argument)
+    config.teacher = None if argument == "masked" else "its run directory"
+    config.update_from_flattened_dict(changes)
+    assert network_evaluations(config) == pytest.approx(passes, rel=0.03)

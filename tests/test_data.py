@@ -226,7 +226,12 @@ def test_grammar_rows(data_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "tokenizer", "length", "message"),
     [
-        ("grammar97", "grammar98", 19, "known are sotu, everyday, text8, lm1b, openwebtext, own_text, grammar98"),
+        (
+            "grammar97",
+            "grammar98",
+            19,
+            "known are sotu, everyday, qm9, text8, lm1b, openwebtext, own_text, grammar1k, grammar98",
+        ),
         ("grammar98", "chars", 19, "its tokenizer is 'grammar98'"),
         ("grammar98", "grammar98", 18, "have 19 ids"),
         ("sotu", "chars", 1, "length 1"),

@@ -1,5 +1,6 @@
 """Masked and uniform discrete diffusion against enumeration, plain loops and the exact law."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import oracle
 import pytest
 import toy
 from jax.tree_util import Partial
-from toy import FunctionNetwork, overriding
+from toy import OPTIMIZED, FunctionNetwork, overriding
 
 from flowlm.maths import vocab
 from flowlm.maths.time_warp import TimeWarp
@@ -102,6 +103,16 @@ SEQUENCES, WEIGHTS = oracle.correlated_law(V, L, 8, 0)
 FAMILIES = {"masked": Masked(), "uniform": Uniform(warp=WARP)}
 
 
+def sample(kind, net, params, key, num, steps):
+    """Samples [num, L]. Parameters are an argument, because XLA would spend seconds on folding what follows from constants."""
+
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
+    def draw(params, key):
+        return FAMILIES[kind].sample(net, params, key, num, steps)
+
+    return np.asarray(draw(params, key))
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_bound_is_tight_at_the_exact_posterior_and_loose_elsewhere(kind):
     """It never lies below the entropy; for the exact posterior discrete diffusion's gap is what EPS leaves."""
@@ -129,7 +140,7 @@ def test_samples_reach_the_law_as_steps_grow_and_one_step_draws_every_token_by_i
     num = 20_000
 
     def draw(steps):
-        return jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, num, steps))(jax.random.key(steps))
+        return sample(kind, net, params, jax.random.key(steps), num, steps)
 
     assert oracle.total_variation(draw(128), SEQUENCES, WEIGHTS) < 0.04
     marginals = np.einsum("k,klv->lv", WEIGHTS, np.eye(V)[SEQUENCES])
@@ -144,11 +155,11 @@ def test_one_step_mixes_pairs_as_independent_draws_do(kind):
     """new york, san diego: a draw of both words at once is wrong half of the time, if each is right by itself."""
     pairs = np.array([[0, 1, 4], [2, 3, 4]])
     net, params = exact(pairs, np.array([0.5, 0.5]), kind)
-    ids = np.asarray(jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, 20_000, 1))(jax.random.key(0)))
+    ids = sample(kind, net, params, jax.random.key(0), 20_000, 1)
     assert (ids[:, 2] == 4).mean() > 0.99
     possible = (ids[:, None, :2] == pairs[:, :2]).all(-1).any(-1)
     assert abs(possible.mean() - 0.5) < 0.02
-    many = np.asarray(jax.jit(lambda key: FAMILIES[kind].sample(net, params, key, 4_000, 256))(jax.random.key(0)))
+    many = sample(kind, net, params, jax.random.key(0), 4_000, 256)
     assert (many[:, None, :2] == pairs[:, :2]).all(-1).any(-1).mean() > 0.97
 
 

@@ -45,6 +45,15 @@ def student(data_dir, teacher, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, data_dir, teacher):
+    """The directory of a student with nothing changed, which several tests compare theirs with."""
+    workdir = tmp_path_factory.mktemp("distilled")
+    changes = {"steps": STEPS, "checkpoint.every": 1, "teacher": str(teacher)}
+    train_only(run_config(data_dir, "flow_map", **changes), workdir)
+    return workdir
+
+
 def losses(workdir):
     return np.array([line["loss"] for line in read_metrics(workdir) if "loss" in line])
 
@@ -80,14 +89,15 @@ def test_step_zero_is_the_teacher(teacher, data_dir, preview):
     assert float(jnp.abs(at(moved, jnp.ones(4)) - at(moved, tau)).max()) > 1e-3
 
 
-def test_the_teacher_stays_out_of_the_checkpoint(student, teacher, data_dir):
+def test_the_teacher_stays_out_of_the_checkpoint(student, distilled, teacher):
     """It keeps no more than a student without one, and the embedding stays the teacher's to the last bit."""
-    state = saved(student("one"))
-    alone = saved(student("alone", teacher=None))
+    state = saved(distilled)
+    workdir = student("alone", teacher=None)
+    first, alone = saved(workdir, 1), saved(workdir)
     assert jax.tree.structure(state) == jax.tree.structure(alone)
     theirs = saved(teacher, 4)["ema"]["embedding"]
     np.testing.assert_array_equal(state["params"]["embedding"], theirs)
-    first = saved(student("alone", teacher=None), 1)  # without a teacher there is none to keep
+    # Without a teacher there is none to keep.
     assert (alone["params"]["embedding"] != first["params"]["embedding"]).any()
     trained = saved(student("trained", **{"objective.train_embedding": True}))
     assert (trained["params"]["embedding"] != theirs).any()
@@ -97,22 +107,21 @@ def test_the_teacher_stays_out_of_the_checkpoint(student, teacher, data_dir):
 
 
 @pytest.mark.parametrize("target", ["psd", pytest.param("lsd", marks=pytest.mark.slow)])
-def test_eight_devices_distil_as_one(student, target):
+def test_eight_devices_distil_as_one(student, distilled, target):
     """And in two microbatches of four: the exact counts of diagonal rows hold in each."""
     changes = {"objective.target": target}
-    one = losses(student("one", **changes))
+    one = losses(distilled if target == "psd" else student("one", **changes))
     np.testing.assert_allclose(losses(student("eight", **changes, **{"mesh.data": 8})), one, rtol=1e-5)
     parts = losses(student("parts", **changes, **{"mesh.data": 4, "accumulation": 2}))
     np.testing.assert_allclose(parts, one, rtol=1e-5)
 
 
-def test_resume_is_exact(student, tmp_path):
-    whole = student("whole")
-    assert "teacher" in (whole / "config.json").read_text()
-    shutil.copytree(whole, tmp_path / "cut")
+def test_resume_is_exact(student, distilled, tmp_path):
+    assert "teacher" in (distilled / "config.json").read_text()
+    shutil.copytree(distilled, tmp_path / "cut")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "cut/checkpoints" / str(step))
-    ours, theirs = saved(student("cut")), saved(whole)
+    ours, theirs = saved(student("cut")), saved(distilled)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     with pytest.raises(ValueError, match="teacher = .* there, None here"):

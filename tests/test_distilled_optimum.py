@@ -5,6 +5,7 @@ one. A model that draws every token by itself writes rows that the law has not; 
 in two and is worth something only if fewer of its rows are such.
 """
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -14,7 +15,7 @@ import optax
 import oracle
 import pytest
 from jax.tree_util import Partial
-from toy import FunctionNetwork
+from toy import OPTIMIZED, FunctionNetwork
 
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.objectives.base import Auxiliary, Teacher
@@ -72,7 +73,7 @@ def distilled(family, net, teacher, steps):
         losses, _ = family.loss(net, teacher | {"table": table}, Auxiliary(Teacher(teacher)), batch, None)
         return sum(each.mean() for each in losses.values())
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def fit(teacher):
         def update(carry, key):
             table, state = carry
@@ -141,7 +142,7 @@ def matched(family, net, teacher, steps):
         losses, _ = family.loss(net, params, Auxiliary(Teacher(teacher), None, jnp.int32(0)), batch, None)
         return sum(each.mean() for each in losses.values())
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def fit(teacher):
         def update(carry, key):
             tables, state = carry

@@ -89,12 +89,12 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
             return {}
 
     class Counting(panel.NGrams):
-        def __init__(self, reference, start):
+        def __init__(self, reference, start, pad):
             referred["ngrams"] = set(reference[:, 1:].ravel().tolist())
-            super().__init__(reference, start)
+            super().__init__(reference, start, pad)
 
-    def language_models(names, length, data_dir, layout, reference):
-        referred["mauve"] = {token for text in reference(5) for token in text.split()}
+    def language_models(names, length, data_dir, layout, dataset):
+        referred["mauve"] = {token for text in panel.reference_texts(dataset, 5) for token in text.split()}
         return [Judge()]
 
     monkeypatch.setattr(panel, "NGrams", Counting)

@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flowlm import data
 from flowlm.data import corpora, make_everyday, tokenizers, word_tokens
 from flowlm.evaluation import naive, results
+from flowlm.evaluation.evaluator import Evaluator
 from flowlm.evaluation.judging import make_judges
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.sentences import Sentences
@@ -220,6 +223,33 @@ def test_compare_shows_lines_of_the_samplers_as_they_are_set_and_of_real_rows(tm
     (run / "samples.txt").unlink()
     with pytest.raises(FileNotFoundError, match="no samples.txt: run `flowlm evaluate"):
         results.compare([str(run)], samples=3)
+
+
+def test_only_the_first_word_of_a_text_has_a_capital_that_is_not_its_own():
+    """Of the words that a page shows one by one, as a trajectory has them, none is the first."""
+    tokenizer = tokenizers.shipped("everyday_1000")
+    pieces = ["the", "house", "is", "not", "here", ".", "I", "don't", ",", "Tom"]
+    ids = [tokenizer.pieces.index(piece) for piece in pieces]
+    assert tokenizer.decode_tokens(ids) == pieces
+    assert tokenizer.decode_tokens([tokenizer.start, tokenizer.pad]) == ["", ""]
+    controls = {tokenizer.start, tokenizer.pad}
+    words = [i for i in range(tokenizer.vocab_size) if i not in controls]
+    assert tokenizer.decode_tokens(words) == [tokenizer.pieces[i] for i in words]
+
+    evaluator = object.__new__(Evaluator)
+    row = np.array([tokenizer.start, *ids[:6], tokenizer.pad])
+    followed = np.stack([np.full_like(row, ids[0]), row])[:, None].repeat(2, 1)  # [step, sample, position]
+    evaluator._seed, evaluator._dataset = 0, types.SimpleNamespace(tokenizer=tokenizer)
+    evaluator._trajectories = {("map", 2): lambda *arguments: jnp.asarray(followed)}
+    written = evaluator._follow(None, 3, lambda what: None)
+    assert written == {"map@2": [[["the"] * 8, ["", *pieces[:6], ""]]] * 2}
+
+
+@pytest.mark.parametrize("name", ["chars", "grammar98", "sotu_bpe_512"])
+def test_other_tokens_are_written_as_they_are_alone(name):
+    tokenizer = tokenizers.shipped(name)
+    ids = range(tokenizer.vocab_size)
+    assert tokenizer.decode_tokens(ids) == tokenizer.decode_batch([[i] for i in ids])
 
 
 def test_the_quickstart_prints_its_usage_before_it_does_anything():

@@ -27,10 +27,12 @@ FILES = sorted(
     path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("head_to_head", "ablations", "my_text")
 )
 ARGUMENTS = {
+    "grammar1k": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "grammar": (
         *("raw", "scaled", "posterior", "both", "white", "flow_map", "matched", "gumbel", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
+    "molecules": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
@@ -56,7 +58,7 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
-    distils = argument in ("flow_map", "matched", "gumbel", "residual", "sdtt", "dcd")
+    distils = argument.startswith(("flow_map", "matched", "gumbel", "residual", "sdtt", "dcd"))
     config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 from safetensors.numpy import load_file, save_file
@@ -21,14 +23,17 @@ from flowlm.data.tokenizers import shipped
 from flowlm.engine.build import abstract_state, build
 from flowlm.engine.sampling import Sampler
 from flowlm.engine.sharding import Layout, make_mesh
-from flowlm.exchange import inspection
+from flowlm.exchange import export as exporting
+from flowlm.exchange import importing, inspection
 from flowlm.exchange.export import export
 from flowlm.exchange.importing import import_run
 from flowlm.exchange.inspection import inspect, print_inspected
 from flowlm.runs import directory as run_directory
+from flowlm.runs import integrity
 from flowlm.runs.checkpoint import Checkpoints, save_params
 from flowlm.runs.integrity import checksum
-from flowlm.runs.trained import load_trained
+from flowlm.runs.model import load_model
+from flowlm.runs.trained import load_settings, load_trained
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"model.width": 16, "model.cond": 16, "model.blocks": 1}
@@ -228,16 +233,85 @@ def test_a_flipped_bit_is_found_wherever_it_falls(format, runs, mesh, tmp_path):
 
 
 def test_an_export_is_read_back(runs, mesh, tmp_path, monkeypatch):
-    """Where the disk gives back other numbers, it is an error, and no manifest vouches for them."""
+    """Where the disk gives back other numbers, it is an error, and what was written there is refused."""
     genuine = inspection.load_trained
-    monkeypatch.setattr(
-        inspection,
-        "load_trained",
-        lambda *arguments: (run := genuine(*arguments))._replace(params=jax.tree.map(lambda a: a + 1, run.params)),
-    )
-    with pytest.raises(RuntimeError, match="does not give back the parameters that were written there"):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            inspection,
+            "load_trained",
+            lambda *arguments: (run := genuine(*arguments))._replace(params=jax.tree.map(lambda a: a + 1, run.params)),
+        )
+        with pytest.raises(RuntimeError, match="does not give back the parameters that were written there"):
+            export(runs["flow"], tmp_path / "out", mesh, format="params")
+    check_refused(tmp_path / "out", mesh, tmp_path)
+
+
+def check_refused(out, mesh, folder):
+    """Every reader of runs and exports says in one line that `out` is unfinished, and what to do."""
+    said = rf"^{out} was not written to its end: remove it and (make it again|export again)$"
+    readers = [
+        lambda: inspect(out, mesh),
+        lambda: load_trained(out, mesh),
+        lambda: load_settings(out, mesh),
+    ]
+    if not (out / "params").exists():  # otherwise it is not trained on anyway
+        readers.append(lambda: train_only(run_config("", "flow", **SMALL, **FAMILIES["flow"]), out))
+    if (out / "model.safetensors").exists():
+        readers.append(lambda: import_run(out, folder / "imported", "ema", None))
+    if (out / "sampler.jax").exists():
+        readers.append(lambda: runpy.run_path(str(ROOT / "examples/run_exported.py"))["load"](out))
+    for read in readers:
+        with pytest.raises(ValueError, match=said):
+            read()
+
+
+class Killed(BaseException):
+    """Stands for a signal that lets nothing be cleaned up."""
+
+
+@pytest.mark.parametrize("cut", ["before the arrays", "before the manifest"])
+@pytest.mark.parametrize("format", ["params", "safetensors", "jax", "import"])
+def test_what_is_cut_in_the_middle_is_refused(format, cut, runs, mesh, tmp_path, monkeypatch):
+    def kill(*arguments):
+        raise Killed
+
+    if format == "import":
+        export(runs["flow"], tmp_path / "st", mesh, format="safetensors")
+    if cut == "before the manifest":
+        monkeypatch.setattr(integrity, "seal", kill)
+    else:
+        monkeypatch.setattr(exporting, "save_params", kill)
+        monkeypatch.setattr(importing, "save_params", kill)
+        monkeypatch.setattr(type(epath.Path()), "write_bytes", kill)
+    with pytest.raises(Killed):
+        if format == "import":
+            import_run(tmp_path / "st", tmp_path / "out", "ema", None)
+        else:
+            export(runs["flow"], tmp_path / "out", mesh, format=format, steps=1 if format == "jax" else None)
+    assert (tmp_path / "out/config.json").exists()
+    check_refused(tmp_path / "out", mesh, tmp_path)
+    with pytest.raises(ValueError, match="is not empty: give a new directory, or remove it first"):
         export(runs["flow"], tmp_path / "out", mesh, format="params")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_export_that_is_killed_is_refused(runs, mesh, tmp_path):
+    """By SIGKILL, between its first file of parameters and the last."""
+    program = """
+import os, signal, sys
+from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.exchange import export
+written = export.save_params
+def save_params(*arguments):
+    written(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+export.save_params = save_params
+export.export(*sys.argv[1:], Layout(make_mesh(data=1)), format="params")
+"""
+    out = tmp_path / "out"
+    line = [sys.executable, "-c", program, str(runs["flow"]), str(out)]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL and (out / "params").is_dir(), ended.stderr
+    check_refused(out, mesh, tmp_path)
 
 
 def test_exports_from_before_manifests_are_read(mesh):
@@ -315,7 +389,7 @@ def test_a_missing_package_says_which_extra_has_it(runs, mesh, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_the_past_restores_and_trains_on(mesh, tmp_path, data_dir):
+def test_a_run_of_the_past_is_resumed_as_it_was_then(mesh, tmp_path, data_dir):
     """tests/data/run is as 0.1 wrote it (its README says how). It must always be readable, whatever settings are new."""
     shutil.copytree(Path(__file__).parent / "data" / "run", tmp_path / "run")
     run = load_trained(tmp_path / "run", mesh)
@@ -328,6 +402,25 @@ def test_a_checkpoint_of_the_past_restores_and_trains_on(mesh, tmp_path, data_di
     moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim > 0]
     assert len(moments) == 2 * len(jax.tree.leaves(state.params)) and any(np.abs(a).max() > 0 for a in moments)
     config = run.config.unlock()
-    config.steps, config.data.dir = 3, str(data_dir)
+    config.steps, config.data.dir = 8, str(data_dir)
     train_only(config.lock(), tmp_path / "run")
-    assert load_trained(tmp_path / "run", mesh).step == 3
+    # What the release of that time made of it, six steps later: bitwise on the machine where it was recorded.
+    recorded = json.loads((Path(__file__).parent / "data/run_at_8.json").read_text())
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    state = checkpoints.restore(abstract_state(run.experiment, mesh))
+    checkpoints.close()
+    assert int(state.step) == 8
+    for part in ("params", "ema", "opt_state"):
+        for leaf, (rms, projection) in zip(jax.tree.leaves(getattr(state, part)), recorded[part], strict=True):
+            values = np.asarray(leaf, np.float64).reshape(-1)
+            close = 1e-4 * (rms + 1e-12)
+            assert np.sqrt(np.mean(values**2)) == pytest.approx(rms, abs=close)
+            line = np.random.default_rng(0).standard_normal(
+                values.size
+            )  # a change of any value is one of its sum along it
+            assert values @ line == pytest.approx(projection, abs=close * values.size**0.5)
+    model = load_model(tmp_path / "run")
+    for row, ids in recorded["ids"].items():
+        sampler, _, steps = row.partition("@")
+        # Nearly equal logits may be in another order on another processor.
+        assert (model.sample_ids(8, int(steps), 3, sampler) == ids).mean() > 0.95

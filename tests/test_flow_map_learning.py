@@ -3,13 +3,15 @@
 The law is of pairs such as "new york" and "san diego": tokens drawn independently of each other give pairs that do not exist.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from oracle import total_variation
-from toy import overriding
+from toy import OPTIMIZED, overriding
 
 from flowlm import config as settings
 from flowlm.engine.optimizers import make_optimizer, make_schedule
@@ -44,7 +46,7 @@ def fit(net, family, steps, rate, teacher=None):
     def rows(i):
         return table[jax.random.categorical(jax.random.fold_in(jax.random.key(1), i), logits, shape=(BATCH,))]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def train(state):
         return jax.lax.fori_loop(0, steps, lambda i, state: step(state, rows(i), teacher)[0], state)
 
@@ -53,7 +55,12 @@ def fit(net, family, steps, rate, teacher=None):
 
 def law(family, net, params, steps):
     """(share of each pair, share of impossible pairs) of 8,192 samples."""
-    ids = np.asarray(jax.jit(lambda key: family.sample(net, params, key, 8192, steps))(jax.random.key(2)))
+
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
+    def sample(key):
+        return family.sample(net, params, key, 8192, steps)
+
+    ids = np.asarray(sample(jax.random.key(2)))
     shares = (ids[:, None] == PAIRS[None]).all(-1).mean(0)
     return ids, shares, 1 - shares.sum()
 
@@ -89,7 +96,7 @@ def test_one_step_of_the_denoiser_fails(teacher):
     ("target", "steps"),
     [
         ("psd", 3000),
-        ("lsd", 3000),
+        pytest.param("lsd", 3000, marks=pytest.mark.slow),
         pytest.param("lsd_logit", 3000, marks=pytest.mark.slow),
         pytest.param("esd", 5000, marks=pytest.mark.slow),
     ],

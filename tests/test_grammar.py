@@ -1,6 +1,12 @@
-"""The grammar against a fixture made by another implementation, and its sampler against its own exact law."""
+"""Grammars: grammar98 against a fixture made by another implementation, grammar1k against counting by hand and in full.
+
+Each sampler is judged by its own exact law.
+"""
 
 import collections
+import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -8,7 +14,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from flowlm.data.grammar import Grammar
+from flowlm.data.grammar import Grammar, Rule
+from flowlm.evaluation import naive
 
 FIXTURE = pathlib.Path(__file__).parent / "data" / "grammar98"
 
@@ -23,13 +30,28 @@ def fixture():
     return np.load(FIXTURE / "rows.npz")
 
 
-def write_grammar(path, rules, words=("_", "a", "b", "c"), length=3):
+@pytest.fixture(scope="module")
+def large():
+    return Grammar.load("grammar1k")
+
+
+@pytest.fixture(scope="module")
+def large_rows(large):
+    return large.sample(np.random.default_rng(3), 20_000)
+
+
+def as_row(grammar, text):
+    ids = [grammar.words.index(word) for word in text.split()]
+    return np.array(ids + [grammar.pad] * (grammar.length - len(ids)), np.int32)
+
+
+def write_grammar(path, rules, words=("_", "a", "b", "c"), length=3, parameters=()):
     table = {
         "words": list(words),
         "pad": "_",
         "length": length,
         "start": "S",
-        "parameters": {},
+        "parameters": dict(parameters),
         "rules": rules,
     }
     path.write_text(json.dumps(table))
@@ -44,6 +66,14 @@ def test_words_and_ids(grammar):
 def test_log_prob_equals_fixture(grammar, fixture):
     np.testing.assert_allclose(grammar.log_prob(fixture["ids"]), fixture["logp"], rtol=0, atol=1e-9)
     assert np.isneginf(grammar.log_prob(fixture["ungrammatical"])).all()
+
+
+def test_draws_are_those_of_the_runs_that_were_published(grammar):
+    """The data of a run follows from a seed, so that what was trained on can be had again."""
+    ids = grammar.sample(np.random.default_rng(7), 5000)
+    assert (
+        hashlib.sha256(ids.tobytes()).hexdigest() == "f8879e9ef7f9fd57a1b2f0f4dee6206cff59972bd7e9c49b8ad75bae9169cf8c"
+    )
 
 
 def test_bad_padding_and_foreign_ids_are_impossible(grammar, fixture):
@@ -106,6 +136,19 @@ def test_parameters_stand_for_one_rule_a_value(tmp_path):
     np.testing.assert_allclose(probabilities, [0.5, 0.5, 0, 0], atol=1e-12)
 
 
+def test_a_parameter_of_the_alternatives_alone_stands_for_each_of_its_values(tmp_path):
+    """They share one probability; a list stays uniform over all. The values may depend on another parameter, and be nothing."""
+    parameters = {"k": ["1", "2"], "s": ["", "s"], "v.1": ["a", "b"], "v.2": ["c"]}
+    rules = {"S": {"P.{k}": 0.9, "b b": 0.1}, "P.{k}": ["{v.{k}}{s} Q.{k}", "a"], "Q.{k}": ["{v.{k}}"]}
+    grammar = Grammar.load(write_grammar(tmp_path / "a.json", rules, ["_ a b c as bs cs"], 2, parameters))
+    law = {f"{v}{s} {w}": 0.45 / 5 / 2 for v, w, s in itertools.product("ab", "ab", ("", "s"))}
+    law |= {"c c": 0.45 / 3, "cs c": 0.45 / 3, "a": 0.45 / 5 + 0.45 / 3}
+    law["b b"] += 0.1
+    rows = np.array([as_row(grammar, text) for text in law])
+    np.testing.assert_allclose(np.exp(grammar.log_prob(rows)), list(law.values()), rtol=1e-12)
+    assert sum(law.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
@@ -121,7 +164,144 @@ def test_bad_tables_are_refused(tmp_path, rules, message):
 
 
 def test_unknown_name_and_wrong_length(grammar):
-    with pytest.raises(ValueError, match="known are grammar98"):
+    with pytest.raises(ValueError, match="known are grammar1k, grammar98"):
         Grammar.load("grammar99")
     with pytest.raises(ValueError, match=r"\[N, 18\]"):
         grammar.log_prob(np.zeros((2, 19), int))
+
+
+# --- grammar1k ---------------------------------------------------------------------------------------------------
+
+STORY = (
+    "the king whom the brave sailors hate finds two long letters . in the evening he gives the letters to his sister "
+    ", and he reads them slowly . finally , the king does not sleep , but he is happy ."
+)
+ASIDE = (
+    "shy Anna , who lives near the river , buys a warm coat in the hall . her cousins like the coat , so she lends it to them "
+    "at night . today , Anna , who is tired , makes herself some tea ."
+)
+
+
+def test_the_large_grammar_is_large(large, large_rows):
+    used = {i for rule in large.rules.values() for symbols in rule.alternatives for i in symbols if isinstance(i, int)}
+    assert len(large.words) - 1 == len(used) == 1375
+    assert used <= set(large_rows.ravel().tolist())  # no word is so rare that it is not learnt
+    sizes = (large_rows != large.pad).sum(1)
+    assert large.length == sizes.max() == 48 and sizes.mean() > 40
+
+
+def test_the_large_grammar_has_one_derivation_a_row_and_its_entropy(large, large_rows):
+    """With ones for probabilities the sum over derivations is their number, so the entropy of derivations is that of rows."""
+    rows = large_rows[:1000]
+    surprise = -large.log_prob(rows)
+    assert abs(large.entropy - 62.93) < 0.005
+    assert abs(surprise.mean() - large.entropy) < 4 * surprise.std() / math.sqrt(len(rows))
+    ones = {name: Rule(np.ones(len(rule.alternatives)), rule.alternatives) for name, rule in large.rules.items()}
+    np.testing.assert_allclose(dataclasses.replace(large, rules=ones).log_prob(rows), 0, atol=1e-9)
+
+
+def test_the_large_grammar_gives_the_probability_that_is_counted_by_hand(large):
+    """Choices from left to right, as the table says them."""
+    story = [
+        1 / 3,
+        0.6,
+        0.2,
+        0.4,
+        1 / 30,
+        0.7,
+        0.3,
+        1 / 46,
+        1 / 3,
+        1 / 60,
+        1 / 15,
+    ]  # the king whom the brave sailors hate
+    story += [1 / 16, 1 / 2, 1 / 15, 1 / 13, 0.6, 1 / 10, 1 / 18, 0.5]  # finds two long letters .
+    story += [1 / 3, 0.7, 0.25, 1 / 3, 1 / 12, 0.4, 1 / 3, 1 / 7, 1 / 9, 1 / 27]  # in the evening he gives .. slowly .
+    story += [1 / 12, 1 / 4, 1 / 15, 1 / 20]  # finally , the king does not sleep , but he is happy .
+    aside = [1 / 3, 0.4, 0.6, 1 / 46, 1 / 30, 0.7, 0.4, 1 / 14, 1 / 7, 1 / 54]  # shy Anna , who lives near the river ,
+    aside += [1 / 16, 1 / 2, 0.4, 1 / 13, 0.6, 1 / 10, 1 / 21, 0.5, 1 / 28]  # buys a warm coat in the hall .
+    aside += [1 / 3, 0.4, 1 / 3, 1 / 14, 1 / 15, 1 / 12, 0.7, 0.2, 1 / 7]  # her cousins like the coat .. at night .
+    aside += [1 / 12, 1 / 4, 1 / 20, 1 / 8, 1 / 10]  # today , Anna , who is tired , makes herself some tea .
+    found = large.log_prob(np.array([as_row(large, STORY), as_row(large, ASIDE)]))
+    np.testing.assert_allclose(found, [np.log(story).sum(), np.log(aside).sum()], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        (STORY, "hate finds", "hates finds"),  # the verb of those in the relative clause
+        (STORY, "hate finds", "hate find"),  # the verb behind them is the king's
+        (STORY, "evening he", "evening she"),
+        (STORY, "gives the letters", "gives the letter"),
+        (STORY, "gives the letters", "gives the poems"),
+        (STORY, "his sister", "her sister"),
+        (STORY, "reads them", "reads it"),
+        (STORY, "reads them", "eats them"),
+        (STORY, ", the king", ", the duke"),
+        (STORY, "does not", "do not"),
+        (STORY, "but he is", "but she is"),
+        (STORY, "two long", "a long"),
+        (ASIDE, ", Anna", ", Emma"),
+        (ASIDE, "river , buys", "river buys"),
+        (ASIDE, "lends it to them", "lends it to her"),
+        (ASIDE, "lends it", "lends them"),
+        (ASIDE, "cousins like", "cousins likes"),
+        (ASIDE, "herself", "himself"),
+        (ASIDE, "Anna , who is tired , makes", "Anna , who is tired makes"),
+    ],
+)
+def test_one_fault_anywhere_is_impossible(large, text, right, wrong):
+    assert right in text and np.isfinite(large.log_prob(as_row(large, text)[None]))
+    assert np.isneginf(large.log_prob(as_row(large, text.replace(right, wrong))[None]))
+
+
+def test_a_word_in_place_of_another_is_nearly_always_impossible(large, large_rows):
+    rng, rows = np.random.default_rng(0), large_rows[:1000].copy()
+    places = (rng.random(len(rows)) * (rows != large.pad).sum(1)).astype(int)
+    rows[np.arange(len(rows)), places] = rng.integers(1, len(large.words), len(rows))
+    assert np.isfinite(large.log_prob(rows)).mean() < 0.03
+
+
+def test_a_small_part_of_the_large_grammar_is_right_in_full(large):
+    """Its rows by writing out every choice, with their probabilities."""
+    whole = ("Story", "MaybeWho.m", "Who.f", "Beloved", "Deal.p", "Item.m.fruit.pear", "Ending.f", "Number")
+
+    def cut(name, rule):
+        kept = len(rule.alternatives) if name in whole else 1
+        return Rule(rule.probabilities[:kept] / rule.probabilities[:kept].sum(), rule.alternatives[:kept])
+
+    part = dataclasses.replace(large, rules={name: cut(name, rule) for name, rule in large.rules.items()})
+
+    def written(symbols):
+        if not symbols:
+            return {(): 1.0}
+        first, *rest = symbols
+        heads = {(first,): 1.0}
+        if isinstance(first, str):
+            heads = collections.Counter()
+            for p, inner in zip(part.rules[first].probabilities, part.rules[first].alternatives):
+                for text, q in written(inner).items():
+                    heads[text] += p * q
+        return {head + tail: p * q for head, p in heads.items() for tail, q in written(rest).items()}
+
+    law = written((part.start,))
+    rows = np.array([row + (part.pad,) * (part.length - len(row)) for row in law])
+    shares = np.array(list(law.values()))
+    assert len(rows) > 500 and shares.sum() == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(part.log_prob(rows), np.log(shares), rtol=0, atol=1e-9)
+    assert part.entropy == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-9)
+    drawn = part.sample(np.random.default_rng(0), 5000)
+    assert {tuple(row) for row in drawn.tolist()} <= {tuple(row) for row in rows.tolist()}
+
+
+def test_a_trigram_chain_writes_no_story(large, large_rows):
+    """Fitted on as many rows as evaluations fit it on."""
+    framed = np.pad(large_rows, ((0, 0), (1, 0)), constant_values=len(large.words))
+    assert np.isfinite(large.log_prob(naive.trigram(framed, 2000, 0)[:, 1:])).mean() < 0.05
+
+
+def test_no_vowel_follows_a(large, large_rows):
+    """The rows are English: there is no `an`."""
+    rows = [[large.words[i] for i in row] for row in large_rows.tolist()]
+    behind = {after for row in rows for word, after in itertools.pairwise(row) if word == "a"}
+    assert {word for word in behind if word[0] in "aeiou"} == {"useful"}

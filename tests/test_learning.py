@@ -1,5 +1,7 @@
 """A network trained by the real step comes to the exact optimum of its loss, and its samples to the law of the data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def test_a_tiny_network_learns_a_finite_law():
     step = make_step(net, family, optimizer, seed=0, ema_decay=0.99, accumulation=1, dropout=False)
     table, logits = jnp.asarray(sequences), jnp.log(jnp.asarray(weights))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=toy.OPTIMIZED)
     def train(state):
         def batch(number):
             return table[jax.random.categorical(jax.random.key(number), logits, shape=(BATCH,))]
@@ -46,7 +48,7 @@ def test_a_tiny_network_learns_a_finite_law():
     best, reached = float(loss(optimum)(params)), loss(net)
     assert best < float(reached(learnt)) < 1.1 * best < 0.5 * float(reached(fresh))
 
-    sample = jax.jit(lambda params, key: family.sample(net, params, key, 2048, 64))
+    sample = jax.jit(lambda params, key: family.sample(net, params, key, 2048, 64), compiler_options=toy.OPTIMIZED)
 
     def distance(params):
         return oracle.total_variation(sample(params, jax.random.key(1)), sequences, weights)

@@ -133,6 +133,20 @@ def test_no_gradient_where_the_laws_agree(form):
         assert np.abs(gradient(logits, other)).max() > 1e-2
 
 
+def test_ratio_is_a_bounded_step_along_log():
+    """For denoisers that differ little its gradient is that of `log`; for any others no row's exceeds 2."""
+    logits, flow, other = (jnp.asarray(RNG.standard_normal((50, 6)), jnp.float32) for _ in range(3))
+
+    def gradient(form, phi, scale=1.0):
+        return np.asarray(jax.grad(lambda a: FORMS[form](a, phi, scale * flow, jnp.ones(50)).sum())(logits))
+
+    near = flow + 1e-2 * other
+    np.testing.assert_allclose(gradient("ratio", near), gradient("log", near), atol=2e-4)
+    assert np.abs(gradient("log", near)).max() > 1e-3
+    far = np.abs(gradient("ratio", -100 * other, 100)).sum(-1)
+    assert 0.5 < far.max() <= 2 and np.abs(gradient("log", -100 * other, 100)).sum(-1).max() > 10
+
+
 # --- The family: student, auxiliary and flow are parameters of one function, told apart by what they hold.
 
 SEQUENCES, WEIGHTS_OF_DATA = correlated_law(4, 2, 5, seed=3)

@@ -118,6 +118,6 @@ def test_the_features_are_those_of_one_text_at_a_time(tiny, library):
 
 def test_a_missing_library_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", None)
-    make = partial(panel.make_language_models, length=9, data_dir="", layout=None, reference=None)
+    make = partial(panel.make_language_models, length=9, data_dir="", layout=None, dataset=None)
     with pytest.raises(ImportError, match=r"needs the package mauve-text: pip install -e .\[mauve\]"):
         make(["mauve:smollm2"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import OPTIMIZED
 
 from flowlm.maths.prior import PRIORS, Dirichlet, Gaussian, geometry
 
@@ -30,7 +31,8 @@ def draw(name, keys, e):
 def test_mean_and_covariance_are_the_dense_law_s(name, vocab, width):
     e = embedding(vocab, width)
     num = 200_000
-    z = np.asarray(jax.jit(lambda k: draw(name, k, e))(jax.random.split(jax.random.key(1), num)), np.float64)
+    draws = jax.jit(lambda k: draw(name, k, e), compiler_options=OPTIMIZED)
+    z = np.asarray(draws(jax.random.split(jax.random.key(1), num)), np.float64)
     if name == "gaussian":
         mean, cov = np.zeros(vocab), np.eye(vocab)
     else:  # Dirichlet(1, ..., 1)
@@ -64,7 +66,7 @@ def toy_gradients(name, vocab, width, num):
     keys = jax.random.split(jax.random.key(3), num)
 
     def evaluate(fn):
-        return jax.jit(jax.vmap(jax.value_and_grad(fn), (None, 0)))(e, keys)
+        return jax.jit(jax.vmap(jax.value_and_grad(fn), (None, 0)), compiler_options=OPTIMIZED)(e, keys)
 
     return evaluate(ours), evaluate(theirs)
 
@@ -95,7 +97,8 @@ def test_the_weakest_direction_is_right_at_condition_number_1e5():
     e = jnp.asarray(left @ np.diag(scales) @ right, jnp.float32)
     geo = geometry(e)
     num = 100_000
-    z = np.asarray(jax.jit(lambda k: draw("gaussian", k, e))(jax.random.split(jax.random.key(0), num)), np.float64)
+    draws = jax.jit(lambda k: draw("gaussian", k, e), compiler_options=OPTIMIZED)
+    z = np.asarray(draws(jax.random.split(jax.random.key(0), num)), np.float64)
     variance = (z @ right.T).var(0) / scales**2
     np.testing.assert_allclose(variance, 1, atol=SIGMAS * np.sqrt(2 / num) + 0.01)
     np.testing.assert_allclose(geo.color.T @ geo.color, e.T @ e, atol=2e-6)
@@ -114,8 +117,9 @@ def test_dirichlet_in_chunks_of_the_vocabulary_follows_the_same_law():
     vocab, width, num = 50, 3, 100_000
     e = embedding(vocab, width)
     keys = jax.random.split(jax.random.key(0), num)
-    z = np.asarray(jax.jit(lambda k: Dirichlet(chunk=16).sample(k, e, 1))(keys))[:, 0]
-    reference = np.asarray(dense("dirichlet", jax.random.key(1), num, vocab) @ e)
+    z = np.asarray(jax.jit(lambda k: Dirichlet(chunk=16).sample(k, e, 1), compiler_options=OPTIMIZED)(keys))[:, 0]
+    dense_draws = jax.jit(lambda key: dense("dirichlet", key, num, vocab) @ e, compiler_options=OPTIMIZED)
+    reference = np.asarray(dense_draws(jax.random.key(1)))
     for moment in (1, 2, 3):
         ours, theirs = z.astype(np.float64) ** moment, reference.astype(np.float64) ** moment
         stderr = np.sqrt((ours.var(0) + theirs.var(0)) / num)

@@ -54,7 +54,7 @@ def start(tmp_path, data_dir):
         for index in range(number):
             env = {
                 "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             }
             if number > 1:
                 env |= {

@@ -12,7 +12,7 @@ import pytest
 from absl.testing import flagsaver
 from command_line import error_of
 from test_bad_input import CONFIG, ROOT, nothing_expensive  # noqa: F401
-from toy import drawn, network, run_config
+from toy import drawn, run_config
 
 from flowlm import main
 from flowlm.config import check_settings, declared, defaults, flat
@@ -24,6 +24,7 @@ from flowlm.objectives import FAMILIES
 from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import save_params
 from flowlm.studies import study
+from flowlm.system.settings import settings_of
 
 INF, NAN = math.inf, math.nan
 # What each may be at the ends of its range, and what it may not be: written down a second time, by hand.
@@ -48,7 +49,11 @@ LIMITS = {
     **dict.fromkeys((f"model.{key}" for key in ("width", "blocks", "heads", "cond")), COUNT),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_latest")), COUNT),
     **dict.fromkeys((f"evaluation.{key}" for key in ("held_out", "held_out_batch", "samples", "final_samples")), COUNT),
-    "objective.teacher_steps": COUNT,
+    **dict.fromkeys(("objective.teacher_steps", "objective.auxiliary_updates"), COUNT),
+    "objective.auxiliary_rate": POSITIVE,
+    "objective.matched": UP_TO_ONE,
+    "objective.tie": NOT_NEGATIVE,
+    "objective.taus": (((0.02, 0.98), (0.5,)), ((0.0, 0.5), (0.5, 1.0), (-0.1, 0.5), ("a",))),
     **dict.fromkeys(
         ("model.vocab_size", "checkpoint.keep_every", "evaluation.every", "optimizer.warmup_steps"), FROM_ZERO
     ),
@@ -58,7 +63,7 @@ LIMITS = {
     **dict.fromkeys(("model.gate_init", "model.attention_cap", "model.logit_cap"), NOT_NEGATIVE),
     **dict.fromkeys(("optimizer.weight_decay", "objective.guidance", "objective.adaptive"), NOT_NEGATIVE),
     **dict.fromkeys(("model.dropout", "optimizer.b1", "optimizer.b2", "objective.diagonal"), BELOW_ONE),
-    **dict.fromkeys(("objective.eta", "objective.boundary", "objective.gamma"), SHARE),
+    **dict.fromkeys(("objective.eta", "objective.boundary", "objective.gamma", "objective.at_noise"), SHARE),
     **dict.fromkeys((f"objective.{key}" for key in ("noise_scale", "top_p", "jump", "tau_max")), UP_TO_ONE),
     **dict.fromkeys(("mesh.replica", "mesh.data", "mesh.model"), DEVICES),
     "objective.temperature": TEMPERATURE,
@@ -107,7 +112,7 @@ def test_settings_are_checked_at_the_ends_of_their_ranges_and_beyond(family):
             config = defaults(family)
             holder = config[section] if section else config
             holder[key] = value
-            unset = family in ("flow", "flow_map") and name == "objective.temperature"
+            unset = family in ("flow", "flow_map", "matched") and name == "objective.temperature"
             if value in inside or (value is None and unset):
                 check_settings(config)
                 continue
@@ -279,7 +284,7 @@ def test_what_must_be_set_cannot_be_unset(nothing_expensive, tmp_path):  # noqa:
 
 def test_clip_norm_0_is_off():
     """The same updates as with a norm that no gradient reaches, and the same form of state."""
-    params = drawn(network())
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     gradients = jax.tree.map(lambda a: 1e3 * jnp.ones_like(a), params)
     settings = dict(b1=0.9, b2=0.99, weight_decay=0.1, decay_pattern="kernel$")
     made = {clip: make_optimizer(lambda step: 1e-2, clip_norm=clip, **settings) for clip in (0.0, 1e30, 1e-30)}
@@ -315,3 +320,11 @@ def test_a_constant_rate_does_not_depend_on_the_steps():
     short, long = (make_schedule(2e-3, "constant", 100, steps) for steps in (10, 10_000))
     for step in (0, 5, 50, 100, 5000):
         assert float(short(step)) == float(long(step)) == pytest.approx(2e-3 * min(1, step / 100))
+
+
+@pytest.mark.parametrize("key", ["noise_scale", "guidance"])
+def test_what_flow_and_flow_map_have_alike_is_declared_once(key):
+    """By the class that they share, so that a change of it is a change in both."""
+    classes = {each for family in ("flow", "flow_map") for each in FAMILIES[family].__mro__}
+    assert [each.__name__ for each in classes if key in vars(each).get("__annotations__", {})] == ["PathSampler"]
+    assert settings_of(FAMILIES["flow"])[key] is settings_of(FAMILIES["flow_map"])[key]

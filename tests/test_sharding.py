@@ -63,9 +63,7 @@ def two_steps(made, config, layout):
         ids = jax.device_put(ids, layout.rows)
     state = jax.jit(lambda: begin(made), out_shardings=places)()
     teacher = Teacher(state.ema) if config.teacher else None
-    # Most of the time of this test is LLVM's, which need not try hard.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    compiled = jax.jit(step, out_shardings=(places, None)).lower(state, ids, teacher).compile(options)
+    compiled = jax.jit(step, out_shardings=(places, None)).lower(state, ids, teacher).compile()
     metrics = []
     for _ in range(2):
         state, values = compiled(state, ids, teacher)

@@ -51,7 +51,7 @@ def commands(monkeypatch):
             return False
         workdir = Path(line[-1].removeprefix("--workdir="))
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps({"steps": 7}))
+        (workdir / "config.json").write_text(json.dumps({"steps": 7, "batch_size": 1_000_000}))
         (workdir / "versions.json").write_text(json.dumps({"git_commit": "abc"}))
         seed = int(re.search(r"config.seed=(\d)", " ".join(line))[1])
         metrics = {"samples/map@4/entropy": 2.0 + seed, "samples/map@4/entropy_stderr": 0.25}
@@ -67,6 +67,7 @@ def commands(monkeypatch):
         return True
 
     monkeypatch.setattr(running.Commands, "__call__", run)
+    monkeypatch.setattr(running, "passes", lambda config: 3.0)
     return lines
 
 
@@ -227,6 +228,17 @@ def test_a_setting_that_another_beats_is_left_out():
     assert at(2.75) == pytest.approx([3.0, 2.75])
 
 
+def test_the_budget_of_a_student_has_its_teacher_s(commands, tmp_path):
+    """7 steps of a million rows, three passes each: 21 million, and as many before them."""
+    carry_out(Study(RUNS, ["entropy"]), tmp_path / "w", tmp_path / "r", [])
+    lines = (tmp_path / "r/study_budget.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [
+        ["teacher", "7", "1000000", "3.0", "21.00", "21.00"],
+        ["student", "7", "1000000", "3.0", "21.00", "42.00"],
+    ]
+
+
 def test_a_failing_run_is_named_and_the_others_are_done(commands, tmp_path):
     runs = [
         Run(name, "experiments/a.py", {}, teacher, (9,))
@@ -262,6 +274,9 @@ def shipped(name, vocab, start):
     return steps
 
 
+MATCHED = {"matched": 400, "matched_masked": 1500, "matched_uniform": 1500}  # cheaper than the others' distillation
+
+
 @pytest.mark.parametrize(
     ("name", "training", "distillation", "vocab", "start"),
     [("grammar", 3600, 4500, 99, 98), ("text", 6000, 3000, 512, 0), ("text_gpu", 40_000, 15_000, 30_522, 101)],
@@ -269,9 +284,11 @@ def shipped(name, vocab, start):
 def test_the_shipped_studies_build(name, training, distillation, vocab, start, monkeypatch):
     """The budgets are equal: so many steps from data, so many of distillation."""
     monkeypatch.chdir(ROOT)
-    assert shipped(name, vocab, start) == dict.fromkeys(
-        ("autoregressive", "masked", "uniform", "flow"), training
-    ) | dict.fromkeys(
+    steps = shipped(name, vocab, start)
+    assert {run: steps.pop(run) for run in [*steps] if run.startswith("matched")} == (
+        MATCHED if name == "grammar" else {}
+    )
+    assert steps == dict.fromkeys(("autoregressive", "masked", "uniform", "flow"), training) | dict.fromkeys(
         ("flow_map", *(f"{a}{to}" for a in ("sdtt", "dcd") for to in ("", "_to32", "_to8"))), distillation
     )
 

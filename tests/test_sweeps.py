@@ -81,18 +81,19 @@ def test_points_become_runs():
 ABLATIONS = runpy.run_path(str(ROOT / "experiments/ablations.py"))
 
 
-@pytest.mark.parametrize("size", ["", "_cpu"])
-@pytest.mark.parametrize("ablation", ABLATIONS["NAMES"])
-def test_the_shipped_ablations_build(ablation, size, monkeypatch):
+@pytest.mark.parametrize(
+    "ablation", [name + size for name in ABLATIONS["NAMES"] for size in ("", "_cpu")] + ["matched_cpu"]
+)
+def test_the_shipped_ablations_build(ablation, monkeypatch):
     """Every point has real settings, and another experiment than every other point."""
     monkeypatch.chdir(ROOT)
-    ours = ABLATIONS["get_study"](ablation + size)
+    ours = ABLATIONS["get_study"](ablation)
     seen, made = [], 0
     for run in ours.runs:
         path, _, argument = run.config.partition(":")
         config = runpy.run_path(path)["get_config"](argument)
         config.update_from_flattened_dict(run.settings)
-        config.teacher = run.teacher
+        config.teacher = run.teacher or config.teacher or None
         experiment = build(config, config.model.vocab_size)
         for setting in run.sweep:
             config.objective.update(setting)
@@ -106,7 +107,8 @@ def test_the_shipped_ablations_build(ablation, size, monkeypatch):
 
 def test_an_unknown_ablation_is_named():
     with pytest.raises(
-        ValueError, match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, not 'warp'"
+        ValueError,
+        match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, and matched_cpu, not 'warp'",
     ):
         ABLATIONS["get_study"]("warp")
 
@@ -125,7 +127,7 @@ def test_the_velocity_loss_is_the_velocity_s(monkeypatch):
     """|b - (x1 - x0)|^2 written densely over the vocabulary, with any x0: it cancels."""
     net = network(warp="identity")
     params = perturbed(net.init(jax.random.key(0)))
-    family = Flow(Gaussian(), TimeWarp("gaussian", "identity", 12, 16), "velocity")
+    family = Flow(Gaussian(), TimeWarp("gaussian", "identity", 12, 16), loss_kind="velocity")
     ids = jax.random.randint(jax.random.key(1), (8, 6), 0, 12)
     batch = {"ids": ids, **family.draw(jax.random.key(2), 8)}
     t = batch["tau"]

@@ -8,12 +8,13 @@ import pytest
 import tokenizers as library
 
 from flowlm.data import corpora, tokenizers, train_tokenizers, windows
-from flowlm.data.grammar import Grammar
+from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.tokenizers import Tokenizer
 
 VOCAB_SIZES = {
     "chars": 28,
     "grammar98": 99,
+    "grammar1k": 1377,
     "sotu_bpe_512": 512,
     "sotu_bpe_1024": 1024,
     "sotu_bpe_4096": 4096,
@@ -26,7 +27,7 @@ def held_out_text():
     return next(corpora.documents("sotu", "test", ""))[1]
 
 
-@pytest.mark.parametrize("name", [name for name in VOCAB_SIZES if name != "grammar98"])
+@pytest.mark.parametrize("name", [name for name in VOCAB_SIZES if name not in shipped_names()])
 @pytest.mark.parametrize("foreign", ["", " Na\u00efve \u20ac5 <|start|>\ttab 1984--and   more", "<|start|>"])
 def test_round_trip(name, foreign, held_out_text):
     tokenizer = tokenizers.shipped(name)
@@ -38,13 +39,15 @@ def test_round_trip(name, foreign, held_out_text):
     assert tokenizer.vocab_size == VOCAB_SIZES[name]
 
 
-def test_grammar_words_round_trip():
-    tokenizer, grammar = tokenizers.shipped("grammar98"), Grammar.load("grammar98")
-    assert (tokenizer.vocab_size, tokenizer.start) == (99, 98)
-    assert tokenizer.pieces[:98] == grammar.words
+@pytest.mark.parametrize("name", shipped_names())
+def test_grammar_words_round_trip(name):
+    tokenizer, grammar = tokenizers.shipped(name), Grammar.load(name)
+    start = len(grammar.words)
+    assert (tokenizer.vocab_size, tokenizer.start) == (VOCAB_SIZES[name], start)
+    assert tokenizer.pieces[:start] == grammar.words
     for row in grammar.sample(np.random.default_rng(0), 50):
         sentence = " ".join(grammar.words[i] for i in row if i != grammar.pad)
-        assert tokenizer.decode([98, *row]) == sentence
+        assert tokenizer.decode([start, *row]) == sentence
         np.testing.assert_array_equal(tokenizer.encode(sentence), row[row != grammar.pad])
     with pytest.raises(ValueError, match="zebra"):
         tokenizer.encode("the zebra")
@@ -69,7 +72,7 @@ def test_shipped_files_are_what_the_script_makes():
     speeches = [text for _, text in corpora.documents("sotu", "train", "")]
     made = {
         "chars": train_tokenizers.characters(),
-        "grammar98": train_tokenizers.words(Grammar.load("grammar98")),
+        **{name: train_tokenizers.words(Grammar.load(name)) for name in shipped_names()},
         "sotu_bpe_512": train_tokenizers.byte_level_bpe(speeches, 512),
         "sotu_letters_112": train_tokenizers.letter_bpe(speeches, 112),
     }
@@ -109,7 +112,7 @@ def test_start_token_of_fetched_tokenizers(tmp_path):
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="known are chars, .*grammar98, sotu_bpe_1024.*bert-base-uncased"):
+    with pytest.raises(ValueError, match="known are chars, .*grammar98, .*sotu_bpe_1024.*bert-base-uncased"):
         tokenizers.shipped("sotu_bpe_2048")
     with pytest.raises(FileNotFoundError, match=r"from_pretrained\('openai-community/gpt2'\)\.save\(.*gpt2.json'\)"):
         tokenizers.shipped("gpt2", tmp_path)
@@ -258,7 +261,7 @@ class Spy:
         return call
 
 
-@pytest.mark.parametrize("name", [name for name in VOCAB_SIZES if name != "grammar98"])
+@pytest.mark.parametrize("name", [name for name in VOCAB_SIZES if name not in shipped_names()])
 def test_a_long_text_is_read_in_windows_and_comes_out_the_same(name, held_out_text, monkeypatch):
     monkeypatch.setattr(windows, "WINDOW", 3000)
     monkeypatch.setattr(windows, "CONTEXT", 200)

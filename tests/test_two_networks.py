@@ -164,3 +164,28 @@ def test_three_networks_are_three_networks_to_the_plan(data_dir):
     two, one = size("matched", teacher="its run directory"), size("flow_map", teacher="its run directory")
     assert two["params"] == 2 * one["params"] and two["ema"] == one["ema"]
     assert abs(two["opt_state"] - 2 * one["opt_state"]) < 10  # counters
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_discrete_diffusion_is_matched_by_the_same_loop(kind, data_dir, tmp_path):
+    """Its student begins as its teacher, resumes bitwise in the middle of a round, and is what is averaged."""
+    train_only(run_config(data_dir, kind, steps=2), tmp_path / "teacher")
+
+    def run(name, steps):
+        changes = {
+            "steps": steps,
+            "checkpoint.every": 1,
+            "teacher": str(tmp_path / "teacher"),
+            "objective.auxiliary_updates": 2,
+        }
+        train_only(run_config(data_dir, f"matched_{kind}", **changes), tmp_path / name)
+
+    run("whole", 4)
+    run("cut", 3)
+    run("cut", 4)
+    assert same(saved(tmp_path / "cut", 4), saved(tmp_path / "whole", 4))
+    first, last = saved(tmp_path / "whole", 1), saved(tmp_path / "whole", 4)
+    assert same(first["params"]["student"], saved(tmp_path / "teacher", 2)["ema"])
+    assert not same(last["params"]["student"], first["params"]["student"])
+    assert jax.tree.structure(last["ema"]) == jax.tree.structure(last["params"]["auxiliary"])
+    assert flowlm.load(str(tmp_path / "whole")).sample_ids(num=2, steps=2, seed=0).shape == (2, 19)

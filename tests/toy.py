@@ -16,6 +16,9 @@ from flowlm.models.network import Network, Transformer
 from flowlm.objectives import FAMILIES
 from flowlm.training import train
 
+# Compiler options of a program that runs thousands of steps; conftest.py has all others compiled quickly and run slowly.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
 FIELDS = dict(
     width=16,
     blocks=2,

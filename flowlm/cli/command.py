@@ -17,9 +17,9 @@ class Flag(NamedTuple):
     """A flag of a command.
 
     Attributes:
-      form: what stands behind its equals sign in help, such as DIR; nothing of a switch.
-      define: makes it, in values that are new for every line, so that no line sees what another said; the line for --config,
-        which looks there for its settings.
+      form: what help shows behind its equals sign, such as DIR; "" for a switch.
+      define: makes the flag, given (values, line). The values are new for every line, so that no line sees what another said;
+        --config alone reads the line, where it looks for its settings.
       is_output: whether it names a directory that the command writes.
     """
 
@@ -31,12 +31,12 @@ class Flag(NamedTuple):
 
     @property
     def written(self) -> str:
-        """As it is written on a line."""
+        """The flag as it is written on a line."""
         return f"--{self.name}={self.form}" if self.form else f"--{self.name}"
 
     @property
     def alone(self) -> str:
-        """As its value is written without its name."""
+        """The value as it is written on a line that leaves out the name of the flag."""
         return self.form.replace(",", " ")
 
 
@@ -93,7 +93,7 @@ def flags_of_another(name: str, help: str) -> Flag:
 
 
 def experiment(help: str) -> Flag:
-    """--config, and with it --config.KEY=VALUE for every setting of the experiment."""
+    """The flag --config, with which come --config.KEY=VALUE for every setting of the experiment."""
 
     def make(values, line):
         return config_flags.DEFINE_config_file("config", None, help, flag_values=values, sys_argv=list(line))
@@ -112,8 +112,8 @@ class Command(NamedTuple):
       needs: names of flags without which it does nothing.
       place: the flag that words without a dash stand for, so `flowlm sample DIR` is `flowlm sample --checkpoint=DIR`.
       notes: what help says below the flags.
-      again: what the same line does when Ctrl-C or another signal has ended the command, which is exit status 0 then; nothing
-        where all of it has to be done again.
+      again: what the same line does after Ctrl-C or another signal has ended the command, which then has exit status 0; "" where
+        all of it has to be done again.
     """
 
     name: str
@@ -199,7 +199,7 @@ def configured(path: str, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def _experiment_first(line: Sequence[str]) -> list[str]:
-    """A line with the last experiment that it names before all else, because only then it is known which settings there are."""
+    """A line with the last experiment that it names in front, because the settings that may follow are those of that experiment."""
     experiments, others, words = [], [], iter(line)
     for word in words:
         if word in ("--config", "-config") and (behind := next(words, None)) is not None:

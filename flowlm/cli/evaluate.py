@@ -24,8 +24,11 @@ def _evaluate(values: FlagValues) -> None:
     from flowlm.data import open_dataset
     from flowlm.evaluation.evaluator import Evaluator
     from flowlm.runs import directory as run_directory
+    from flowlm.runs.model import check_drawing
     from flowlm.system import signals, storage
 
+    if asked:
+        check_drawing(values.checkpoint, asked, **objective)
     model = flowlm.load(values.checkpoint, **objective)
     run = model.run
     place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)

@@ -7,7 +7,7 @@ from flowlm.cli.command import Command, Flag
 
 WIDTH = 80
 ASKED = ("-h", "-help", "--help", "-?", "--helpshort", "--helpfull")
-INDENT = 26  # of what is said of a flag
+INDENT = 26  # columns before the description of a flag
 
 
 def overview(commands: Sequence[Command]) -> str:
@@ -29,7 +29,7 @@ def overview(commands: Sequence[Command]) -> str:
 
 
 def of_command(command: Command) -> str:
-    """Its usage and its flags, none but its own."""
+    """The usage of a command and the flags that it takes."""
     parts = [f"flowlm {command.name}: {command.summary}", "", _usage(command), ""]
     parts += [_described(flag, command.place) for flag in command.flags]
     if command.flag("config"):
@@ -41,7 +41,7 @@ def of_command(command: Command) -> str:
 
 
 def _usage(command: Command) -> str:
-    """The line as it is written: what is needed, then what may be left out, in brackets."""
+    """The usage line: first the flags that a command needs, then those that may be left out, in brackets."""
     needed = [flag for flag in command.flags if flag.name in command.needs]
     others = [f"[{flag.written}]" for flag in command.flags if flag.name not in command.needs]
     words = [flag.alone if flag.name == command.place else flag.written for flag in needed]
@@ -58,7 +58,7 @@ def _described(flag: Flag, place: str) -> str:
 
 
 def _entry(written: str, told: str) -> str:
-    """A flag, and what it is beside it, or below where it is long."""
+    """A flag with its description beside it, or below it where the flag is long."""
     wrapped = textwrap.wrap(told, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
     lines = [" " * INDENT + line for line in wrapped]
     start = f"  {written}  "

@@ -1,4 +1,4 @@
-"""What was meant in place of what is wrong: the nearest command, flag or setting, in one line."""
+"""Says of a wrong command, flag or setting which one was meant, in one line."""
 
 import difflib
 import os
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """Names as they are said: a, b and c."""
+    """Names as a sentence lists them: a, b and c."""
     return f" {last} ".join([", ".join(names[:-1])] * (len(names) > 1) + list(names[-1:]))
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name most like one that is not there, or None."""
+    """Whichever of `names` is most like a name that is none of them; None where none is like it."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
 
 
@@ -40,7 +40,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """An error as it is said: of one of the system the path and the reason, without its number."""
+    """The words of an error; of an error of the operating system the path and the reason, without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fspath(error.filename)}: {error.strerror}"
     return str(error)
@@ -54,7 +54,7 @@ def unknown_command(name: str, names: Iterable[str]) -> str:
 def check_flags(
     command: "Command", given: Sequence[tuple[str, str | None]], values: FlagValues, commands: Sequence["Command"]
 ) -> None:
-    """Checks the names of flags before any is read, for which an experiment would be loaded and jax imported.
+    """Checks the names of flags before any is read, because reading them loads an experiment and imports jax, which takes seconds.
 
     Args:
       given: (name, value) of the flags on its line.
@@ -93,12 +93,13 @@ def _behind(value: str | None) -> str:
 
 
 def _setting(name: str, known: Iterable[str]) -> str | None:
-    """The setting that is called so, whether or not its section is named."""
+    """The setting that `name` means, even if it names no section or a wrong one."""
     known = list(known)
     if name in known:
         return name
     deepest_first = sorted(known, key=lambda full: -full.count("."))
-    ends = {full.rpartition(".")[2]: full for full in deepest_first}  # of several that end so the uppermost
+    # Of several settings with one last name the one in the uppermost section counts.
+    ends = {full.rpartition(".")[2]: full for full in deepest_first}
     last = name.rpartition(".")[2]
     close = last if last in ends else nearest(last, ends, 0.8)
     return ends.get(close) if close else None

@@ -1,4 +1,4 @@
-"""`flowlm prepare` and `flowlm prepare judge`."""
+"""`flowlm prepare`, `flowlm prepare judge` and `flowlm prepare qm9`."""
 
 from absl.flags import FlagValues
 
@@ -33,6 +33,12 @@ def _prepare_judge(values: FlagValues) -> None:
     print(smollm2.fetch_weights(values.data_dir))
 
 
+def _prepare_qm9(values: FlagValues) -> None:
+    from flowlm.data import qm9
+
+    print(qm9.fetch_molecules(values.data_dir))
+
+
 PREPARE = Command(
     "prepare",
     "makes data of your own text",
@@ -56,3 +62,5 @@ PREPARE = Command(
 )
 
 PREPARE_JUDGE = Command("prepare judge", "fetches the pretrained judge smollm2", [DATA_DIR], _prepare_judge)
+
+PREPARE_QM9 = Command("prepare qm9", "fetches the molecules of the corpus qm9", [DATA_DIR], _prepare_qm9)

@@ -16,11 +16,13 @@ def _sample(values: FlagValues) -> None:
         raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
     import flowlm
+    from flowlm.runs.model import check_drawing
     from flowlm.system import storage
 
     out = None if values.out is None else storage.path(values.out)
     if out is not None:
         storage.check_writable_file(out)
+    check_drawing(values.checkpoint, counts, values.sampler, **objective)
     model = flowlm.load(values.checkpoint, **objective)
     written = []
     for steps in counts:
@@ -31,7 +33,7 @@ def _sample(values: FlagValues) -> None:
                 print(line)
             else:
                 written.append(f"{line}\n")
-        sys.stdout.flush()  # before what is told of them
+        sys.stdout.flush()  # so that the texts come before what standard error says of them
         _tell(
             f"{_number(values.num, 'text')} in {drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
         )
@@ -49,14 +51,14 @@ def _number(count: int, what: str) -> str:
 
 
 def _json_lines(drawn) -> Iterator[str]:
-    """A trained.Samples, an object for each text."""
+    """A JSON object for each text of a flowlm.runs.model.Samples."""
     for index, written in enumerate(drawn.texts):
         facts = {"sampler": drawn.sampler, "steps": drawn.steps, "seed": drawn.seed, "index": index}
         yield json.dumps({"text": written} | facts)
 
 
 def _lines(texts: list[str], delimiter: str | None) -> Iterator[str]:
-    """Texts, each with a delimiter behind it, where one is given or a text has line breaks; then one that is no line of any."""
+    """The texts, each with a delimiter behind it where one is given or a text has line breaks; then no text has such a line."""
     if delimiter is None and any("\n" in written for written in texts):
         delimiter, taken = "---", {line for written in texts for line in written.split("\n")}
         while delimiter in taken:

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from absl import logging
 
-from flowlm.data import json_lines, own_text, word_tokens
+from flowlm.data import json_lines, own_text, qm9, word_tokens
 from flowlm.data.packing import SPLITS
 from flowlm.system import storage
 
@@ -36,14 +36,14 @@ class Corpus:
       check: (sources directory) raises FileNotFoundError where files are missing.
       read: (sources directory) to the documents, lazily: (split, id, text), in one pass over the files.
       separated: whether documents are independent texts, so that a start token belongs between them.
-      rows: whether each document is a row of its own, padded at its end; those that the tokenizer cannot spell or that are longer
-        are left out.
+      rows: where each document is a row of its own, padded at its end, a tokenizer that has a pad; those that the tokenizer cannot
+        spell or that are longer are left out.
     """
 
     check: Callable[[Path], None]
     read: Callable[[Path], Iterator[Document]]
     separated: bool
-    rows: bool = False
+    rows: str | None = None
 
 
 def _require(found: bool, path: Path, mend: str) -> None:
@@ -217,7 +217,8 @@ def _read_openwebtext(sources: Path) -> Iterator[Document]:
 
 CORPORA = {
     "sotu": Corpus(_check_sotu, _read_sotu, separated=True),
-    "everyday": Corpus(_check_everyday, _read_everyday, separated=True, rows=True),
+    "everyday": Corpus(_check_everyday, _read_everyday, separated=True, rows="everyday_1000"),
+    "qm9": Corpus(qm9.check_sources, qm9.read_sources, separated=True, rows="qm9"),
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),

@@ -145,11 +145,12 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     law = None if name in corpora.CORPORA else Grammar.load(name)
     if law is not None:
         _check_grammar(name, law, vocabulary, length)
-    sentences = law is None and corpora.CORPORA[name].rows
+    fitting = None if law is not None else corpora.CORPORA[name].rows
+    sentences = fitting is not None
     if sentences and vocabulary.pad is None:
         raise ValueError(
-            f"a sentence of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
-            f"set --config.data.tokenizer={name}_1000"
+            f"a text of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
+            f"set --config.data.tokenizer={fitting}"
         )
     builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
 

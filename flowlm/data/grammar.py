@@ -2,7 +2,9 @@
 
 A grammar is a table (`grammars/*.json`) of rules A -> alternatives, each a string of words and nonterminals with its
 probability; a list of alternatives is uniform. A rule whose name holds "{parameter}" stands for one rule for each
-value of the parameter, which is how agreement is written. Grammars are finite: no symbol derives itself.
+value of the parameter, which is how agreement is written; elsewhere an alternative that holds it stands for one for each
+value. Parameters are filled in in their order, so "{thing.{class}}" has the values of "thing.fruit" where the class is fruit.
+Grammars are finite: no symbol derives itself.
 
 With p_j the probability that the symbols so far have read exactly the first j words of a row, reading is linear:
     word w           p'_{j+1} = p_j [row_j = w]
@@ -33,6 +35,12 @@ class Rule:
 
     probabilities: np.ndarray
     alternatives: tuple[tuple[Symbol, ...], ...]
+
+    @functools.cached_property
+    def cumulative(self) -> np.ndarray:
+        """Sums [K] of the probabilities, the last one 1."""
+        sums = self.probabilities.cumsum()
+        return sums / sums[-1]
 
     @functools.cached_property
     def is_lexical(self) -> bool:
@@ -71,21 +79,31 @@ class Grammar:
         if len(ids) < len(words):
             raise ValueError(f"grammar {name!r} lists a word twice")
         templates = table["rules"]
-        for parameter, values in table["parameters"].items():
+        for parameter, lines in table["parameters"].items():
+            values = [value for line in lines for value in line.split() or [""]]
             templates = _expand(templates, "{" + parameter + "}", values)
         rules = {left: _rule(left, alternatives, ids, templates) for left, alternatives in templates.items()}
         grammar = cls(words, ids[table["pad"]], table["length"], table["start"], rules)
-        if grammar._longest(grammar.start, ()) > grammar.length:
+        if grammar._longest() > grammar.length:
             raise ValueError(f"grammar {name!r} derives rows of more than its {grammar.length} words")
         return grammar
 
-    def _longest(self, symbol: Symbol, above: tuple[Symbol, ...]) -> int:
-        if isinstance(symbol, int):
-            return 1
-        if symbol in above:
-            raise ValueError(f"symbol {symbol!r} derives itself; a grammar must be finite")
-        alternatives = self.rules[symbol].alternatives
-        return max(sum(self._longest(part, (*above, symbol)) for part in parts) for parts in alternatives)
+    def _longest(self) -> int:
+        """Words of the longest row."""
+        lengths: dict[Symbol, int | None] = {}
+
+        def longest(symbol: Symbol) -> int:
+            if isinstance(symbol, int):
+                return 1
+            if symbol not in lengths:
+                lengths[symbol] = None  # until it is known, so that a symbol that comes upon itself is found
+                alternatives = self.rules[symbol].alternatives
+                lengths[symbol] = max(sum(map(longest, symbols)) for symbols in alternatives)
+            if lengths[symbol] is None:
+                raise ValueError(f"symbol {symbol!r} derives itself; a grammar must be finite")
+            return lengths[symbol]
+
+        return longest(self.start)
 
     @functools.cached_property
     def entropy(self) -> float:
@@ -112,14 +130,14 @@ class Grammar:
                 ends[rows] += 1
                 return
             rule = self.rules[symbol]
-            choices = rng.choice(len(rule.alternatives), size=len(rows), p=rule.probabilities)
+            choices = np.searchsorted(rule.cumulative, rng.random(len(rows)), side="right")  # as rng.choice, but ready
             if rule.is_lexical:
                 ids[rows, ends[rows]] = rule.words[choices]
                 ends[rows] += 1
                 return
-            for choice, symbols in enumerate(rule.alternatives):
+            for choice in np.unique(choices):
                 chosen = rows[choices == choice]
-                for part in symbols:
+                for part in rule.alternatives[choice]:
                     write(part, chosen)
 
         write(self.start, np.arange(num))
@@ -137,8 +155,8 @@ class Grammar:
         # An id that is no word (a start token, say) is sent to one slot past the words, which no rule gives.
         columns = np.where((ids >= 0) & (ids < len(self.words)), ids, len(self.words)).T
 
-        # Probabilities are laid out [length + 1, N].
-        def read(symbol: Symbol, before: np.ndarray) -> np.ndarray:
+        # Probabilities are laid out [length + 1, N], columns [length, N].
+        def read(symbol: Symbol, before: np.ndarray, columns: np.ndarray) -> np.ndarray:
             after = np.zeros_like(before)
             if isinstance(symbol, int):
                 after[1:] = before[:-1] * (columns == symbol)
@@ -149,16 +167,24 @@ class Grammar:
                 np.add.at(weights, rule.words, rule.probabilities)
                 after[1:] = before[:-1] * weights[columns]
                 return after
+            # Rows that came this far go on, with the alternatives that their next words can begin.
+            live = np.flatnonzero(before.any(0))
+            before, columns = before[:, live], columns[:, live]
+            following = set(columns[before[:-1] > 0].tolist())
             for probability, symbols in zip(rule.probabilities, rule.alternatives):
+                if symbols and isinstance(symbols[0], int) and symbols[0] not in following:
+                    continue
                 part = probability * before
                 for inner in symbols:
-                    part = read(inner, part)
-                after += part
+                    part = read(inner, part, columns)
+                    if not part.any():
+                        break
+                after[:, live] += part
             return after
 
         before = np.zeros((self.length + 1, len(ids)))
         before[0] = 1.0
-        read_all = read(self.start, before)
+        read_all = read(self.start, before, columns)
         padded_from = np.ones_like(before)
         padded_from[:-1] = np.logical_and.accumulate((columns == self.pad)[::-1])[::-1]
         with np.errstate(divide="ignore"):
@@ -171,16 +197,23 @@ def shipped_names() -> list[str]:
 
 
 def _expand(templates: dict, parameter: str, values: list[str]) -> dict:
-    """Writes each rule that has the parameter in its name once for each value."""
+    """Fills in one parameter: in a rule that has it in its name, and else in each alternative that has it."""
     expanded = {}
     for left, alternatives in templates.items():
-        for value in values if parameter in left else [parameter]:
-            if isinstance(alternatives, dict):
-                right = {text.replace(parameter, value): weight for text, weight in alternatives.items()}
-            else:
-                right = [text.replace(parameter, value) for text in alternatives]
-            expanded[left.replace(parameter, value)] = right
+        for chosen in [[value] for value in values] if parameter in left else [values]:
+            expanded[left.replace(parameter, chosen[0])] = _filled(alternatives, parameter, chosen)
     return expanded
+
+
+def _filled(alternatives: dict | list, parameter: str, values: list[str]) -> dict | list:
+    """Writes each alternative that has the parameter once for each value; they share its probability."""
+
+    def written(text: str) -> list[str]:
+        return [text.replace(parameter, value) for value in values] if parameter in text else [text]
+
+    if isinstance(alternatives, list):
+        return [filled for text in alternatives for filled in written(text)]
+    return {filled: weight / len(written(text)) for text, weight in alternatives.items() for filled in written(text)}
 
 
 def _rule(left: str, alternatives: dict | list, ids: dict[str, int], names: dict) -> Rule:

@@ -152,6 +152,25 @@ class Tokenizer:
 
         return np.concatenate([characters(i) if self._is_control[i] else np.array([i], np.int32) for i in ids])
 
+    @functools.cached_property
+    def _word(self) -> tuple[int, str]:
+        """(id, text) of the first token that is letters alone and so may stand before any other; (start token, "") if none is."""
+        for i in range(self.vocab_size):
+            if (text := self.decode([i])).isalpha() and text.isascii():
+                return i, text
+        return self.start, ""
+
+    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id by itself, as it is in the middle of a text, since some files write the first word with a capital."""
+        before, text = self._word
+        first, later = self.decode_batch([[i] for i in ids]), self.decode_batch([[before, i] for i in ids])
+        out = []
+        for alone, behind in zip(first, later):
+            inside = behind.removeprefix(text) if behind.startswith(text) else alone
+            # A blank belongs to a token only where it has one by itself, not where the file puts one between any two.
+            out.append(inside if alone.startswith(" ") else inside.removeprefix(" "))
+        return out
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of a sequence of ids, without start, end and pad tokens."""
         return self.decode_batch(np.asarray(ids)[None])[0]

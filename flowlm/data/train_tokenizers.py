@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from flowlm.data import corpora, windows, word_tokens
-from flowlm.data.grammar import Grammar
+from flowlm.data import corpora, qm9, windows, word_tokens
+from flowlm.data.grammar import Grammar, shipped_names
+from flowlm.data.tokenizer_files import PAD
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.data.word_tokens import UNKNOWN
 
@@ -56,6 +57,14 @@ def characters() -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([START])
+    return tokenizer
+
+
+def molecules() -> tokenizers.Tokenizer:
+    """The characters of the SMILES strings of QM9, the start token and the pad."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(qm9.CHARACTERS)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([START, PAD])
     return tokenizer
 
 
@@ -118,8 +127,13 @@ def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
     )
 
 
+def of_grammars() -> dict[str, tokenizers.Tokenizer]:
+    """The words of each grammar that comes with the package, under its name."""
+    return {name: words(Grammar.load(name)) for name in shipped_names()}
+
+
 def main(directory: pathlib.Path) -> None:
-    made = {"chars": characters(), "grammar98": words(Grammar.load("grammar98"))}
+    made = {"chars": characters(), "qm9": molecules()} | of_grammars()
     speeches = [text for _, text in corpora.documents("sotu", "train", "")]
     made[f"sotu_letters_{LETTERS_SIZE}"] = letter_bpe(speeches, LETTERS_SIZE)
     for size in BPE_SIZES:

@@ -1,4 +1,4 @@
-"""From settings to things: the network, the family and the optimizer of a run."""
+"""Makes the network, the family and the optimizer of a run from its settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from flowlm.objectives.base import Teacher
 
 
 class Experiment(NamedTuple):
-    """net, family (objectives/), optimizer and its learning-rate schedule."""
+    """What settings make: a network, a family (objectives/), an optimizer and its learning-rate schedule."""
 
     net: Network
     family: Family
@@ -28,7 +28,7 @@ class Experiment(NamedTuple):
 
 
 def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained: bool = False) -> Experiment:
-    """Everything of a run that is made from settings alone; cheap, so that bad settings fail first.
+    """Makes everything of a run that needs settings alone. It is cheap, so that bad settings fail first.
 
     Args:
       vocab_size: the tokenizer's.
@@ -72,20 +72,21 @@ def abstract_state(experiment: Experiment, layout: Layout) -> train_state.TrainS
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
 
 
-def abstract_teacher(config: ConfigDict, experiment: Experiment, layout: Layout) -> Teacher | None:
-    """Shapes and shardings of a teacher of the student's size; what config.teacher names is not read."""
+def abstract_teacher(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Teacher | None:
+    """Shapes, and with a layout shardings, of a teacher of the student's size; what config.teacher names is not read."""
     if not config.teacher:
         return None
     net, kind = experiment.net, experiment.family.taught_by
     own = None if kind is None else dataclasses.replace(net, output="plain", preview=False, **kind.needs)
-    shapes = jax.eval_shape((own or net).init, jax.random.key(0))
-    flow = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
+    flow = jax.eval_shape((own or net).init, jax.random.key(0))
+    if layout is not None:
+        flow = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), flow, layout.places(flow))
     two = config.objective.to_dict().get("target") == "residual"
     return Teacher(flow, flow if two else None, own)
 
 
 def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract: train_state.TrainState) -> Callable:
-    """The training step as it is run, step(state, ids, teacher) -> (state, metrics): the state is donated and keeps its place."""
+    """The training step as it is run, step(state, ids, teacher) -> (state, metrics). The state is donated and keeps its place."""
     step = train_state.make_step(
         experiment.net,
         experiment.family,

@@ -1,7 +1,7 @@
-"""How values are said on the command line: settings in --config.key=value, and flags that hold flags.
+"""How values are given on the command line: settings as --config.key=value, and flags that hold other flags.
 
-A setting is what its last flag says, whatever its type; None unsets one that may be unset; for others
-config.check_settings refuses it.
+Of several flags of one setting the last counts, whatever its type. None unsets a setting that may be unset; config.check_settings
+refuses it for all others.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from ml_collections.config_flags.tuple_parser import TupleParser
 
 
 class _Optional(flags.ArgumentParser):
-    """What another parser reads, and None."""
+    """A parser that reads None beside what another one reads."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
@@ -30,7 +30,7 @@ class _Optional(flags.ArgumentParser):
 
 
 class _Tuple(flags.ArgumentParser):
-    """A tuple from one flag. The library's own parser, which it looks for by its class, joins all flags of one name."""
+    """A tuple from one flag, because the library's own parser joins all flags of one name."""
 
     def parse(self, argument: str):
         return TupleParser().parse(argument)
@@ -40,7 +40,7 @@ class _Tuple(flags.ArgumentParser):
 
 
 def register() -> None:
-    """Makes ml_collections read settings so. To be called before flags are parsed."""
+    """Makes ml_collections read settings by these parsers. To be called before flags are parsed."""
     readers = {float: flags.FloatParser(), int: flags.IntegerParser(), str: flags.ArgumentParser()}
     for kind, parser in readers.items():
         config_flags.register_flag_parser_for_type(kind, _Optional(parser))

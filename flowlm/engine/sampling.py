@@ -18,7 +18,10 @@ ROWS = 256  # samples of one call
 
 
 def named_sampler(family: Family, name: str | None = None) -> tuple[str, Family]:
-    """(name, sampler) of the family; without a name the one that is set. Raises ValueError: it has none of that name, or none."""
+    """(name, sampler) of the family; without a name its last, which is set as the run says.
+
+    Raises ValueError: the family has no sampler of that name, or none at all.
+    """
     choices = family.samplers()
     if not choices:
         raise ValueError(f"a run of the family {type(family).__name__} writes no samples: name another run")
@@ -70,7 +73,8 @@ class Sampler:
     ) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls.
 
-        begin: is told that a call comes next.
+        Args:
+          begin: is told before each call what comes next.
         """
         begin("sampling")  # compiling is part of the first call
         asked = time.perf_counter()

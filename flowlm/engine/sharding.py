@@ -1,14 +1,14 @@
-"""Where arrays live: the mesh, the batch and the state; decided here, outside the model.
+"""Where arrays live: the mesh, the batch and the state. It is decided here, so that the model need not know of it.
 
 Mesh axes: `replica` and `data` split the batch; with `fsdp` the axis `data` also splits parameters, moving average and moments;
-`model` splits heads, hidden layers and the vocabulary. RULES is the one table of what goes where, for all of a state.
+`model` splits heads, hidden layers and the vocabulary. RULES says along which axes each array of a state is split.
 
 A training step's loss and gradient run on each device's own rows (`Layout.on_rows`), so that one step reduces each gradient once,
 and chunks of the vocabulary (vocab.py) need no talk between devices that split the batch:
 
     data parallel   gradients are summed over (replica, data) at the end of the step, once whatever the accumulation
     fsdp            a parameter is gathered over `data` where it is used, a block's inside the loop over blocks, and its gradient
-                    comes back by reduce-scatter; what is left is summed over replicas at the end
+                    comes back by reduce-scatter; the shards' gradients are summed over replicas at the end
     model           left to XLA's partitioner inside of that
 """
 
@@ -118,7 +118,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, and how a state lies on it.
+    """A mesh, and how the arrays of a state are spread over it.
 
     Attributes:
       fsdp: split parameters, moving average and moments over `data`.
@@ -143,7 +143,7 @@ class Layout:
 
     @property
     def rows(self) -> NamedSharding:
-        """Of a global batch [B, ...]."""
+        """The sharding of a global batch [B, ...]."""
         return NamedSharding(self.mesh, P(ROWS))
 
     def stored(self, path: str, shape: tuple[int, ...]) -> P:
@@ -168,7 +168,7 @@ class Layout:
         return P(*axes)
 
     def used(self, path: str, shape: tuple[int, ...]) -> P:
-        """The axes along which it is used: never `data`; `model` even where that leaves parts of unequal size."""
+        """The axes along which a program uses that array: never `data`; `model` even where that leaves unequal parts."""
         wanted = next(axes for pattern, axes in RULES if re.search(pattern, path))
         lead = len(shape) - len(wanted)
 
@@ -182,7 +182,7 @@ class Layout:
         return _map_named(lambda name, a: NamedSharding(self.mesh, self.stored(name, a.shape)), tree)
 
     def whole(self, params: Params) -> Params:
-        """Parameters that any jitted program can use: on every device, but for `model`."""
+        """Parameters that any jitted program can use: each device has all of them, but for what `model` splits."""
 
         def used(name, a):
             return NamedSharding(self.mesh, self.used(name, a.shape))
@@ -273,7 +273,7 @@ class Layout:
 
 
 def _cut(axis) -> str | None:
-    """What of one dimension's axes is cut by hand on each device's own rows: `data`."""
+    """`data` where one dimension's axes hold it, because on each device's own rows that axis is cut by hand; otherwise None."""
     return "data" if axis == "data" or (isinstance(axis, tuple) and "data" in axis) else None
 
 

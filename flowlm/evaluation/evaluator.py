@@ -1,4 +1,4 @@
-"""What a model is worth: held-out cross-entropy and likelihood, and samples before judges. All on the averaged parameters.
+"""Evaluates a model: held-out cross-entropy and likelihood, and samples before judges. All of it uses the averaged parameters.
 
 Metrics are one flat dict:
     held_out/cross_entropy@TAU, held_out/context_free@TAU   nats per token at a fixed grid of warped time, and their means
@@ -7,6 +7,7 @@ Metrics are one flat dict:
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
     samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
+    samples/6-gram/METRIC, samples/8-gram/METRIC            the same where they are of letters
 """
 
 from collections.abc import Callable, Sequence
@@ -39,13 +40,15 @@ def _about(begin: Callable[[str], None], what: str) -> Callable[[str], None]:
 
 
 class Evaluator:
-    """evaluator(params, step, num_samples) -> Evaluation. What can fail fails when it is made; programs compile in the first call.
+    """evaluator(params, step, num_samples) -> Evaluation.
+
+    Whatever is wrong is found when it is made; programs compile in the first call.
 
     Args:
       settings: the experiments' `evaluation` section.
       data_dir: `data.dir`.
       only_steps: numbers of sampling steps instead of `settings.steps`.
-      samples_only: of the sampler as it is set; no plain one beside it, no likelihood, no rows of reference.
+      samples_only: judge the sampler as it is set, and nothing else: no plain sampler, no likelihood, no rows of reference.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as `Panel`, of which nothing is left to the first call.
@@ -107,7 +110,7 @@ class Evaluator:
         return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
 
     def _naives(self) -> dict[str, Callable]:
-        return naive.SENTENCE_SAMPLERS if self._dataset.sentences else naive.SAMPLERS
+        return naive.samplers(self._dataset.sentences, self._dataset.tokenizer.vocab_size)
 
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
@@ -121,7 +124,7 @@ class Evaluator:
         notes, *more = self._told
         if self._samples_only:
             return Evaluation(step, metrics, texts, {}, notes, *more)
-        # As many rows of real text as samples, where there are (distinct-n depends on the number), and of what no model wrote.
+        # As many rows of reference as samples, because distinct-n depends on their number: real text, and what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
         others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
@@ -136,14 +139,15 @@ class Evaluator:
         return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
-        key, decode = purpose_key(self._seed, step, SAMPLE), self._dataset.tokenizer.decode_batch
+        key = purpose_key(self._seed, step, SAMPLE)
         out = {}
         for (sampler, steps), follow in self._trajectories.items():
             check_stopped()
             name = row_name(sampler, steps)
             begin(f"following {FOLLOWED} samples of {name}")
             ids = gathered(follow(params, key, FOLLOWED, steps)).swapaxes(0, 1)
-            pieces = {i: decode([[i]])[0] for i in np.unique(ids).tolist()}
+            seen = np.unique(ids).tolist()
+            pieces = dict(zip(seen, self._dataset.tokenizer.decode_tokens(seen)))
             out[name] = [[[pieces[i] for i in row] for row in sample] for sample in ids.tolist()]
         return out
 

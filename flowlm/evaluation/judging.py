@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from flowlm.judges.exact import GrammarJudge
 from flowlm.judges.kneser_ney import KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
+from flowlm.judges.molecules import Molecules
 from flowlm.judges.ngrams import NGrams
 from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
@@ -29,20 +30,21 @@ TRIED = 8  # ids of a row that pretrained judges are tried on
 
 
 def make_language_models(
-    names: Sequence[str], length: int, data_dir: str, layout: Layout, reference: Callable[[int], Sequence[str]]
-) -> list[LanguageModel | Mauve]:
-    """The judges of `evaluation.language_models`, which read `length` of their tokens of every text.
+    names: Sequence[str], length: int, data_dir: str, layout: Layout, dataset: Dataset
+) -> list[LanguageModel | Mauve | Molecules]:
+    """The judges of `evaluation.language_models`; language models read `length` of their tokens of every text.
 
     Args:
-      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`.
+      names: `smollm2`, `hf:NAME` (a Hugging Face model by name or path) or `run:DIRECTORY`; `mauve:smollm2` or `mauve:hf:NAME`;
+        `rdkit`, of molecules.
       data_dir: where smollm2's file is.
-      reference: num -> that many held-out texts, or all where there are fewer. Only mauve calls it, and at its first score.
+      dataset: that of the run. Mauve and rdkit read its rows beside the samples.
 
     Raises:
       ValueError: another name, or two judges whose metrics would have one name. FileNotFoundError, ImportError: what a judge
         needs is not here, and how to get it.
     """
-    judges: dict[tuple[type, str], tuple[str, LanguageModel | Mauve]] = {}
+    judges: dict[tuple[type, str], tuple[str, LanguageModel | Mauve | Molecules]] = {}
     for name in names:
         kind, _, rest = name.partition(":")
         if name == "smollm2":
@@ -52,9 +54,11 @@ def make_language_models(
         elif kind == "run" and rest:
             judge = run_judge(rest, length, layout)
         elif kind == "mauve" and re.fullmatch("smollm2|hf:.+", rest):
-            judge = mauve.make_judge(rest, length, data_dir, reference)
+            judge = mauve.make_judge(rest, length, data_dir, partial(reference_texts, dataset))
+        elif name == Molecules.name:
+            judge = Molecules(partial(rows_as_text, dataset), dataset.tokenizer.start, dataset.tokenizer.pad)
         else:
-            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2 or mauve:hf:NAME"
+            choices = "smollm2, hf:NAME, run:DIRECTORY, mauve:smollm2, mauve:hf:NAME or rdkit"
             raise ValueError(f"unknown evaluation.language_models {name!r}: choose {choices}")
         other, _ = judges.setdefault((type(judge), judge.name), (name, judge))
         if other != name or names.count(name) > 1:
@@ -88,22 +92,78 @@ def reference_texts(dataset: Dataset, num: int) -> list[str]:
     return with_breaks(dataset.tokenizer, split.shuffled(0)(0, min(num, len(split))))
 
 
-def make_judges(dataset: Dataset) -> list[Judge]:
-    """The judges that fit the data: first its own, then counts, always.
+def rows_as_text(dataset: Dataset, name: str) -> list[str]:
+    """The rows of the split of that name as text."""
+    split = getattr(dataset, name)
+    return dataset.tokenizer.decode_batch(split.rows(0, len(split)))
 
-    Its own are the grammar's exact law, the real ones of sentences, or a 5-gram character model, which sentences have beside.
+
+class Material:
+    """What judges are made of; each part is read once, when the first judge asks for it.
+
+    Attributes:
+      dataset: the run's data.
+      start: id of the start token.
+      pad: id of the token behind a sentence that is a row of its own; None of other data.
     """
-    start = dataset.tokenizer.start
-    held_out = dataset.validation.rows(0, min(MAX_ROWS, len(dataset.validation)))
-    if dataset.grammar is not None:
-        return [GrammarJudge(dataset.grammar, start), Statistics(None, start), NGrams(held_out, start)]
-    text = dataset.train.text(MAX_CHARS)
-    if dataset.sentences:
-        pad, whole = dataset.tokenizer.pad, lambda split: split.rows(0, len(split))
-        unseen = np.concatenate([whole(dataset.validation), whole(dataset.test)])
-        own = Sentences(whole(dataset.train), unseen, start, pad)
-        return [own, KneserNey.fit(text), Statistics(None, start, pad), NGrams(held_out, start, pad)]
-    return [KneserNey.fit(text), Statistics(frozenset(words(text)), start), NGrams(held_out, start)]
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.start = dataset, dataset.tokenizer.start
+        self.pad = dataset.tokenizer.pad if dataset.sentences else None
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Rows of ids [N, L] of the validation split."""
+        return self.dataset.validation.rows(0, min(MAX_ROWS, len(self.dataset.validation)))
+
+    @cached_property
+    def text(self) -> str:
+        """The train split as text, or its beginning."""
+        return self.dataset.train.text(MAX_CHARS)
+
+
+def _grammar(made_of: Material) -> Judge | None:
+    grammar = made_of.dataset.grammar
+    return None if grammar is None else GrammarJudge(grammar, made_of.start)
+
+
+def _sentences(made_of: Material) -> Judge | None:
+    data = made_of.dataset
+    if not data.sentences:
+        return None
+    train, *unseen = (split.rows(0, len(split)) for split in (data.train, data.validation, data.test))
+    return Sentences(train, np.concatenate(unseen), made_of.start, made_of.pad)
+
+
+def _characters(made_of: Material) -> Judge | None:
+    return KneserNey.fit(made_of.text) if made_of.dataset.grammar is None else None
+
+
+def _statistics(made_of: Material) -> Judge:
+    # Of a row that is cut out of a text, words that the text has not are mistakes; the others are of known words anyway.
+    cut = made_of.dataset.grammar is None and not made_of.dataset.sentences
+    return Statistics(frozenset(words(made_of.text)) if cut else None, made_of.start, made_of.pad)
+
+
+def _ngrams(made_of: Material) -> Judge:
+    return NGrams(made_of.held_out, made_of.start, made_of.pad)
+
+
+# Makes each judge, or nothing where it has nothing to say of the data. The first that is made is the data's own: what it calls main
+# is what tables show first.
+JUDGES: dict[str, Callable[[Material], Judge | None]] = {
+    "grammar": _grammar,
+    "sentences": _sentences,
+    "characters": _characters,
+    "statistics": _statistics,
+    "ngrams": _ngrams,
+}
+
+
+def make_judges(dataset: Dataset) -> list[Judge]:
+    """Those of JUDGES that fit the data, in their order."""
+    made_of = Material(dataset)
+    return [judge for make in JUDGES.values() if (judge := make(made_of)) is not None]
 
 
 class Panel:
@@ -111,7 +171,7 @@ class Panel:
 
     Attributes:
       notes: what a reader of their metrics must know, a sentence each.
-      main: the metrics to read first: of the data's own judge, of the pretrained ones, and of those that count.
+      main: the metrics to read first: of RDKit, of the data's own judge, of the pretrained ones, and of those that count.
       meanings: {metric: what it is}.
 
     Raises:
@@ -125,10 +185,8 @@ class Panel:
                     f"the {name} split has no row, and evaluations read it: prepare more text, or shorter rows"
                 )
         self._tokenizer = dataset.tokenizer
-        # Those that may not be here come first, because the others take long.
-        self._pretrained = make_language_models(
-            language_models, dataset.length, data_dir, layout, partial(reference_texts, dataset)
-        )
+        # Pretrained judges come first, because their files may be missing and fitting the others takes long.
+        self._pretrained = make_language_models(language_models, dataset.length, data_dir, layout, dataset)
         rows = dataset.validation.rows(0, min(2, len(dataset.validation)))
         for name, judge in zip(language_models, self._pretrained, strict=True):
             try:
@@ -137,7 +195,10 @@ class Panel:
                 raise ValueError(f"the judge {name!r} cannot read this run's text: {error}") from error
         self._counting = make_judges(dataset)
         score_all(self._counting, rows, self._tokenizer.decode_batch(rows))
-        ordered = [*self._counting[:1], *self._pretrained, *self._counting[1:]]
+        # RDKit knows what a row of molecules is worth, before all that compares it with others.
+        exact = [judge for judge in self._pretrained if isinstance(judge, Molecules)]
+        pretrained = [judge for judge in self._pretrained if judge not in exact]
+        ordered = [*exact, *self._counting[:1], *pretrained, *self._counting[1:]]
         self.main = tuple(metric for judge in ordered for metric in getattr(judge, "main", ()))
         self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))

@@ -1,6 +1,7 @@
 """Samplers that know no language: a measure that one of them wins is worth nothing (2606.08417)."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def unigram(rows: np.ndarray, num: int, seed: int) -> np.ndarray:
 def chain(order: int, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Rows int32 [num, L]: each token follows the `order` - 1 before it as somewhere in rows [N, L], drawn by frequency.
 
-    The first `order` - 1 are those of one row. After tokens that end rows only, the next token is one of all.
+    The first `order` - 1 are those of one row. After tokens that only end rows the next one is drawn from all tokens.
     """
     rng = np.random.default_rng(seed)
     size, before = int(rows.max()) + 1, order - 1
@@ -42,5 +43,15 @@ def chain(order: int, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
 bigram, trigram, four_gram = (functools.partial(chain, order) for order in (2, 3, 4))
 
 SAMPLERS = {"unigram": unigram, "trigram": trigram}
-# Of sentences, where a chain that keeps three words in mind writes many that are true: they are short.
+# For rows that are sentences: they are so short that a chain which keeps three words in mind writes many real ones.
 SENTENCE_SAMPLERS = {"bigram": bigram, "trigram": trigram, "4-gram": four_gram}
+# Of rows whose tokens are letters, of which a chain must keep more in mind.
+LETTER_SAMPLERS = {"trigram": trigram} | {f"{order}-gram": functools.partial(chain, order) for order in (6, 8)}
+LETTERS = 128  # a vocabulary that is smaller is one of letters
+
+
+def samplers(sentences: bool, vocab_size: int) -> dict[str, Callable[[np.ndarray, int, int], np.ndarray]]:
+    """{name: (rows, num, seed) -> rows} of those that fit the data, of which `sentences` says whether each row is a text."""
+    if not sentences:
+        return SAMPLERS
+    return LETTER_SAMPLERS if vocab_size < LETTERS else SENTENCE_SAMPLERS

@@ -14,7 +14,7 @@ from flowlm.runs.metrics import parse_row
 from flowlm.system import storage
 
 SHOWN = 16  # samples of each kind in samples.txt
-PRINTED = 2  # of those at the terminal
+PRINTED = 2  # of those, how many are printed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
       metrics: as evaluation.py lists them.
       texts: {sampler@steps: samples as text}.
-      trajectories: {sampler@steps: the likeliest token of every position at every step, as text [sample][step][position]}.
+      trajectories: {sampler@steps: the likeliest token of every position at every step, as text, by sample, step and position}.
       notes: what a reader of the metrics must know, a sentence each.
       main: the judges' metrics to read first.
       meanings: {metric of a judge: what it is}.
@@ -52,7 +52,8 @@ class Evaluation:
     def save(self, directory: str | os.PathLike, run: str | os.PathLike | None = None) -> None:
         """Writes samples.txt, trajectories.json, evaluation.json and evaluation.png; each file appears whole.
 
-        run: the run directory that was evaluated, if it is another one.
+        Args:
+          run: the run directory that was evaluated, where it is not `directory` itself.
         """
         directory = storage.path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def lines_of_samples(directory: str | os.PathLike, num: int) -> dict[str, list[s
     every = {
         name: [line for line in rest.split("\n") if line][:num] for name, _, rest in (b.partition("\n") for b in blocks)
     }
-    # Of the samplers with as many steps the plain one stands first.
+    # Of two samplers with the same number of steps the plain one comes first, so the one that is set stays.
     as_set = {steps: name for name in every if (steps := parse_row(name)[1]) is not None}
     return {name: every[name] for name in (*as_set.values(), "held_out") if name in every}
 
@@ -109,9 +110,11 @@ def lines_of_samples(directory: str | os.PathLike, num: int) -> dict[str, list[s
 def compare(directories: Sequence[str], wide: bool = False, samples: int | None = None) -> None:
     """Prints the samples' metrics of several evaluated runs, a table for each set of data, and a sample of each kind.
 
-    samples: so many lines of the samplers as they are set and of real rows, in place of one sample of each kind.
+    Args:
+      samples: how many lines are shown of the samplers as they are set and of real rows, in place of one sample of each kind.
 
-    Raises FileNotFoundError, ValueError as `read_evaluation` and `lines_of_samples`.
+    Raises:
+      FileNotFoundError, ValueError: as `read_evaluation` and `lines_of_samples`.
     """
     by_data: dict[str | None, dict[str, dict]] = {}
     lines = {}

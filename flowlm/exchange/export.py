@@ -2,15 +2,15 @@
 
 params       the averaged parameters alone (Orbax): what takes a run directory takes this too, on any mesh
 safetensors  the same in the reference's names (reference.py), with a model card; `flowlm import` reads it back
-jax          programs that run where flowlm is not installed (examples/run_exported.py):
+jax          programs that run without flowlm (examples/run_exported.py):
                  sampler.jax    (weights, seed uint32 [], rows int32 [b]) -> ids int32 [b, L], those of `flowlm sample --seed`
                  denoiser.jax   (weights, state, tau_s [b], tau_t [b]) -> logits float32 [b, L, V]; state is z float32
                                 [b, L, D], or ids int32 [b, L] of a discrete diffusion or an autoregressive model
                  weights.npz    {path: array}; bfloat16 as the uint16 of its bits, which the programs undo
              b is any number of rows; the values of `rows` are not read.
 
-Each has a manifest.json that says what it is, with the sha256 of every file (integrity.py). It is written last, and only once the
-parameters were read back as they were.
+Each has a manifest.json that says what it is, with the sha256 of every file (integrity.py). Until all files are there, and the
+parameters were read back as they were, it says that the export is unfinished, and whatever reads exports refuses it.
 """
 
 import io
@@ -33,6 +33,7 @@ from flowlm.runs import directory as run_directory
 from flowlm.runs import integrity
 from flowlm.runs.checkpoint import save_params
 from flowlm.runs.integrity import checksum
+from flowlm.runs.model import check_drawing
 from flowlm.runs.trained import Trained, load_trained
 from flowlm.system import storage
 
@@ -93,6 +94,8 @@ def export(
         __import__(needed or "jax")
     except ImportError as error:
         raise ImportError(f"--format={format} needs {needed}: pip install -e .[export]") from error
+    if format == "jax":
+        check_drawing(directory, [steps], sampler, **(objective or {}))
     run = load_trained(directory, layout, objective)
     params, out = jax.tree.map(np.asarray, run.params), storage.path(out)
     files = {}
@@ -100,6 +103,7 @@ def export(
         files = _programs(run, params, dtype, steps, sampler)
     elif format == "safetensors":
         files = _safetensors(run, params, dtype)
+    integrity.begin(out)
     run_directory.prepare_workdir(out, run.config, run.tokenizer, copied=True)
     if format == "params":
         save_params(out, params, run.step, jnp.dtype(dtype))

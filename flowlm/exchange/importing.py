@@ -48,8 +48,13 @@ PLAIN |= {"builtins.bool": bool, "collections.defaultdict": collections.defaultd
 
 
 class Source(NamedTuple):
-    """What a file holds: settings (of the reference, or a whole ConfigDict of ours), arrays in the reference's names, and the
-    step they are of."""
+    """What a file holds.
+
+    Attributes:
+      settings: those of the reference, or a ConfigDict with all of ours.
+      arrays: by their names in the reference.
+      step: of training, from which the arrays are.
+    """
 
     settings: Mapping[str, Any] | ConfigDict
     arrays: Mapping[str, np.ndarray]
@@ -96,7 +101,12 @@ def _bare_names(names: Iterable[str], source: str) -> dict[str, str]:
 
 
 def _check_rotary(frequencies: np.ndarray, precision: float, source: str) -> None:
-    """precision: the relative one of the type that they were saved in, whose rounding is no difference."""
+    """Raises ValueError where rotary frequencies are not those of base 10,000.
+
+    Args:
+      precision: relative precision of the type that they were saved in, because its rounding is no difference.
+      source: where they are from, for the error.
+    """
     expected = 1e4 ** (-np.arange(len(frequencies)) / len(frequencies))
     if not np.allclose(frequencies, expected, rtol=max(1e-4, precision), atol=0):
         raise ValueError(
@@ -325,6 +335,7 @@ def import_run(path: str | os.PathLike, to: str | os.PathLike, weights: str, bas
     run = load_imported(path, weights, base)
     if run.config.data.tokenizer == OWN:
         run.config.data.tokenizer = str(storage.path(to) / OWN)
+    integrity.begin(to)
     run_directory.prepare_workdir(to, run.config, run.tokenizer)
     save_params(to, run.params, run.step, jnp.float32)
     facts = {"format": "params", "from": str(path), "step": run.step, "checksum": integrity.checksum(run.params)}

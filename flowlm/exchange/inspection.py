@@ -1,4 +1,4 @@
-"""What a path is: a run, what was exported of one, or a checkpoint that can be imported."""
+"""Finds out what lies at a path: a run, an export of one, or a checkpoint that can be imported."""
 
 import os
 from collections.abc import Mapping

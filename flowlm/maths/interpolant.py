@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from flowlm.maths.prior import HIGHEST, Geometry
 
-# A likelihood at t = 1 is infinitely sharp; from here on it is as good as exact.
+# 1 - t is kept above this in denominators, because a likelihood is infinitely sharp at t = 1.
 MIN_NOISE = 1e-2
 
 
 def interpolate(z0: jax.Array, z1: jax.Array, t: jax.Array) -> jax.Array:
-    """z_t."""
+    """The state z_t of the path at time t."""
     return (1 - t) * z0 + t * z1
 
 

@@ -86,7 +86,7 @@ class Gaussian:
     name = "gaussian"
 
     def mean(self, embedding: jax.Array) -> jax.Array:
-        """E[z0]: [D]."""
+        """The mean of z0: [D]."""
         return jnp.zeros(embedding.shape[1])
 
     def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
@@ -109,7 +109,7 @@ class Gaussian:
         return jnp.matmul(_white(keys, length, geo.color.shape[0]), geo.color, precision=HIGHEST)
 
     def sample_joint(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
-        """`sample` for two embeddings side by side, [E, E'] [V, 2D], which are equal when a student starts at its teacher.
+        """`sample` for two embeddings side by side, of shape [V, 2D], which are equal when a student starts at its teacher.
 
         Their Gram matrix is then singular; a QR factor, slower on accelerators, is exact all the same.
         """
@@ -126,7 +126,7 @@ class Dirichlet:
     chunk: int = 1024  # vocabulary entries at a time
 
     def mean(self, embedding: jax.Array) -> jax.Array:
-        """E[z0]: [D]."""
+        """The mean of z0: [D]."""
         return embedding.mean(0)
 
     def sample(self, keys: jax.Array, embedding: jax.Array, length: int) -> jax.Array:
@@ -152,7 +152,7 @@ class Dirichlet:
         return weighted / total
 
     def draw(self, keys: jax.Array, embedding: jax.Array, geo: Geometry, length: int) -> jax.Array:
-        """`sample`; it needs no geometry."""
+        """Draws as `sample` does, which needs no geometry."""
         return self.sample(keys, embedding, length)
 
     sample_joint = sample

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.special import gammaln, log_ndtr
 
 KNOTS = 4097
-# What r is scaled by, of the share D / V of the signal's power.
+# The factor of r in each kind, as a function of the share min(1, D / V) of the signal's power.
 _SCALES = {"ambient": lambda share: 1.0, "embedded": math.sqrt, "between": lambda share: math.sqrt(math.sqrt(share))}
 KINDS = (*_SCALES, "identity")
 
@@ -48,7 +48,7 @@ def _dirichlet_q(ratio: np.ndarray, vocab: int) -> np.ndarray:
     offset = np.linspace(0.0, 12.0, 601) * math.sqrt(vocab)
     p = vocab + 1j * offset
     weight = np.exp(p - vocab * np.log(p) + gammaln(vocab)) * (offset[1] - offset[0]) / math.pi
-    weight[0] /= 2  # the other half plane is the complex conjugate
+    weight[0] /= 2  # its mirror image below the real axis is the complex conjugate
     tail = np.exp(-p[None, :] * np.minimum(ratio, 1.0)[:, None])
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inner = -np.expm1(vocab * np.log1p(-tail)) / (vocab * tail)

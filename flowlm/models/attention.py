@@ -15,8 +15,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 PLATFORM = {"xla": None, "splash": "tpu", "cudnn": "gpu"}
-TILE = 128  # what splash's blocks are a multiple of
-AT_ONCE = 8  # rows in one call of splash, whose statistics fill 128 lanes for one number
+TILE = 128  # splash's blocks are multiples of it
+AT_ONCE = 8  # rows in one call of splash: its statistics take 128 lanes a number, too much memory for all rows at once
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
@@ -36,7 +36,7 @@ def check_attention(implementation: str, *, cap: float, causal: bool, length: in
 
 
 def runs_on(implementation: str, platform: str) -> bool:
-    """Whether devices of this platform (cpu, gpu, tpu) have it."""
+    """Whether an implementation runs on devices of this platform: cpu, gpu, tpu."""
     return PLATFORM[implementation] in (None, platform)
 
 
@@ -79,7 +79,7 @@ def attention(
 
 def _splash(q, k, v, cap, causal):
     length = q.shape[1]
-    # What is added at the end of causal rows is seen by nobody.
+    # Padding is only added behind causal rows, where no position sees it.
     padded = -(-length // TILE) * TILE
     block = next(size for size in (512, 256, TILE) if padded % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute")

@@ -4,8 +4,8 @@
     head    logits = 30 tanh( (LN(x) (1 + s) + b) W / 30 ),   attention scores 50 tanh( q.k / sqrt(d) / 50 )
 
 with (b, s, g) = Linear(cond), cond = SiLU( temb_s(tau_s) + temb_t(tau_t) ); without time embeddings they are (0, 0, 1).
-Parameters and normalisation are float32, products run in `dtype`. The embedding and the output matrix live here too, but are
-applied by `models/__init__.py` and `vocab.py`.
+Parameters and normalisation are float32, products run in `dtype`. The embedding and the output matrix are parameters of
+this module too, but network.py and vocab.py apply them.
 """
 
 import functools
@@ -26,7 +26,7 @@ def rotary(x: jax.Array, first: jax.Array | int = 0, base: float = 1e4) -> jax.A
     angle = (first + jnp.arange(length))[:, None] / base ** (jnp.arange(half) / half)[None, :]
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     left, right = (half.astype(jnp.float32) for half in jnp.split(x, 2, -1))
-    # Halves are cut and joined in x's own type: in float32 they would fill memory for nothing.
+    # Halves are cut and joined in x's own type, because in float32 they would take twice the memory and be no better.
     return jnp.concatenate([(left * cos - right * sin).astype(x.dtype), (right * cos + left * sin).astype(x.dtype)], -1)
 
 
@@ -159,7 +159,7 @@ class DiT(nn.Module):
 
         x = z.astype(jnp.float32)
         for name, y in zip(self.mixes, extra, strict=True):
-            # From zero: unit-sized noise through a random matrix would drown the posterior, whose scale is E's.
+            # The matrix starts at zero, because unit-sized noise through a random one would drown the posterior, small as E is.
             x = x + TokenDense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name=f"mix_{name}")(y)
         if self.learned_positions:
             positions = self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))

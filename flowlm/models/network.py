@@ -11,13 +11,13 @@ the one thing that is known exactly, the own-position log-likelihood of every to
                        matrix, white as in prior.Geometry: the likelihood is linear in it, no direction too weak to be seen
     output  plain            soft-capped logits
             likelihood_skip  soft-capped logits + own-position log-likelihood (at tau_s)
-            early_skip       the same, weighted max(0, 1 - (tau_s / early_until)^2): where a sampler's state is nearly all noise,
-                             hence distributed as in training, what its own position says can be taken at its word
+            early_skip       the same, but the likelihood is weighted by max(0, 1 - (tau_s / early_until)^2): early on a sampler's
+                             state is nearly all noise, so it is distributed as in training and the likelihood can be trusted
 
     With `white` the learnt prior over tokens is in the logits too.
 
-    preview            adds what `posterior` will be at warped time preview_time, before that time, through a matrix of its own:
-                       a flow map at s = 0 must act on the noise, and this says which token it leans to
+    preview            feeds also, through a matrix of its own, what `posterior` would make of z at warped time preview_time:
+                       a flow map at s = 0 must act on the noise, and this says which token the noise leans to
 
 All but `raw`, `scaled` and `plain` need the gaussian prior.
 """
@@ -94,7 +94,7 @@ class Network:
         return params["embedding"]
 
     def geometry(self, params: Params) -> Geometry:
-        """prior.geometry of E; what `prepared` has put there, if it has."""
+        """prior.geometry of E, which is not computed again where `prepared` has put it into params."""
         return params["geometry"] if "geometry" in params else geometry(params["embedding"])
 
     def prepared(self, params: Params) -> Params:
@@ -128,7 +128,7 @@ class Network:
         return {**params, **{k: jnp.zeros_like(params[k]) for k in silent if k in params}}
 
     def weighted(self, params: Params, loss: jax.Array, tau_s: jax.Array, tau_t: jax.Array) -> jax.Array:
-        """exp(-w) loss + w with the learned w(tau_s, tau_t) where the network has one; [B] each, otherwise as it is."""
+        """exp(-w) loss + w with the learned w(tau_s, tau_t), [B] each; a network without w leaves the loss as it is."""
         if "loss_weight" not in params:
             return loss
         w = LossWeight().apply({"params": params["loss_weight"]}, tau_s, tau_t)
@@ -159,7 +159,7 @@ class Transformer(Network):
     Attributes:
       length: L, ids in a row.
       warp: warped time.
-      whole: what a block calls on its stored parameters to make them whole (sharding.py), or None.
+      whole: what a block calls to all-gather its stored parameters (sharding.py), or None where they are stored whole.
       vocab_size: V.
       width: D.
 
@@ -184,7 +184,7 @@ class Transformer(Network):
         10.0, "multiplies the learnt prior of input `white`, which would take too long to reach its size", "(0, inf)"
     )
     preview: bool = setting(False, "for flow maps: also feed the posterior at warped time preview_time")
-    preview_time: float = setting(0.2, "that time", "(0, 1]")
+    preview_time: float = setting(0.2, "warped time of the preview", "(0, 1]")
     output: str = setting("plain", "what is added to the logits", choices=("plain", "likelihood_skip", "early_skip"))
     early_until: float = setting(0.2, "warped time at which output `early_skip` ends", "(0, 1]")
     time_embeddings: int = setting(
@@ -301,7 +301,7 @@ class Transformer(Network):
         return hidden if self.output == "plain" else jnp.concatenate([hidden, features], -1)
 
     def _scaled(self, embedding, z, t):
-        """z at about unit size; no gradient goes to the embedding by its size."""
+        """z at about unit size. The size of the embedding takes no gradient, since it is only a unit."""
         energy = jnp.sum(stop_gradient(embedding) ** 2) / self.width  # tr(G) / D
         t = t[:, None, None]
         noise = jnp.maximum(1 - t, MIN_NOISE)
@@ -338,7 +338,7 @@ class Transformer(Network):
         return {"position": position + 1, "keys": keys, "values": values}, hidden
 
     def gathering(self, whole: Callable) -> "Transformer":
-        """The same network, whose blocks call `whole` on their parameters to make them whole (sharding.py)."""
+        """The same network, whose blocks call `whole` to all-gather their parameters (sharding.py)."""
         return dataclasses.replace(self, whole=whole)
 
 

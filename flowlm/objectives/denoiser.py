@@ -23,6 +23,7 @@ from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
 from flowlm.objectives.base import Batch, Family
 from flowlm.objectives.guidance import Prediction, Predictor
+from flowlm.system.settings import setting
 
 # Where the bound hands over to the decoder, in embedded warped time.
 TAU_MAX = 0.9999
@@ -117,6 +118,7 @@ class Denoiser(NoisePath):
         return vocab.cross_entropy(head, jnp.concatenate([features, positions], -1), batch["ids"]).mean(-1)
 
 
+@dataclasses.dataclass(frozen=True)
 class PathSampler(Denoiser):
     """A denoiser that writes text: `steps` network calls carry noise along the path, on a uniform grid of tau.
 
@@ -126,8 +128,12 @@ class PathSampler(Denoiser):
       guidance: 1 samples the network itself; more moves away from the same network with dropout (autoguidance, 2406.02507).
     """
 
-    noise_scale: float
-    guidance: float
+    noise_scale: float = setting(
+        1.0, "sampler: size of every draw of noise; below 1 less diverse and more coherent", "(0, 1]"
+    )
+    guidance: float = setting(
+        1.0, "sampler: above 1, away from the same network with dropout", "[0, inf)", note="1: none"
+    )
 
     @abc.abstractmethod
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:

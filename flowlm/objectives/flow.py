@@ -33,8 +33,6 @@ class Flow(PathSampler):
       eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
       temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
         softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
-      noise_scale: as `PathSampler` has it.
-      guidance: as `PathSampler` has it.
     """
 
     distils: ClassVar[bool] = False
@@ -47,12 +45,6 @@ class Flow(PathSampler):
         "[0, inf)",
         note="0: the likeliest token, None: no draw",
         optional=float,
-    )
-    noise_scale: float = setting(
-        1.0, "sampler: size of every draw of noise; below 1 less diverse and more coherent", "(0, 1]"
-    )
-    guidance: float = setting(
-        1.0, "sampler: above 1, away from the same network with dropout", "[0, inf)", note="1: none"
     )
 
     def __post_init__(self):

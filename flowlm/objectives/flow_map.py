@@ -73,8 +73,6 @@ class FlowMap(PathSampler):
       gamma: of the sampler, how much fresh noise it puts in place of old between its steps.
       temperature: of the sampler; None decodes the last step by argmax, a number draws.
       top_p: share of the probability that those draws keep.
-      noise_scale: as `PathSampler` has it.
-      guidance: as `PathSampler` has it.
     """
 
     teacher: bool = False
@@ -100,12 +98,6 @@ class FlowMap(PathSampler):
         "[0, inf)",
         note="0: the likeliest token, None: no draw",
         optional=float,
-    )
-    noise_scale: float = setting(
-        1.0, "sampler: size of every draw of noise; below 1 less diverse and more coherent", "(0, 1]"
-    )
-    guidance: float = setting(
-        1.0, "sampler: above 1, away from the same network with dropout", "[0, inf)", note="1: none"
     )
 
     def __post_init__(self):

@@ -9,7 +9,11 @@ auxiliary one that follows the student. With l = logits of delta_{s,1}(z_s), p =
     student      probability  w <p, d>                  the gradient of the KL with respect to x1
                  logit        w <l, d>                  its natural gradient: it does not vanish where p is sure of itself
                  log          w <p, log p_phi - log p_T>
+                 ratio        w x cross-entropy of p to q ~ p p_T / p_phi: `log` as one bounded step of exponentiated gradient
     auxiliary    cross-entropy of D_phi(z_t) to x1;     K updates for one of the student
+
+What a token's own noised value says of it saturates both denoisers, and with them d; in their ratio it cancels, and what the other
+tokens say is left.
 
 x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). Where V > D the score lies in z, and d is projected on what z
 shows of it: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the map, whose run names its flow; student, auxiliary and
@@ -20,6 +24,7 @@ flow see the same states, because all keep the teacher's embedding. Rows that ar
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -28,7 +33,7 @@ from jax.lax import stop_gradient
 
 from flowlm.maths import identities, vocab
 from flowlm.maths.interpolant import interpolate
-from flowlm.maths.prior import geometry
+from flowlm.maths.prior import HIGHEST, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
 from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher, Update
@@ -37,31 +42,50 @@ from flowlm.objectives.rows import Split, split_of
 from flowlm.objectives.targets import Delta
 from flowlm.system.settings import setting
 
+# Nats: two denoisers differ by more only where neither of them was trained.
+LIMIT = 3.0
+
 
 def difference(auxiliary: jax.Array, flow: jax.Array, codes: jax.Array | None) -> jax.Array:
     """softmax(auxiliary) - softmax(flow) of logits [..., V], projected on the span of codes [V, R] where they are given."""
     d = jax.nn.softmax(auxiliary) - jax.nn.softmax(flow)
-    return d if codes is None else (d @ codes) @ codes.T
+    dot = partial(jnp.matmul, precision=HIGHEST)
+    return d if codes is None else dot(dot(d, codes), codes.T)
 
 
-def probability(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def probability(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <softmax(logits), d> of one token."""
     d = stop_gradient(difference(auxiliary, flow, codes))
     return weight * jnp.sum(jax.nn.softmax(logits) * d, -1)
 
 
-def logit(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def logit(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <logits, d>, whose gradient with respect to the logits is w d."""
     return weight * jnp.sum(logits * stop_gradient(difference(auxiliary, flow, codes)), -1)
 
 
-def log(logits, auxiliary, flow, weight, codes=None) -> jax.Array:
+def log(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
     """w <softmax(logits), log softmax(auxiliary) - log softmax(flow)>; no score of z, so there is nothing to project."""
     ratio = stop_gradient(jax.nn.log_softmax(auxiliary) - jax.nn.log_softmax(flow))
     return weight * jnp.sum(jax.nn.softmax(logits) * ratio, -1)
 
 
-FORMS = {"probability": probability, "logit": logit, "log": log}
+def ratio(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
+    """w x cross-entropy of softmax(logits) to q ~ softmax(logits) p_T / p_phi, which does not move; its gradient is at most 2 w."""
+    log_p = jax.nn.log_softmax(logits)
+    gain = jnp.clip(jax.nn.log_softmax(flow) - jax.nn.log_softmax(auxiliary), -LIMIT, LIMIT)
+    return -weight * jnp.sum(stop_gradient(jax.nn.softmax(log_p + gain)) * log_p, -1)
+
+
+FORMS = {"probability": probability, "logit": logit, "log": log, "ratio": ratio}
 WEIGHTS = {"one": jnp.ones_like, "kl": lambda t: (t / (1 - t)) ** 2}
 
 

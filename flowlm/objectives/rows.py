@@ -4,7 +4,7 @@ So each microbatch and each device has the same share of both.
 """
 
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Split(NamedTuple):
         parts = (a.reshape(-1, n, *a.shape[1:]) for a, n in ((first, self.few), (second, self.group - self.few)))
         return jnp.concatenate(list(parts), 1).reshape(-1, *first.shape[1:])
 
-    def apart(self, batch):
+    def apart(self, batch: Any) -> tuple[Any, Any]:
         """(rows of the first kind, the others) of a tree of arrays [B, ...]; None stays None."""
 
         def part(pick):

@@ -24,8 +24,8 @@ from flowlm.engine.sharding import path_of
 from flowlm.runs import integrity
 from flowlm.system import lock, processes, storage
 
-# A save is read back in so many parts, so that beside the state there need only be room for one of them: about one copy of the
-# parameters, as large as the gradients of a step.
+# A save is read back in so many parts, because beside the state there is room for one of them only: about one copy of the
+# parameters, which is as large as the gradients of a step.
 _PARTS = 4
 
 
@@ -83,7 +83,7 @@ class _OtherArchitecture(ValueError):
 def _read(load: Callable[[], tuple[Any, np.ndarray | None]]) -> tuple[Any, str | None]:
     """(tree, None) where `load` gives a tree with the sums that it was saved with, else (None, what is wrong).
 
-    What one process cannot read, no process goes on from; all must call.
+    Where one process cannot read it, it counts as unreadable in all of them; all must call.
     """
     tree = sums = wrong = None
     try:
@@ -106,7 +106,7 @@ class Checkpoints:
       every: steps between saves.
       keep_latest: how many of the newest stay.
       keep_every: multiples of this many steps stay for ever (0: none).
-      read_only: for sampling and evaluating: nothing on disk is touched.
+      read_only: nothing on disk is touched, because whoever samples and evaluates only reads.
 
     Raises:
       FileNotFoundError: there is nothing to read. ValueError: another process writes there (lock.take), or nothing can be saved
@@ -131,7 +131,7 @@ class Checkpoints:
             )
         if not read_only:
             storage.check_literal(self.directory)
-        # Before anything is cleaned up, since what looks left over may be what another process is writing.
+        # The lock is taken before Orbax removes what looks left over, because another process may be writing just that.
         self._release = (
             (lambda: None) if read_only else lock.take(self.directory.parent / f"{self.directory.name}.lock")
         )
@@ -199,7 +199,7 @@ class Checkpoints:
     def _load(self, step: int, abstract_state) -> tuple[Any, np.ndarray | None]:
         """The state of a step and its sums; None of a checkpoint of a release that saved none."""
         saved = self._checkpointer.checkpointables_metadata(step).metadata
-        if not _shapes(saved["state"]):  # orbax only logs metadata that it cannot parse
+        if not _shapes(saved["state"]):  # Orbax gives no shapes, and only logs why, where it cannot parse the metadata
             raise OSError("its metadata are damaged")
         if differ := _differences(_shapes(saved["state"]), _shapes(abstract_state)):
             raise _OtherArchitecture(
@@ -217,8 +217,9 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint is of another architecture.
-          RuntimeError: checkpoints are there, but none can be read. None is set aside then: the next attempt must not start anew.
-        Where it raises, the directory is left to other processes.
+          RuntimeError: checkpoints are there, but none can be read. None is set aside then, so that the next attempt does not start
+            a new run in their place.
+        Where it raises, the lock is released.
         """
         try:
             return self._restore(abstract_state)
@@ -250,7 +251,7 @@ class Checkpoints:
             return
         if processes.is_first():
             self._move_away(steps)
-        processes.all_agree(True)  # no process looks before the first has moved them
+        processes.all_agree(True)  # so that no process lists the checkpoints before the first has moved them
         self._checkpointer.reload()
 
     def _move_away(self, steps: list[int]) -> None:

@@ -26,10 +26,10 @@ def draw_panels(
     x_label: str,
     finish: Callable[[Axes, str], Any],
 ) -> None:
-    """One small plot a panel, one line a label, in one colour everywhere; `finish(axes, panel)` has the last word on each."""
+    """One small plot a panel, one line a label, in one colour everywhere. `finish(axes, panel)` may change each plot."""
 
     def plain(text):
-        return text.replace("$", r"\$")  # in a name it begins no formula
+        return text.replace("$", r"\$")  # matplotlib would read a formula behind it
 
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")

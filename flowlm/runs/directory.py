@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from flowlm.config import complete, defaults, flat
 from flowlm.data.tokenizers import Tokenizer
+from flowlm.runs import integrity
 from flowlm.system import storage
 from flowlm.system.processes import is_first
 
@@ -88,7 +89,7 @@ def data_name(directory: str | os.PathLike) -> str | None:
         return None
     data = told["data"]
     name = f"{data['name']}, {data['tokenizer']}"
-    if data["name"] == "own_text":  # its settings are places
+    if data["name"] == "own_text":  # its settings name places, which say nothing of the text
         content = known_content(directory, ConfigDict({"data": data}), "data.dir")
         name = f"own_text {content[:8] if content else data['dir']}"
     return f"{name}, rows of {data['length']}"
@@ -133,9 +134,9 @@ def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDic
 
 
 def _git_commit() -> str:
-    """Of the checkout that runs; in an image, which has the code alone, what its build was told in FLOWLM_COMMIT."""
+    """The commit of the checkout that runs; in an image, which has no .git, the one that its build recorded in FLOWLM_COMMIT."""
     here = Path(__file__).parents[2]
-    if not (here / ".git").exists():  # git itself would answer for a repository around it
+    if not (here / ".git").exists():  # git itself would answer for a repository that the package lies in
         return os.environ.get("FLOWLM_COMMIT") or "unknown"
     try:
         commit = subprocess.run(
@@ -153,13 +154,14 @@ PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 
 
 def is_importable(path: str | os.PathLike) -> bool:
-    """Whether a path looks like what importing.load_imported reads: a .ckpt, safetensors, or a directory that holds such."""
+    """Whether a path looks like what importing.load_imported reads: a .ckpt, a .safetensors, or a directory with safetensors."""
     path = storage.path(path)
     return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
 
 
 def check_is_run(path: str | os.PathLike) -> None:
-    """Raises ValueError where a run is wanted and something else lies, that another command reads."""
+    """Raises ValueError where a run is wanted and there is what another command reads, or what was not written to its end."""
+    integrity.check_finished(path)
     if is_importable(path):
         raise ValueError(
             f"{path} is a checkpoint in another format: make a run of it by `flowlm import {path} --to=DIR`"
@@ -181,6 +183,7 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tok
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
+        integrity.check_finished(workdir)
         held, held_tokenizer = load_workdir(workdir)
         if changed := _differences(workdir, held, config):
             shown = ", ".join(f"{k} = {there!r} there, {here!r} here" for k, (there, here) in list(changed.items())[:4])
@@ -197,7 +200,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
     """Makes `workdir` this experiment's, or checks that it already is. Of several processes all check and the first writes.
 
     Args:
-      copied: from another run directory, which may lie far from what it was made from.
+      copied: the settings are of another run directory, whose inputs need not be here, so no digests of them are recorded.
 
     Raises:
       ValueError: as `check_workdir`.
@@ -224,9 +227,9 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
     if not copied:
         inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
         storage.write_text(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-        # A place is the same from wherever the next command is given.
+        # Places are absolute, so that they hold whatever directory the next command is given in.
         wanted |= {name: str(storage.path(wanted[name])) for name in ("teacher", "init_from") if wanted[name]}
-    # Last, so that a directory with a config.json is whole.
+    # The config.json is written last, so that a directory that has one is whole.
     storage.write_text(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
 

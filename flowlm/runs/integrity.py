@@ -1,4 +1,4 @@
-"""Whether what is read is what was written: sums of arrays, and manifests of files.
+"""Tells whether what is read is what was written, by sums of arrays and manifests of files.
 
 A training state may be large and spread over many hosts, so its arrays are summed where they lie, on the devices, when they are
 saved and again when they are read:
@@ -9,7 +9,8 @@ An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of 
 places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays,
 each device its own, and a number for each to be exchanged.
 
-A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it.
+A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it. While the others are
+written it says that they are, so that a directory whose writer was killed is not taken for what it was to be.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from flowlm.engine.sharding import path_of
 from flowlm.system import processes, storage
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # what it says until all files are there
 
 
 def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
@@ -43,13 +45,13 @@ def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
 
 
-# All blocks of a device in one program, because each program takes its time to compile.
+# All blocks of a device are summed by one program, because compiling one for each block would take long.
 _sums = jax.jit(lambda *blocks: jnp.stack([_sum(*block) for block in blocks]))
 
 
 def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
     """(device, arguments of `_sum`) of the blocks of an array in this process, each block once over all processes."""
-    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # as two words
+    shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # 8 bytes are summed as two words
     strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
     for block in array.addressable_shards:
         if block.replica_id == 0:
@@ -63,7 +65,7 @@ def sums(tree: Any) -> np.ndarray:
     for number, array in enumerate(leaves):
         for device, block in _blocks(jnp.asarray(array)):
             places[device].append((number, block))
-    # No program spans processes: only the finished sums are exchanged, once. All are started before the first is waited for.
+    # No program spans processes, so only finished sums are exchanged. All programs are started before the first is waited for.
     started = [([number for number, _ in blocks], _sums(*(block for _, block in blocks))) for blocks in places.values()]
     total = np.zeros(len(leaves), np.uint32)
     for numbers, parts in started:
@@ -102,8 +104,26 @@ def _digest(file: epath.Path) -> str:
 
 
 def _own(facts: Mapping[str, Any]) -> str:
-    """Digest of what a manifest says beside this digest."""
+    """Digest of what a manifest says, this digest left out."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def begin(directory: str | os.PathLike) -> None:
+    """Makes `directory` one that is refused (`check_finished`) until it is sealed."""
+    directory = storage.path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    storage.write_text(directory / MANIFEST, json.dumps({UNFINISHED: True}) + "\n")
+
+
+def check_finished(directory: str | os.PathLike) -> None:
+    """Raises ValueError where who wrote a directory was ended before its last file."""
+    manifest = storage.path(directory) / MANIFEST
+    try:
+        told = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    except ValueError:
+        return  # damaged, which `check_files` says
+    if isinstance(told, dict) and UNFINISHED in told:
+        raise ValueError(f"{directory} was not written to its end: remove it and make it again")
 
 
 def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[[], Any]) -> None:
@@ -114,13 +134,18 @@ def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[
       read: gives the parameters as they are read from it.
 
     Raises:
-      RuntimeError: those are others; there is no manifest then.
+      RuntimeError: those are others; the directory is refused from then on.
     """
     directory = storage.path(directory)
     facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
     storage.write_text(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
-    if checksum(read()) != facts["checksum"]:
-        (directory / MANIFEST).unlink()
+    kept = False
+    try:
+        kept = checksum(read()) == facts["checksum"]
+    finally:
+        if not kept:
+            begin(directory)
+    if not kept:
         raise RuntimeError(f"{directory} does not give back the parameters that were written there: use another disk")
 
 
@@ -130,16 +155,17 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any] | None:
     Of several processes all must call; the first reads the files, since one answer is enough for all.
 
     Raises:
-      ValueError: names the file that is missing or changed.
+      ValueError: names the file that is missing or changed; or as `check_finished`.
     """
     directory = storage.path(directory)
     if not (directory / MANIFEST).exists():
         return None
+    check_finished(directory)
     wrong = None
     try:
         facts = json.loads((directory / MANIFEST).read_text())
         if not {"sha256", "manifest"} & facts.keys():
-            return None  # of something else
+            return None  # it is a manifest of something else, such as prepared text
         own = facts.pop("manifest", None)
         digests = facts["sha256"].items()
         # Manifests of releases that sealed programs alone said neither their format nor their own digest.

@@ -28,7 +28,7 @@ def row_name(sampler: str, steps: int | None = None) -> str:
 
 
 def parse_row(name: str) -> tuple[str, int | None]:
-    """(sampler, steps) of a `row_name`; (name, None) of whatever does not end in steps."""
+    """(sampler, steps) of a `row_name`; (name, None) of a name that does not end in steps."""
     found = re.fullmatch(r"(.*)@(\d+)", name)
     return (name, None) if found is None else (found[1], int(found[2]))
 
@@ -105,7 +105,7 @@ class MetricWriter:
         self._lines.append({"step": int(step)} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
         if self._board is not None:
             for name, value in values.items():
-                if math.isfinite(value):  # of others TensorBoard draws nothing, and warns at each
+                if math.isfinite(value):  # TensorBoard cannot draw the others, and warns of each
                     self._board.add_scalar(name, float(value), int(step))
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class _File:
     def __init__(self, directory, start: int):
         path, parts = directory / "metrics.jsonl", directory / "metrics"
         storage.write_text(path, _text(_until(read_metrics(directory), start)))
-        if parts.is_dir():  # of a run that was copied from a bucket; its lines are in the file now
+        if parts.is_dir():  # a run that was copied from a bucket has them; their lines are in the file now
             parts.rmtree()
         self._file = path.open("a")
 
@@ -133,7 +133,7 @@ class _File:
 
 
 class _Parts:
-    """In a bucket: parts, in the order of their names. A metrics.jsonl is what a run brought from elsewhere, and comes first."""
+    """In a bucket: parts, in the order of their names. A metrics.jsonl comes first: a run that was copied from a disk has one."""
 
     def __init__(self, directory, start: int):
         self._directory, self._last = directory / "metrics", []

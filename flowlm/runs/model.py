@@ -1,4 +1,4 @@
-"""A trained model as one calls it: texts, ids, and what the model makes of texts. `flowlm.load` is here."""
+"""A trained model as a user calls it: it writes texts and ids, and bounds the likelihood of texts. `flowlm.load` makes it."""
 
 import operator
 import os
@@ -16,7 +16,7 @@ from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine import sampling
 from flowlm.engine.sampling import ROWS, named_sampler, on_rows
 from flowlm.engine.sharding import Layout, make_mesh
-from flowlm.runs.trained import Trained, load_trained
+from flowlm.runs.trained import Trained, load_settings, load_trained
 
 _SHOWN = 5  # texts that an error names
 
@@ -29,9 +29,9 @@ class Samples(NamedTuple):
       ids: the same as int32 [num, L], each row with its start token.
       sampler: the name of the sampler that drew them.
       steps: how many it took.
-      seed: of its randomness.
-      seconds: of the drawing.
-      compile_seconds: of what came before it, compilation above all; 0 the next time.
+      seed: of the noise.
+      seconds: what drawing took.
+      compile_seconds: what came before it took, above all compilation; about 0 the next time.
     """
 
     texts: list[str]
@@ -49,8 +49,8 @@ class Model:
     Each number of samples, of steps and each sampler is a program of its own, compiled at its first use and kept.
 
     Attributes:
-      run: what it is made of: settings, tokenizer, network, family, averaged parameters, and the step they are of.
-      layout: the devices, and how arrays lie on them.
+      run: the trained run: settings, tokenizer, network, family, averaged parameters, and the step that they are from.
+      layout: the devices, and how arrays are spread over them.
     """
 
     def __init__(self, run: Trained, layout: Layout) -> None:
@@ -181,6 +181,25 @@ def load_model(directory: str | os.PathLike, **objective: Any) -> Model:
     """Loads a trained run; see `flowlm.load`."""
     layout = Layout(make_mesh(), fsdp=True)
     return Model(load_trained(directory, layout, objective), layout)
+
+
+def check_drawing(
+    directory: str | os.PathLike, steps: Sequence[int], sampler: str | None = None, **objective: Any
+) -> None:
+    """Says of the settings of a run alone what `Model.draw` would say when all parameters are read, which may take minutes.
+
+    Args:
+      objective: as `flowlm.load` takes them.
+
+    Raises:
+      ValueError: there is no such sampler, the family does not sample in one of these numbers of steps, or as `flowlm.load`.
+    """
+    layout = Layout(make_mesh(), fsdp=True)
+    _, _, (net, family, *_) = load_settings(directory, layout, objective)
+    _, family = named_sampler(family, sampler)
+    key = jax.random.key(0)
+    for count in steps:
+        sampling.Sampler(net, family, count, layout, 1).check(jax.eval_shape(net.init, key), key)
 
 
 def _named(numbers: Sequence[int]) -> str:

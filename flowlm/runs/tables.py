@@ -30,7 +30,7 @@ def _add(table: Table, head: str) -> None:
 
 
 def _width(table: Table) -> int:
-    """Columns that it takes where no cell is broken."""
+    """How many columns of the terminal the table takes if no cell is broken."""
     return console(least=10_000).measure(table).maximum
 
 
@@ -58,9 +58,9 @@ def print_likelihood(metrics: Mapping[str, float], step: int) -> None:
 
 
 def _lines(runs: Mapping[str, Mapping]) -> list[Line]:
-    """(run, sampler@steps, metrics) of every run, and behind them under no run what all are read beside, a line each.
+    """(run, sampler@steps, metrics), a line each; at the end, with "" for the run, the rows of reference that all are read beside.
 
-    Those are rows of real text and of counting samplers; what the first run did not ask of them is another's.
+    Those are real text and counting samplers. A metric that the first run did not measure of them is taken from a later run.
     """
     samplers: dict[tuple[str, str], dict] = {}
     beside: dict[tuple[str, str], dict] = {}
@@ -96,13 +96,13 @@ def _takes_steps(name: str) -> bool:
 
 
 def _called(name: str) -> str:
-    """A row as people read it; the name of a sampler stands as it is typed."""
+    """The name of a row as people read it; a sampler's is shown as it is typed after --sampler."""
     return name if _takes_steps(name) else shown(name)
 
 
 def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
     value, stderr = values.get(metric), values.get(f"{metric}_stderr")
-    # The places of the value, of which a small one has a fourth, are those of its error too.
+    # A small value has a fourth place, and its error has as many places as it has.
     places = 4 if value is not None and 0 < abs(value) < 0.01 else 3
     told = "" if value is None else f"{value:.{places}f}"
     return told if stderr is None or not told or not wide else f"{told} ± {stderr:.{places}f}"
@@ -141,7 +141,7 @@ def print_samples(
 
 
 def _print_texts(screen: Console, texts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-    """Samples as whole lines under their names; what all runs are read beside is of the first."""
+    """Prints samples as whole lines under their names; rows of reference, the same for all runs, are those of the first run."""
     beside = set()
     for run, samples in texts.items():
         for name, some in samples.items():

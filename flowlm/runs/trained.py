@@ -164,19 +164,11 @@ def _flow_behind(run: Trained, directory: str, layout: Layout) -> Trained:
     return run
 
 
-def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
-    """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
-
-    Args:
-      objective: settings of the run's `objective` section to replace, such as those of its sampler.
-
-    Raises:
-      FileNotFoundError: not a run directory, or nothing was saved yet.
-      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says
-        (integrity.check_files); or what is exported in a format that other commands read.
-    """
+def load_settings(
+    directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None
+) -> tuple[ConfigDict, Tokenizer, Experiment]:
+    """What `load_trained` makes of a run's settings alone; no parameter is read. Arguments and errors are the same."""
     run_directory.check_is_run(directory)
-    integrity.check_files(directory)
     config, tokenizer = run_directory.load_workdir(directory)
     for key, value in (objective or {}).items():
         if key not in config.objective:
@@ -191,7 +183,23 @@ def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mappin
             raise ValueError(f"objective.{key} cannot be {value!r}: {told}") from error
     if not runs_on(config.model.attention, layout.platform):
         config.model.attention = "xla"  # it was trained elsewhere
-    experiment = build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
+    return config, tokenizer, build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
+
+
+def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
+    """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
+
+    Args:
+      objective: settings of the run's `objective` section to replace, such as those of its sampler.
+
+    Raises:
+      FileNotFoundError: not a run directory, or nothing was saved yet.
+      ValueError: a setting that its objective has not, or not so; a file that is not what a manifest says
+        (integrity.check_files); or what is exported in a format that other commands read.
+    """
+    run_directory.check_is_run(directory)
+    integrity.check_files(directory)
+    config, tokenizer, experiment = load_settings(directory, layout, objective)
     if has_params(directory):
         abstract = abstract_state(experiment, layout)
         params, step = load_params(directory, abstract.ema, abstract.step)

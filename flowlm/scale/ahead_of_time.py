@@ -1,6 +1,6 @@
-"""One program of a run, compiled by the TPU compiler for a slice that is not there: what it needs of every chip, as numbers.
+"""Compiles one program of a run with the TPU compiler for a slice that is not here, and says what it needs of every chip.
 
-Code generation takes most of a compilation and none of it is needed. So every program is compiled in a process of its own,
+Code generation takes most of a compilation, and nothing of it is needed here. So every program is compiled in a process of its own,
 with XLA's dumps on, and that process is stopped as soon as the report of its memory lies there: seconds at any number of chips.
 """
 
@@ -25,12 +25,13 @@ from ml_collections import ConfigDict
 
 from flowlm.engine import sampling, sharding
 from flowlm.engine.build import abstract_state, abstract_teacher, build, jit_step
+from flowlm.engine.flops import count_flops
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.scale import hlo
-from flowlm.scale.costs import CHIPS, Chip, count_flops, roofline
+from flowlm.scale.costs import CHIPS, Chip, roofline
 from flowlm.scale.dense import DenseFlow
 
-# Of a process that compiles for TPUs where there are none: without them libtpu looks for its cloud, or for a lock file.
+# Variables of a process that compiles for TPUs where there are none: without them libtpu looks for its cloud, or for a lock file.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is found there is not compiled, hence not dumped
@@ -77,7 +78,7 @@ def trace_step(
     if dense:
         experiment = experiment._replace(family=DenseFlow(experiment.family.prior, experiment.family.warp))
     layout = sharding.make_layout(config, devices)
-    # A chip's share: with a model axis several chips work on one row.
+    # per_device is a chip's share of the batch, since with a model axis several chips work on one row.
     rows = config.batch_size if per_device is None else per_device * layout.mesh.size
     sharding.check_batch(rows, config.accumulation, experiment.family.group, layout.devices)
     state = abstract_state(experiment, layout)
@@ -243,7 +244,7 @@ def _dumped(directory: Path) -> bool:
 
 
 def _failed(directory: Path, topology: Topology) -> dict:
-    """A point of which only the need of memory is known."""
+    """What is known of a program that the compiler refused: no more than the memory it needs."""
     path = directory / "error.json"
     if not path.exists():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Memory and time of one training step, or one draw of samples, against another's; `flowlm bench --help` says what each is.
+"""Measures memory and time of one training step, or one draw of samples, beside another's; `flowlm bench --help` says what each is.
 
 `flow` and `dense` train one model: same parameters, same expected loss and gradient (tests/test_bench.py); each step is
 loss, gradient, AdamW and moving average. Every measurement runs in a process of its own, because peak memory belongs to a
@@ -43,7 +43,7 @@ from flowlm.system.terminal import console
 
 SAMPLING = ["sample", "dense_sample", "forward", "masked_sample"]
 MASKED_STEPS = (
-    8  # what the best distilled discrete diffusion takes for the quality that one step of a flow map is to have
+    8  # steps in which the best distilled discrete diffusion has the quality that a flow map is to have in one
 )
 FORMULATIONS = ["flow", "dense", "bare", "input", *TARGETS, *SAMPLING]
 SMALL = model("small")
@@ -99,7 +99,7 @@ def _reading(batch: int, length: int, repeats: int) -> list[float]:
 
 
 def _training(net, family, batch: int, distils: bool):
-    """(compiled step, its state, its other arguments)."""
+    """A training step as (compiled step, its state, its other arguments)."""
     schedule = optax.constant_schedule(3e-4)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.999, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
     step = train_state.make_step(net, family, optimizer, seed=0, ema_decay=0.999, accumulation=1, dropout=False)
@@ -110,7 +110,7 @@ def _training(net, family, batch: int, distils: bool):
 
 
 def _sampling(formulation: str, net, family, batch: int):
-    """(compiled draw, the parameters, its other argument)."""
+    """A draw of samples as (compiled draw, the parameters, its other argument)."""
     prepared = net.prepared if family.continuous else lambda params: params
     params = jax.jit(lambda key: prepared(net.init(key)))(jax.random.key(0))
     argument = jax.random.key(1)
@@ -134,7 +134,7 @@ def _sampling(formulation: str, net, family, batch: int):
 
 
 def _fields(formulation: str, width: int, blocks: int) -> dict:
-    """What the network and the closed form of its FLOPs share."""
+    """Settings that both the network and the closed form of its FLOPs take."""
     times = {"flow": 1, "dense": 1, "bare": 1, "masked_sample": 0}.get(formulation, 2)
     return {"width": width, "blocks": blocks, "cond": SMALL.cond, "time_embeddings": times}
 
@@ -204,7 +204,7 @@ def measure(
 
 
 def _child(formulation: str, settings: dict) -> dict:
-    """`measure`, and the kind of the device; only that and the reason for what does not fit."""
+    """What `measure` gives, and the kind of the device; where it does not fit, the reason and that kind."""
     try:
         result = measure(formulation, **settings)
     except jax.errors.JaxRuntimeError as error:
@@ -215,13 +215,13 @@ def _child(formulation: str, settings: dict) -> dict:
 
 
 def _run(formulation: str, settings: dict) -> dict:
-    """`_child` in a process of its own, which alone holds the device: this one never starts it."""
+    """What `_child` gives in a process of its own, which alone holds the device, because this process never starts it."""
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "flowlm", "bench", f"--formulation={formulation}", *flags]
     # XLA preallocates GPU memory, which would hide the peak of the step itself.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if child.returncode == -signal.SIGKILL:  # what Linux does to what takes too much
+    if child.returncode == -signal.SIGKILL:  # as Linux ends a process that takes too much memory
         return {MEMORY: "killed by the system"}
     if child.returncode:
         raise RuntimeError(f"{formulation} failed, see above")
@@ -229,9 +229,9 @@ def _run(formulation: str, settings: dict) -> dict:
 
 
 def rates(formulation: str, seconds: float, device: str | None, settings: dict) -> dict:
-    """{tokens_per_second, mfu}: the second only where the device's peak is known, and for what is a network's work.
+    """{tokens_per_second, mfu}: the second only where the device's peak is known and a network runs.
 
-    Training is three forward passes; recomputation, noise and teachers are no work of the model.
+    Training counts as three forward passes, because recomputation, noise and teachers are not the model's own work.
     """
     out = {"tokens_per_second": settings["batch"] * settings["length"] / seconds}
     if formulation != "input" and device in PEAKS:
@@ -248,7 +248,7 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
 
     def line(key, number):
         pairs = [(number(a[key]), number(b[key])) for a, b in zip(ours, theirs, strict=True)]
-        ratios = [a / (b or math.nan) for a, b in pairs]  # a small draw may need nothing at all
+        ratios = [a / (b or math.nan) for a, b in pairs]  # a small draw may need no memory at all
         a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
         return {"ours": a, "theirs": b, "ratio": a / (b or math.nan), "low": min(ratios), "high": max(ratios)}
 
@@ -257,7 +257,7 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
 
 
 def summarize(runs: dict[str, list[dict]], settings: dict) -> dict[str, dict]:
-    """Of each formulation medians over rounds: {seconds, tokens_per_second, mfu, bytes ...}, or {out of memory: why}."""
+    """For each formulation the medians over rounds: {seconds, tokens_per_second, mfu, bytes ...}, or {out of memory: why}."""
     out = {}
     for name, results in runs.items():
         if MEMORY in results[-1]:

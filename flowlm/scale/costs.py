@@ -1,4 +1,4 @@
-"""What a step costs on paper: FLOPs in closed form and counted, chips as published, and the roofline of the two.
+"""What a step costs on paper: FLOPs in closed form, chips as published, and the roofline of what is counted (engine/flops.py).
 
     forward  = N (24 D^2 + 4 L D) + 2 D V   FLOPs a token: N blocks of width D, length L, V tokens; the conditioning once a row
     training = 3 forward                    the network's own share of a step; recomputation, noise and teachers come on top
@@ -6,11 +6,8 @@
 Only products are counted, two FLOPs for each multiplication with its addition.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
-
-from jax.extend import core
 
 from flowlm.models.dit import SINUSOIDS
 
@@ -25,7 +22,7 @@ class Chip(NamedTuple):
       bandwidth: of HBM, bytes/s.
       links: bytes/s that it sends to its neighbours, all links together.
       hbm: bytes that the compiler lets a program have, as its own error says.
-      reserved: of those, never given to programs.
+      reserved: bytes of hbm that programs are never given.
       shapes: topologies that are offered.
       kinds: what jax calls such a device (`device_kind`).
       options: of `get_topology_desc`.
@@ -69,7 +66,7 @@ PEAKS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "NVIDIA H200": 989e12,
     "NVIDIA L40S": 362e12,
 }
-# The share of the roofline that an estimate of time supposes. An assumption: nothing ran.
+# The share of the roofline that an estimate of time supposes. It is an assumption, because nothing ran.
 EFFICIENCY = 0.5
 
 
@@ -81,50 +78,6 @@ def forward_flops(
     if time_embeddings:
         row = time_embeddings * 2 * (SINUSOIDS * cond + cond**2) + 2 * cond * width * (6 * blocks + 2)
     return blocks * (24 * width**2 + 4 * length * width) + with_output * 2 * width * vocab + row / length
-
-
-def _inner(value):
-    """Every jaxpr among the parameters of an equation."""
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _inner(each)
-
-
-def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels_only: bool = False) -> float:
-    """FLOPs of all products of a jaxpr, over all devices: the body of a scan as often as it runs, of a branch the dearest.
-
-    A Pallas kernel counts as its body times its grid. A `while` counts once: its length is not in the jaxpr.
-
-    Args:
-      kernels_only: only those inside Pallas kernels, which no count from HLO can see.
-    """
-
-    def count(jaxpr, inside):
-        total = 0.0
-        for eqn in jaxpr.eqns:
-            name, params, deeper = eqn.primitive.name, eqn.params, inside
-            if name == "dot_general" and inside:
-                (contracted, _), _ = params["dimension_numbers"]
-                shape = eqn.invars[0].aval.shape
-                total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
-                continue
-            times = 1
-            if name == "scan":
-                times = params["length"]
-            elif name == "pallas_call":
-                times, deeper = math.prod(params["grid_mapping"].grid), True
-            elif name == "shard_map":  # its body is what one device does
-                axes = next(value for key, value in params.items() if key.endswith("manual_axes"))  # jax renames it
-                times = math.prod(params["mesh"].shape[axis] for axis in axes)
-            parts = [count(each, deeper) for value in params.values() for each in _inner(value)]
-            total += times * (max(parts, default=0.0) if name == "cond" else sum(parts))
-        return total
-
-    return count(getattr(jaxpr, "jaxpr", jaxpr), not kernels_only)
 
 
 class Roofline(NamedTuple):

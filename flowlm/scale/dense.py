@@ -1,4 +1,4 @@
-"""The flow as it is written elsewhere, with noise, state and logits over the whole vocabulary: what flowlm is measured against."""
+"""The flow as it is usually written, with noise, state and logits over the whole vocabulary. flowlm is measured against it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def _noise(net, keys) -> jax.Array:
 
 
 class DenseFlow(Flow):
-    """`Flow` with nothing saved: the noise, the state and the logits have shape [B, L, V]. Gaussian prior, cross-entropy."""
+    """`Flow` whose noise, state and logits have shape [B, L, V]. It takes the gaussian prior and learns by cross-entropy."""
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         del aux
@@ -26,9 +26,9 @@ class DenseFlow(Flow):
 
 
 def dense_sample(net: Network, params: Params, key: jax.Array, num: int) -> jax.Array:
-    """ids [num, L] of `FlowMap.sample` in one step, in law, with x0 and the logits of shape [num, L, V]. Gaussian prior.
+    """ids [num, L] with the law of `FlowMap.sample` in one step, by x0 and logits of shape [num, L, V].
 
-    No softmax: the argmax of the logits is the same, and this is the faster way to write it.
+    The prior is gaussian. There is no softmax, because the argmax of the logits is the same, and so this is faster.
     """
     z, time = net.embed(params, _noise(net, jax.random.split(key, num))), jnp.zeros((num,))
     return jnp.argmax(net.unembed(params, net.apply(params, z, time, time + 1)), -1).astype(jnp.int32)

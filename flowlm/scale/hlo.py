@@ -1,10 +1,10 @@
-"""What a compiled program does, read from its HLO text: products, collectives, memory traffic, with every run of a loop.
+"""Reads from the HLO text of a compiled program what it does: products, collectives and memory traffic, in every run of a loop.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction is weighted by the trip counts of the loops
 around it: `known_trip_count` where the text has it, otherwise read from the loop's condition, i < n with i from a constant.
 
-Which text: products from the program right after SPMD partitioning, where they are still `dot`s; collectives and traffic from
-the program after all passes, for late passes move reductions out of loops, merge them and send bfloat16 where it is enough.
+Products are read from the program right after SPMD partitioning, where they are still `dot`s; collectives and traffic from the
+program after all passes, because late passes move reductions out of loops, merge them and send bfloat16 where it is enough.
 There an asynchronous collective is a chain of fusions (`async-collective-start`, steps, `-done`), each of which holds the
 same collective: its start is counted. Across slices (DCN) a collective has become a `send` to the host.
 """
@@ -19,7 +19,7 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# What moves nothing: names for parts of other arrays, control flow (its bodies are counted), ends of what has begun elsewhere.
+# Instructions that move nothing: they name parts of other arrays, end what others begin, or are control flow, whose bodies count.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "domain", "send", "recv", "iota"),
@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
     Attributes:
       kind: its result's type, as text.
       shapes: those in the type, a tuple's flattened.
-      rest: what is behind the operands, up to metadata.
+      rest: the text behind the operands, without metadata.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """computations: {name: {name of an instruction: instruction}}; devices: that run it."""
+    """A program: its computations as {name: {name of an instruction: instruction}}, and the number of devices that run it."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -81,7 +81,7 @@ class Step(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """bytes: of the operand on one chip; wire: that a chip sends in one run, by the ring algorithm; times: runs in one step."""
+    """`bytes`: the operand's size on one chip; `wire`: what a chip sends in one run (ring algorithm); `times`: runs in a step."""
 
     kind: str
     group: int

@@ -1,8 +1,8 @@
-"""What a run needs of the chips it is meant for, before any is rented.
+"""Says what a run needs of the chips that it is meant for, before any is rented.
 
 The training step, the sampler and the held-out likelihood of an experiment are compiled by the TPU compiler for a named topology,
 on a CPU host and without a TPU (ahead_of_time.py). Memory, products and bytes on the wire are what the compiler decided (hlo.py);
-times are a roofline of published peaks (costs.py) and nothing that was measured.
+times are a roofline of published peaks (costs.py); none was measured.
 """
 
 import importlib.metadata
@@ -31,8 +31,8 @@ from flowlm.scale.ahead_of_time import (
 from flowlm.scale.costs import EFFICIENCY, forward_flops
 from flowlm.scale.tables import GIB, print_plan
 
-RESOLUTION = 1 / 32  # to which the largest batch is found
-MOST = 2**14  # sequences on a chip, where that search ends
+RESOLUTION = 1 / 32  # share of itself by which the batch that is found may be too small
+MOST = 2**14  # sequences on a chip, the most that are tried
 
 
 # ---- The largest batch -------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ MOST = 2**14  # sequences on a chip, where that search ends
 def largest_batch(need: Callable[[int], float], unit: int, limit: float, needs: Mapping[int, float]) -> int:
     """The largest multiple of `unit` whose need is at most `limit`, to within RESOLUTION of itself; 0 if none is.
 
-    Bisection, but where the line through two known needs meets the limit rather than in the middle.
+    A bisection, but to save compilations it tries where the line through two known needs meets the limit, not the middle.
 
     Args:
       need: bytes for so many sequences, growing; infinite where that is all that is known.
@@ -132,14 +132,14 @@ def _most(config: ConfigDict, unit: int, place: Topology, point: Mapping) -> int
 
 
 def network_flops(config: ConfigDict) -> float:
-    """Of training, FLOPs a token of the network itself: three forward passes, in closed form."""
+    """FLOPs that training the network itself takes for a token: three forward passes, in closed form."""
     model = config.model
     fields = {name: model[name] for name in ("width", "blocks", "cond", "time_embeddings")}
     return 3 * forward_flops(**fields, vocab=model.vocab_size, length=config.data.length)
 
 
 def _estimate(config: ConfigDict, place: Topology, point: Mapping) -> dict:
-    """What the roofline suggests for training. mfu: network_flops alone, of what the chip could do in that time."""
+    """What the roofline suggests for training. Its `mfu` is the share of the chip's peak that network_flops alone are."""
     network = network_flops(config)
     tokens = point["per_chip"] * config.data.length
     out = {"network_flops_per_token": network, "flops_per_token": point["flops"] / (point["rows"] * config.data.length)}

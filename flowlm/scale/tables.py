@@ -1,4 +1,4 @@
-"""What was planned, as a table and a picture."""
+"""Shows a plan as a table and a picture."""
 
 import json
 from collections import defaultdict
@@ -24,7 +24,7 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
         def cell(point):
             try:
                 value = number(point)
-            except KeyError:  # a program that does not fit has no more to tell than that
+            except KeyError:  # of a program that does not fit nothing else is known
                 return "-"
             if isinstance(value, str):
                 return value

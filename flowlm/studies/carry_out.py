@@ -15,6 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
+from ml_collections import ConfigDict
+
+from flowlm import config as settings
+from flowlm.engine.flops import network_evaluations
 from flowlm.studies.study import (
     Run,
     Study,
@@ -43,9 +47,15 @@ def keep(path: Path, place: Path, run: Run) -> None:
 
     places = {"": path} | {setting_name(setting): swept(path, setting) for setting in run.sweep}
     evaluations = {name: read((each / "evaluation.json").relative_to(path)) for name, each in places.items()}
-    record = {"config": read("config.json"), "versions": read("versions.json"), "evaluations": evaluations}
+    config = read("config.json")
+    record = {"config": config, "versions": read("versions.json"), "passes": passes(config), "evaluations": evaluations}
     place.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(storage.path(place), json.dumps(record, indent=1) + "\n")
+
+
+def passes(config: dict) -> float:
+    """What a row costs in a step of training with these settings, as passes forward of the network."""
+    return round(network_evaluations(settings.complete(ConfigDict(config))), 3)
 
 
 class Commands:
@@ -64,7 +74,7 @@ class Commands:
             return False
         process = subprocess.Popen(line, stdout=log, stderr=log and subprocess.STDOUT)
         self._running.add(process)
-        if signals.told():  # between the two lines above
+        if signals.told():  # the signal may have come between the two lines above
             process.terminate()
         try:
             return process.wait() == 0
@@ -90,8 +100,9 @@ def shares_of_cores(parallel: int) -> list[set[int]]:
 def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] = (), parallel: int = 1) -> None:
     """Runs what is left of the study and writes `results`/study*.{csv,md,png}, anew after every run.
 
-    The evaluations are kept in `results`/runs. A run that is there is done, though its run directory be gone: it is made again
-    only where a run that is left needs it, as its teacher for one. So a study can be carried out in pieces, on several machines.
+    The evaluations are kept in `results`/runs. A run that is kept there is done, even if its run directory is gone: it is made
+    again only where a run that is left needs it, for example as its teacher. So a study can be carried out in pieces, on several
+    machines.
 
     Args:
       extra: further flags of every run, such as --config.steps=10.

@@ -56,9 +56,9 @@ def matched(
 ) -> dict[tuple, list[Point | None]]:
     """{(method, steps): a point for each metric}, each method's at this diversity, or the nearest it reaches.
 
-    Of several seeds mean and standard deviation, of one the bootstrap's error. Held-out rows and the naive samplers, which have
-    no knob, stand as they are. A method may have several knobs: a setting that another one beats in the first metric, at no
-    less diversity, is left out.
+    A point has the mean and standard deviation over seeds, or of one seed the bootstrap's error. Held-out rows and the naive
+    samplers have no knob, so their figures are not interpolated. A method may have several knobs: a setting that another one
+    beats in the first metric, at no less diversity, is left out.
 
     Args:
       records: one for each method, seed, setting of the sampler and number of steps.
@@ -95,7 +95,7 @@ def _unbeaten(records: Sequence[dict], metric: str, diversity: str) -> list[dict
 
 
 def _at(seeds: Sequence[Sequence[dict]], metric: str, target: float, diversity: str) -> Point | None:
-    """Of every seed the records of one sampler at all its settings."""
+    """The point of one sampler in one metric; seeds: for each seed the records of all its settings."""
     points = []
     for records in seeds:
         keys = (diversity, metric, f"{metric}_stderr", f"{diversity}_stderr")

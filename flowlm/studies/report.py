@@ -174,7 +174,7 @@ def varied(runs: Sequence[Report]) -> list[str]:
 
 
 def compared(keys: Sequence[str]) -> list[str]:
-    """Those of the settings that change what is learnt, the number of training steps among them."""
+    """The settings that change what is learnt, and the number of training steps."""
     return [key for key in keys if not key.startswith(FREE)]
 
 
@@ -189,7 +189,7 @@ def by_data(runs: Sequence[Report]) -> dict[str, list[Report]]:
 def records(runs: Sequence[Report], keys: Sequence[str]) -> list[dict]:
     """Lines of the table of runs on the same data: run, status, step, the settings `keys`, and one sampler's metrics.
 
-    What all of them are read beside, rows of real text and of samplers that count, comes last and is no run's.
+    Rows of reference (real text and counting samplers) belong to no run and come last.
     """
     out, beside = [], {}
     for run in runs:
@@ -210,9 +210,11 @@ def records(runs: Sequence[Report], keys: Sequence[str]) -> list[dict]:
 
 
 def columns(rows: Sequence[dict], settings: Sequence[str], here: Sequence[str]) -> list[str]:
-    """Columns of a table: what has something in it, but for standard errors, which stand beside what they are of.
+    """Columns of a table: those with a value in any row, without standard errors, which stand behind their means.
 
-    settings: those that vary between any two runs. here: those that do between runs of this table.
+    Args:
+      settings: those that vary between any two runs of the report.
+      here: those that vary between runs of this table.
     """
     keys = dict.fromkeys(key for row in rows for key in row)
     told = compared(here)
@@ -232,8 +234,12 @@ def cell_text(row: dict, column: str, settings: Sequence[str]) -> str:
 
 
 def table(runs: Sequence[Report], settings: Sequence[str]) -> dict[str, Any]:
-    """The table of runs on the same data: its `data`, `titles`, `cells`, which columns are `numeric`, and how many are the `own`
-    ones of a run, told once. settings: those that vary between any two runs of the report."""
+    """The table of runs on the same data: its `data`, `titles`, `cells`, which columns are `numeric`, and how many columns are a
+    run's `own`, which are written once a run.
+
+    Args:
+      settings: those that vary between any two runs of the report.
+    """
     rows = records(runs, settings)
     chosen = columns(rows, settings, varied(runs))
     return {

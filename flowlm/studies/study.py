@@ -1,7 +1,7 @@
 """A study: many runs, each an ordinary `flowlm train`, then one table and one picture of all of them.
 
-The methods of a comparison under one budget are a study, and so are the points of a sweep (sweeps.py). Here is what a study is,
-where its files lie and what is left of it to do; carry_out.py runs it, study_tables.py shows it.
+The methods of a comparison under one budget are a study, and so are the points of a sweep (sweeps.py). This file says what a
+study is, where its files lie and what is left of it to do; carry_out.py runs it, and tables.py makes its tables.
 """
 
 import os
@@ -29,7 +29,7 @@ class Run:
       seeds: training seeds; a student's teacher has the same one, or its first where it has not that.
       needs: names of earlier runs whose directories its settings name, such as that of a judge.
       drawn: whether the pictures show it.
-      listed: whether the tables do; a round on the way to another's jump is made for that one alone.
+      listed: whether the tables show it; a run that is only made to teach another one need not be.
     """
 
     name: str
@@ -45,10 +45,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """runs, teachers first; metrics: what the table and the pictures show; matched: those shown at equal diversity too.
+    """What is run, and what is shown of it.
 
-    `diversity` is the metric, in nats, that is made equal: to that of held-out rows, and to what lies `below` it by so many nats.
-    Without `matched` every swept setting of a sampler is a row of the table.
+    Attributes:
+      runs: all of them, teachers before their students.
+      metrics: what the table and the pictures show.
+      matched: metrics that are shown at equal diversity too; without any, every swept setting of a sampler is a row of the table.
+      below: nats below the diversity of held-out rows at which they are shown, a table for each.
+      diversity: the metric, in nats, that is made equal.
     """
 
     runs: Sequence[Run]
@@ -159,7 +163,7 @@ def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: 
 
 
 def commands(study: Study, workdir: Path, extra: Sequence[str] = (), results: Path | None = None) -> list[str]:
-    """The same as lines for a shell."""
+    """The command lines of `unfinished`, as a shell takes them."""
     return [shlex.join(run.command) for run in unfinished(study, workdir, extra, results)]
 
 

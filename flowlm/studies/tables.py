@@ -1,4 +1,4 @@
-"""What a study found: one record for each cell, and from them tables and pictures."""
+"""Makes one record for each cell of what a study found, and tables and pictures of these records."""
 
 import csv
 from collections import defaultdict
@@ -14,11 +14,11 @@ from flowlm.studies.matching import Point, matched
 from flowlm.studies.study import Run, Study, kept_file, setting_name
 from flowlm.system import storage
 
-NEAR = 0.1  # nats of diversity
+NEAR = 0.1  # nats: a picture shows what is no further than this from the diversity that is made equal
 
 
 def evaluations(study: Study, kept: Path) -> Iterator[tuple[Run, int, str, Mapping[str, float]]]:
-    """(run, seed, setting of the sampler or "", metrics) of all that is there."""
+    """(run, seed, setting of the sampler or "", metrics) of every evaluation that is kept."""
     for run in (run for run in study.runs if run.listed):
         for seed in run.seeds:
             path = kept_file(kept, run, seed)
@@ -44,7 +44,7 @@ def gather(study: Study, kept: Path) -> list[dict]:
             plain = samples
         for sampler, values in samples.items():
             if setting and sampler in plain and _same(values, plain[sampler]):
-                continue  # the setting does not touch this sampler
+                continue  # because the setting does not change this sampler
             name, steps = parse_row(sampler)
             record = {
                 "method": run.name,
@@ -64,9 +64,16 @@ def gather(study: Study, kept: Path) -> list[dict]:
 
 
 def write_tables(study: Study, kept: Path, results: Path) -> None:
-    """study.csv: every record. study.md: mean over seeds, with spread; study_grid.md: the same, a table of methods by steps for
-    each metric; study_matched.md, .png: so too, at equal diversity. study.png, study_time.png: against steps, against time, without
-    swept settings."""
+    """Writes the tables and pictures of a study to `results`.
+
+    study.csv           every record
+    study.md            means over seeds, with their spread
+    study_grid.md       the same as a table of methods by steps for each metric
+    study_matched.md    such tables at equal diversity, and a picture of the last
+    study_budget.md     what each run's training costs, in passes of the network
+    study.png           metrics against sampling steps, without swept settings
+    study_time.png      the same against time
+    """
     records = gather(study, kept)
     if not records:
         return
@@ -102,6 +109,8 @@ def write_tables(study: Study, kept: Path, results: Path) -> None:
         (results / "study_matched.md").write_text("\n".join(lines), encoding="utf-8")
         draw_matched(study, points, held_out - below, results / "study_matched.png")
 
+    (results / "study_budget.md").write_text("\n".join(budgets(study, kept)) + "\n", encoding="utf-8")
+
     drawn = {run.name for run in study.runs if run.drawn}
     steps_panels, time_panels = ({metric: defaultdict(list) for metric in study.metrics} for _ in range(2))
     for (name, steps), group in cells.items():
@@ -117,6 +126,28 @@ def write_tables(study: Study, kept: Path, results: Path) -> None:
         (time_panels, "study_time.png", "milliseconds a sample"),
     ):
         draw_panels(results / name, panels, label, lambda axes, panel: axes.set_xscale("log", base=2))
+
+
+def budgets(study: Study, kept: Path) -> list[str]:
+    """Lines of a table of what training costs, in rows that the network passes forward (engine/flops.py); a backward pass is two.
+
+    The last column adds the runs that a student comes of.
+    """
+    runs = {run.name: run for run in study.runs}
+    costs, rows = {}, []
+    for run in study.runs:
+        path = next(filter(Path.exists, (kept_file(kept, run, seed) for seed in run.seeds)), None)
+        record = {} if path is None else storage.read_json(path)
+        if "passes" in record:
+            config = record["config"]
+            costs[run.name] = config["steps"] * config["batch_size"] * record["passes"] / 1e6
+            chain = [run.name]
+            while (teacher := runs[chain[-1]].teacher) is not None:
+                chain.append(teacher)
+            told = sum(costs[name] for name in chain) if costs.keys() >= set(chain) else None
+            numbers = config["steps"], config["batch_size"], f"{record['passes']:.1f}", f"{costs[run.name]:.2f}"
+            rows.append([run.name, *numbers, "-" if told is None else f"{told:.2f}"])
+    return markdown(["run", "steps", "rows", "passes a row", "million passes", "with its teachers"], rows)
 
 
 def draw_matched(study: Study, points: Mapping[tuple, Sequence[Point | None]], target: float, path: Path) -> None:

@@ -1,7 +1,7 @@
 """How a process finds the others that train with it.
 
 JAX itself finds SLURM, Open MPI, Kubernetes job sets and TPU slices. Elsewhere three variables say who is who:
-JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; with all three nothing is looked for.
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; where all are set, no cluster is looked for.
 JAX_NUM_PROCESSES=1 alone says that there is no other process, whatever the machine looks like.
 """
 
@@ -12,10 +12,10 @@ import threading
 from collections.abc import Iterator
 
 import jax
-from jax._src import distributed as joined  # who is awaited is said nowhere else before all are there
+from jax._src import distributed as joined  # nothing else says which processes are awaited
 
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Where the number of processes may come from.
+# Variables that the number of processes may come from.
 NUMBERS = (NUMBER, "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 # A process that has not been heard of for so long is taken for dead, and the others end with an error.
 TIMEOUT_SECONDS = 60
@@ -52,7 +52,7 @@ def join(distributed: bool) -> None:
                 num_processes=number,
                 process_id=index,
                 heartbeat_timeout_seconds=TIMEOUT_SECONDS,
-                # Later than our own end of waiting: JAX's is an abort that says nothing of who was missing.
+                # Longer than we wait ourselves, because JAX ends the process without saying which others are missing.
                 initialization_timeout=START_SECONDS + 60,
                 cluster_detection_method="deactivate" if complete else None,
             )
@@ -63,7 +63,7 @@ def join(distributed: bool) -> None:
             raise ValueError(
                 f"no cluster was found here ({error}): set {ADDRESS}=HOST:PORT, {NUMBER} and {INDEX} for every process"
             ) from error
-    except Exception as error:  # of the clients of any cluster manager
+    except Exception as error:  # the client of each cluster manager raises its own
         raise RuntimeError(
             f"the cluster that seems to be here cannot be joined ({' '.join(f'{type(error).__name__}: {error}'.split())}): "
             f"set {NUMBER}=1 if this is the only process, else {ADDRESS}=HOST:PORT, {NUMBER} and {INDEX} for every process"

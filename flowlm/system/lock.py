@@ -1,9 +1,9 @@
 """One writer of a run: a second process that would train in its directory is refused while the first is alive.
 
 On a disk the lock is the operating system's (flock), which lets it go when its process ends, however that is, so none is stale.
-A bucket has no locks: there it is an object that its holder writes anew every BEAT_SECONDS. Who finds one watches it. If it
-changes, its holder is alive; if it has not changed for PATIENCE_SECONDS, its holder is gone and the lock is taken over. So no two
-clocks are compared.
+A bucket has no locks: there the lock is an object that its holder writes anew every BEAT_SECONDS. A process that finds one watches
+it. If the object changes, its holder is alive; if it has not changed for PATIENCE_SECONDS, its holder is gone and the lock is taken
+over. So the clocks of two hosts are never compared.
 """
 
 import fcntl
@@ -89,7 +89,7 @@ def _on_disk(place: Path) -> Callable[[], None]:
 
 
 def _in_bucket(place: epath.Path) -> Callable[[], Callable[[], None] | None]:
-    """An attempt, to be repeated while it gives None."""
+    """A function that tries to take the lock; to be called again for as long as it returns None."""
     import gcsfs
 
     bucket, mine = gcsfs.GCSFileSystem(), f"{_me()} {uuid.uuid4()}"

@@ -16,6 +16,6 @@ def raise_limit() -> None:
 
 
 def share() -> int:
-    """Files that each of the three splits of a data set may hold open: a quarter of the limit, and one is left for all else."""
+    """Files that each of the three splits of a data set may hold open: a quarter of the limit; a quarter is left for others."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, (_ENOUGH if soft == resource.RLIM_INFINITY else soft) // 4)

@@ -4,14 +4,14 @@ import importlib.util
 import os
 from pathlib import Path
 
-TPU_FILES = ("accel*", "vfio/*")  # in /dev of a machine with a TPU, which libtpu cannot do without
+TPU_FILES = ("accel*", "vfio/*")  # in /dev, without which libtpu finds no TPU
 
 
 def leave_out_absent_tpu(devices: Path = Path("/dev")) -> None:
     """Lets JAX look for nothing but CPUs where libtpu is installed beside no TPU and no other accelerator's plugin.
 
     libtpu, which `flowlm plan` needs anywhere, writes errors to every command's screen when JAX looks for a TPU in vain. To be
-    called before JAX is imported; whoever sets JAX_PLATFORMS is heard.
+    called before JAX is imported. Nothing is changed where JAX_PLATFORMS is set.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return

@@ -20,8 +20,8 @@ _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 def start(distributed: bool) -> None:
     """Joins the other processes where there are any, and listens to signals (signals.py). To be called once, first.
 
-    From then on several processes stop only where all of them ask: JAX hears SIGTERM and tells the others, and the rest is
-    handed on as SIGTERM.
+    From then on several processes stop only where all of them ask: JAX hears SIGTERM and tells the others, and every other signal
+    is sent on to this process as SIGTERM, so that JAX hears it too.
 
     Args:
       distributed: there must be others: an error, not a single process, where nothing says so.
@@ -44,14 +44,14 @@ def preempted(step: int) -> bool:
 
 
 def check_stopped() -> None:
-    """Raises Stopped, in all processes alike, if any was told to stop. All must ask; for places inside a step."""
+    """Raises Stopped, in all processes alike, if any was told to stop. All must ask; unlike `preempted`, anywhere in a step."""
     told = signals.told()
     if jax.distributed.is_initialized():
         client = multihost_utils.distributed.global_state.client
         try:
             client.key_value_try_get(_NOTICE)
             told = True
-        except jax.errors.JaxRuntimeError:  # it is not there
+        except jax.errors.JaxRuntimeError:  # the key is not there, because nobody was told
             told = False
     if not all_agree(not told):
         raise Stopped
@@ -63,7 +63,7 @@ def is_first() -> bool:
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether it holds in every process; all must ask, and none goes on before the others have."""
+    """Whether `holds` is true in every process; all must ask, and none goes on before the others have asked."""
     return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 

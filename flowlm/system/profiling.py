@@ -51,7 +51,7 @@ class Recompilations:
 
     def check(self, step: int) -> None:
         """To be called after every step."""
-        size = self._jitted._cache_size()  # programs that were made of it; JAX has no public name for that
+        size = self._jitted._cache_size()  # the number of compiled programs, for which JAX has no public name
         if self._seen is not None and size > self._seen:
             logging.warning(
                 "step %d was compiled anew: the shape, type or place of its batch or state is not that of earlier steps",

@@ -13,7 +13,7 @@ from flowlm.system import processes
 def parts(total: int) -> Iterator[Callable[[str], None]]:
     """Gives begin(what), to be called when a part begins: it says what, and counts the part before it as done.
 
-    Of several processes the first shows it. It is gone when the work is done.
+    Of several processes the first shows the bar, which disappears when the work is done.
     """
     shown = None if processes.is_first() else True  # tqdm itself asks whether standard error is a terminal
     form = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"

@@ -31,9 +31,9 @@ class _Listener:
     """What a process knows of the signals that it was sent.
 
     Attributes:
-      goes_on: what giving the command again does; None where that is nothing but the whole of it.
-      ends: whether a signal ends the command where it is, and says so.
-      holders: by who has something to save, what is called when a signal comes.
+      goes_on: what the same command does when it is given again; None where it has to do everything anew.
+      ends: whether a signal ends the command at once, in which case it has said so.
+      holders: functions to call when a signal comes, one of each part of the program that has something to save.
     """
 
     def __init__(self):

@@ -19,7 +19,7 @@ from etils import epath
 
 SCHEME = "gs://"
 MIRROR = "~/.cache/flowlm/buckets"
-# Bytes asked of a bucket at once: each request takes as long as some megabytes do.
+# Bytes of one request to a bucket. A request takes as long as some megabytes, so many small ones would be slow.
 READ = 1 << 25
 
 
@@ -36,14 +36,14 @@ def path(name: str | os.PathLike) -> epath.Path:
         raise ImportError(f"{SCHEME} paths need gcsfs: `pip install -e .[gcp]` in the checkout")
     import fsspec.config
 
-    os.environ["EPATH_USE_TF"] = "false"  # one way of reading, whether or not TensorFlow is there too
+    os.environ["EPATH_USE_TF"] = "false"  # so that buckets are read the same way with and without TensorFlow
     # gcsfs caches listings, in which files that tensorstore or other hosts have just written would stay invisible.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return found
 
 
 def renew() -> None:
-    """Lets buckets be reached by the credentials that there are now, for who runs longer than a login lasts."""
+    """Makes gcsfs read the credentials anew, because a process may run longer than a login lasts."""
     import gcsfs
     from etils.epath import backend
 
@@ -57,7 +57,7 @@ def in_bucket(place: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def open_bytes(place: os.PathLike) -> Iterator[BinaryIO]:
-    """The bytes of a file, for whoever takes them from its beginning on and little at a time; unpacked if it ends in .gz."""
+    """A file opened to be read from its beginning on, a little at a time; its bytes are unpacked if it ends in .gz."""
     place = epath.Path(place)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(place.open("rb"))
@@ -110,7 +110,7 @@ def check_writable_file(file: epath.Path) -> None:
 
 
 def write_text(place: epath.Path, text: str) -> None:
-    """Writes a file that is whole or as it was, whenever it is read."""
+    """Replaces a file at once: whoever reads it sees the old text or the new one, never a part."""
     if in_bucket(place):
         place.write_text(text, encoding="utf-8")
     else:
@@ -135,9 +135,9 @@ def mirror(place: epath.Path) -> epath.Path:
 
 
 def fetch(place: epath.Path) -> epath.Path:
-    """The file or directory on the local disk, for what reads nothing else; copied from its bucket on first use.
+    """The file or directory on the local disk, for programs that read nothing else; copied from its bucket on first use.
 
-    The copy appears whole or not at all, and is not looked at again: for what does not change.
+    The copy appears whole or not at all. It is never made anew, so only what does not change may be fetched.
     """
     local = mirror(place)
     if in_bucket(place) and not local.exists() and place.exists():
@@ -163,7 +163,7 @@ def move(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy(source: epath.Path, target: epath.Path, last: str = "") -> None:
-    """Copies a file, or a directory with all in it; the file called `last` after all others, so that it means they are there."""
+    """Copies a file, or a directory with all in it; the file called `last` after all others, so that where it is all others are."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for inside in sorted(source.iterdir(), key=lambda inside: (inside.name == last, inside.name)):

@@ -1,4 +1,4 @@
-"""How anything is shown at a terminal: what users and models wrote as it stands, and what cannot be printed replaced."""
+"""How text is shown at a terminal: what users and models wrote appears as it stands, and what cannot be printed is replaced."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 WIDTH = 80  # columns where there is no terminal
-# What a shell says of a process whose reader has gone, such as that in front of `| head`.
+# The exit status that a shell gives a process whose reader has gone, such as one in front of `| head`.
 READER_GONE = 141
 
 
