@@ -89,8 +89,8 @@ FLOW_MAPS = {
 # From the flow map of the grammar that is in the repository, without its flow.
 SHIPPED = {"teacher": "checkpoints/grammar_fmlm", "objective.flow": "diagonal", "objective.noise_scale": 1.0}
 MATCHED = {
-    SEEDS: sweep("objective.at_noise", (1.0, 0.5)),
-    ONE: chain(sweep("objective.form", ("probability",)), sweep("objective.teacher_temperature", (0.7,))),
+    SEEDS: sweep("objective.form", ("ratio", "logit")),
+    ONE: chain(sweep("objective.form", ("probability", "log")), sweep("model.blocks", (8,))),
 }
 NAMES = (*FLOWS, "vocabulary", *FLOW_MAPS, "gamma")
 

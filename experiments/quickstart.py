@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "matched":
         config.update(ema_decay=0.99)
         config.objective.update(teacher_temperature=0.7, noise_scale=0.5)
-        config.optimizer.update(learning_rate=5e-4, b1=0.0)
+        config.optimizer.update(learning_rate=1e-3, b1=0.0)
     if arg == "autoregressive":
         config.evaluation.steps = (8,)
     return config

@@ -258,3 +258,22 @@ def test_a_derivative_needs_attention_that_has_one():
         build(config, 12)
     with pytest.raises(ValueError, match="splash does not run on cpu"):
         make_layout(config)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_deeper_network_begins_as_the_one_it_adopts(times):
+    """To the last bits, and what was added has a gradient; blocks that are no multiple are refused."""
+    small, large = toy.network(blocks=2), toy.network(blocks=2 * times)
+    params = toy.perturbed(small.init(jax.random.key(0)))
+    grown = large.adopt(large.init(jax.random.key(1)), params)
+    z, tau = jax.random.normal(jax.random.key(2), (3, small.length, small.width)), jnp.array([0.0, 0.4, 0.9])
+
+    def logits(net, params):
+        return net.unembed(params, net.apply(params, z, tau))
+
+    np.testing.assert_allclose(logits(large, grown), logits(small, params), atol=1e-5)
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(logits(large, p))))(grown)["blocks"]["mlp_out"]["kernel"]
+    assert (np.abs(gradient).max((1, 2)) > 1e-4).all()
+    with pytest.raises(ValueError, match="does not fit"):
+        odd = toy.network(blocks=3)
+        odd.adopt(odd.init(jax.random.key(1)), params)

@@ -108,11 +108,12 @@ class Network:
     def adopt(self, params: Params, teacher: Params) -> Params:
         """Fresh params with all that a one-time network has, so that both compute the same function of (z, tau_s).
 
-        What the teacher lacks (the second time embedding, further inputs) gets a last layer of zeros.
-        Raises ValueError where shapes or names differ.
+        What the teacher lacks (the second time embedding, further inputs) gets a last layer of zeros. A network of k times as many
+        blocks has k - 1 behind each of the teacher's that add nothing yet. Raises ValueError where shapes or names differ.
         """
         mine, theirs = flatten_dict(params, sep="/"), flatten_dict(teacher, sep="/")
         theirs = {k: v for k, v in theirs.items() if not k.startswith("loss_weight/")}
+        theirs = {k: _grown(k, v, mine[k].shape[0]) if k in mine else v for k, v in theirs.items()}
         for name, value in theirs.items():
             if name not in mine or mine[name].shape != value.shape:
                 raise ValueError(
@@ -362,6 +363,15 @@ _OF_THE_MODULE = (
     "remat",
     "whole",
 )
+
+
+def _grown(name: str, value: jax.Array, blocks: int) -> jax.Array:
+    """Parameters of blocks [N, ...] for a multiple of N; a block adds nothing where the last layers of its branches are zero."""
+    if not name.startswith("blocks/") or blocks % value.shape[0]:
+        return value
+    silent = name.startswith(("blocks/out/", "blocks/mlp_out/"))
+    others = [jnp.zeros_like(value) if silent else value] * (blocks // value.shape[0] - 1)
+    return jnp.stack([value, *others], 1).reshape(blocks, *value.shape[1:])
 
 
 def _readout(dtype, cap, kernel, bias, prior, matrix, hidden):

@@ -109,7 +109,7 @@ class Matched(FlowMap):
     continues: ClassVar[bool] = True
     needs: ClassVar[dict] = dict(mask_token=False, loss_weight=False)
 
-    form: str = setting("logit", "of the student's loss", choices=FORMS)
+    form: str = setting("ratio", "of the student's loss", choices=FORMS)
     output: str = setting(
         "hard", "what the student is taken to write: its distribution, or its token", choices=("soft", "hard")
     )

@@ -33,6 +33,7 @@ class Trained(NamedTuple):
 
 # Settings of a teacher that its student may change; all others of the same network, path and data must agree.
 STUDENTS_OWN = (
+    "blocks",
     "dropout",
     "weak_dropout",
     "preview",
