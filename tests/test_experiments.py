@@ -119,7 +119,7 @@ HOLDERS = {
     "evaluation": {"evaluation", "settings", "_settings"},
     "mesh": {"mesh", "wanted"},
     "model": {"self"},
-    "objective": {"self"},
+    "objective": {"self", "objective"},
 }
 
 
