@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flowlm import config as settings
 
-STUDENTS = {"flow_map": "flow_map", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
+STUDENTS = {"flow_map": "flow_map", "gumbel": "gumbel", "residual": "residual", "sdtt": "masked", "dcd": "uniform"}
 MATCHED = ("matched", "matched_masked", "matched_uniform")  # the last two begin at a run of :masked, of :uniform
 STUDENTS |= dict(zip(MATCHED, MATCHED))
 BASELINES = ("autoregressive", "masked", "uniform")
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Only the matrix of the input's raw part decays: it overfits the noise (see above).
     config.optimizer.update(learning_rate=2e-3, b2=0.99, weight_decay=0.4, decay_pattern="mix_raw")
     config.evaluation.update(every=1800, steps=(1, 2, 8, 64), samples=256, final_samples=2048)
-    if family in ("flow", "flow_map", "matched", "residual"):
+    if family in ("flow", "flow_map", "matched", "gumbel", "residual"):
         config.model.input = "both" if arg in STUDENTS else arg or "both"
     if family == "autoregressive":
         config.objective.start = 98
@@ -37,10 +37,12 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update(steps=4500, teacher="")
         config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
         config.evaluation.update(every=2000, steps=(1, 2, 4, 8))
-    if arg in ("flow_map", "matched", "residual"):
+    if arg in ("flow_map", "matched", "gumbel", "residual"):
         config.model.update(preview=True, time_embeddings=2)
     if arg == "flow_map":
         config.objective.update(target="csd", noise_scale=0.5)
+    if arg == "gumbel":
+        config.evaluation.steps = (1,)
     if arg in MATCHED:
         config.update(steps=1200, ema_decay=0.99)
         config.optimizer.update(learning_rate=1e-3, b1=0.0)

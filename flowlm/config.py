@@ -140,7 +140,7 @@ def model(size: str) -> ConfigDict:
 
 
 def objective(family: str) -> ConfigDict:
-    """The `objective` section of a family: flow, flow_map, matched, residual, autoregressive, masked, uniform."""
+    """The `objective` section of a family: flow, flow_map, matched, gumbel, residual, autoregressive, masked, uniform."""
     return defaults(family).objective
 
 

@@ -22,7 +22,7 @@ from flowlm.runs import directory as run_directory
 from flowlm.runs.checkpoint import Checkpoints, has_params
 from flowlm.runs.curves import draw_curves
 from flowlm.runs.metrics import MetricWriter, is_evaluated, read_metrics
-from flowlm.runs.trained import load_origin, load_teacher
+from flowlm.runs.trained import check_one_embedding, load_origin, load_teacher
 from flowlm.system import processes, signals, storage
 from flowlm.system.profiling import Profiler, Recompilations
 
@@ -213,6 +213,8 @@ def _prepare(config: ConfigDict, workdir: str):
     teacher = load_teacher(config, tokenizer, experiment, layout) if config.teacher else None
     starts = config.init_from or experiment.family.continues
     origin = load_origin(config, tokenizer, experiment, layout) if starts else None
+    if teacher and origin and experiment.family.continues:
+        check_one_embedding(config, teacher, origin)
     if has_params(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours

@@ -15,7 +15,7 @@ from flowlm.config import defaults
 from flowlm.data import tokenizers
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.engine import optimizers
-from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.engine.build import abstract_state, abstract_teacher, build, jit_step
 from flowlm.engine.sharding import Layout, check_batch, make_mesh
 from flowlm.engine.state import make_step
 from flowlm.objectives.base import Teacher
@@ -29,7 +29,7 @@ FILES = sorted(
 ARGUMENTS = {
     "grammar1k": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "grammar": (
-        *("raw", "scaled", "posterior", "both", "white", "flow_map", "matched", "residual"),
+        *("raw", "scaled", "posterior", "both", "white", "flow_map", "matched", "gumbel", "residual"),
         *("autoregressive", "masked", "uniform", "sdtt", "dcd"),
     ),
     "molecules": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
@@ -58,7 +58,7 @@ def test_builds_and_lowers(path, argument):
         vocab = tokenizers.shipped(config.data.tokenizer).vocab_size
     if config.data.name in shipped_names():
         assert config.data.length == Grammar.load(config.data.name).length + 1
-    distils = argument.startswith(("flow_map", "matched", "residual", "sdtt", "dcd"))
+    distils = argument.startswith(("flow_map", "matched", "gumbel", "residual", "sdtt", "dcd"))
     config.teacher = "its run directory" if distils else None
     experiment = build(config, vocab)
 
@@ -67,7 +67,7 @@ def test_builds_and_lowers(path, argument):
     state = abstract_state(experiment, layout)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
     step = jit_step(config, experiment, layout, state)
-    traced = step.trace(state, ids, Teacher(state.ema) if distils else None)
+    traced = step.trace(state, ids, abstract_teacher(config, experiment, layout))
     new, metrics = traced.out_info
 
     def shapes(tree):
@@ -119,7 +119,7 @@ HOLDERS = {
     "evaluation": {"evaluation", "settings", "_settings"},
     "mesh": {"mesh", "wanted"},
     "model": {"self"},
-    "objective": {"self"},
+    "objective": {"self", "objective"},
 }
 
 

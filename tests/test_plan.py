@@ -139,7 +139,7 @@ def reduced(config):
     return config
 
 
-STUDENTS = ("flow_map", "matched", "matched_masked", "matched_uniform", "residual", "sdtt", "dcd")
+STUDENTS = ("flow_map", "matched", "matched_masked", "matched_uniform", "gumbel", "residual", "sdtt", "dcd")
 EXPERIMENTS = [(path, "") for path in FILES] + [
     (path, argument) for path in FILES if path.stem == "grammar" for argument in ARGUMENTS["grammar"]
 ]

@@ -99,8 +99,10 @@ def run_config(data_dir, family="flow", **changes):
     config.data.update(name="grammar98", tokenizer="grammar98", length=19, dir=str(data_dir))
     config.model.update(settings.model("test").to_dict() | dict(vocab_size=99, gate_init=1.0))
     config.model.update(FAMILIES[family].needs)
-    if family in ("flow_map", "matched", "residual"):
+    if family in ("flow_map", "matched", "gumbel", "residual"):
         config.model.update(input="both", time_embeddings=2)
+    if family == "gumbel":
+        config.model.width = 104  # of 99 tokens
     if family == "autoregressive":
         config.objective.start = 98
     config.optimizer.update(schedule="constant", warmup_steps=2)

@@ -1,5 +1,6 @@
 """Makes the network, the family and the optimizer of a run from its settings."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from flowlm.engine.sharding import Layout
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Transformer
 from flowlm.objectives import Family, make_family
+from flowlm.objectives.base import Teacher
 
 
 class Experiment(NamedTuple):
@@ -68,6 +70,19 @@ def abstract_state(experiment: Experiment, layout: Layout) -> train_state.TrainS
     """Shapes and shardings of the training state, without making it."""
     shapes = jax.eval_shape(lambda: train_state.init_state(experiment.net, experiment.family, experiment.optimizer, 0))
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes))
+
+
+def abstract_teacher(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Teacher | None:
+    """Shapes, and with a layout shardings, of a teacher of the student's size; what config.teacher names is not read."""
+    if not config.teacher:
+        return None
+    net, kind = experiment.net, experiment.family.taught_by
+    own = None if kind is None else dataclasses.replace(net, output="plain", preview=False, **kind.needs)
+    flow = jax.eval_shape((own or net).init, jax.random.key(0))
+    if layout is not None:
+        flow = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), flow, layout.places(flow))
+    two = config.objective.to_dict().get("target") == "residual"
+    return Teacher(flow, flow if two else None, own)
 
 
 def jit_step(config: ConfigDict, experiment: Experiment, layout: Layout, abstract: train_state.TrainState) -> Callable:

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from flowlm.engine.build import build
+from flowlm.engine.build import abstract_teacher, build
 from flowlm.engine.state import init_state, make_step
 from flowlm.maths import vocab
-from flowlm.objectives.base import Teacher
 
 
 def _inner(value):
@@ -69,13 +68,13 @@ def network_evaluations(config: ConfigDict) -> float:
     Products are counted, of the step and of one pass with its output layer. A backward pass is two, so that training a network by
     itself costs about three. Networks that move only in some steps count by their share of them.
     """
-    net, family, optimizer, _ = build(config, config.model.vocab_size, trained=True)
+    experiment = build(config, config.model.vocab_size, trained=True)
+    net, family, optimizer, _ = experiment
     rows = 2 * family.group
     state = jax.eval_shape(lambda: init_state(net, family, optimizer, 0))
     ids = jax.ShapeDtypeStruct((rows, net.length), jnp.int32)
     step = make_step(net, family, optimizer, seed=0, ema_decay=0.9, accumulation=1, dropout=False)
-    teacher = Teacher(state.ema, state.ema) if config.teacher else None
-    training = jax.make_jaxpr(step)(state, ids, teacher)
+    training = jax.make_jaxpr(step)(state, ids, abstract_teacher(config, experiment))
 
     def forward(params, ids, tau):
         return vocab.argmax(net.head(params), net.apply(params, net.embed(params, ids), tau))

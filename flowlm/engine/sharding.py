@@ -209,9 +209,7 @@ class Layout:
         manual = ROWS if self.mesh.shape["model"] > 1 else self.mesh.axis_names
 
         def spread(params, aux, batch):
-            flat = [leaf for tree in (params, aux) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-            shapes = {path_of(path): a.shape for path, a in flat}
-            block = {name.split("blocks/")[1]: shape[1:] for name, shape in shapes.items() if "blocks/" in name}
+            shapes = _shapes(params) | _shapes(aux)
 
             def by_hand(name, a):
                 return P(*(_cut(axis) for axis in self.stored(name, a.shape)))
@@ -221,11 +219,24 @@ class Layout:
             def whole(tree):
                 return _map_named(lambda name, a: a if "blocks/" in name else self._used(name, a, shapes[name]), tree)
 
-            def whole_block(tree):
-                return _map_named(lambda name, a: self._used(f"blocks/{name}", a, block[name]), tree)
+            def gathering(net, params):
+                if not self.fsdp:
+                    return net
+                block = {
+                    name.split("blocks/")[1]: shape[1:] for name, shape in _shapes(params).items() if "blocks/" in name
+                }
+                return net.gathering(
+                    lambda tree: _map_named(lambda name, a: self._used(f"blocks/{name}", a, block[name]), tree)
+                )
+
+            mine, teacher = gathering(net, params), aux.teacher
+            # A teacher that has a network of its own has blocks of its own shapes.
+            theirs = gathering(teacher.net, teacher.flow) if teacher is not None and teacher.net is not None else None
 
             def local(params, aux, batch):
-                metrics, gradients = fn(net.gathering(whole_block) if self.fsdp else net, whole, params, aux, batch)
+                if theirs is not None:
+                    aux = aux._replace(teacher=aux.teacher._replace(net=theirs))
+                metrics, gradients = fn(mine, whole, params, aux, batch)
 
                 def reduce(name, g):
                     cut = self._dim(name, shapes[name])
@@ -264,6 +275,10 @@ class Layout:
 def _cut(axis) -> str | None:
     """`data` where one dimension's axes hold it, because on each device's own rows that axis is cut by hand; otherwise None."""
     return "data" if axis == "data" or (isinstance(axis, tuple) and "data" in axis) else None
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {path_of(path): a.shape for path, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _map_named(fn: Callable, tree):

@@ -150,6 +150,7 @@ def _size(name: str, doc: str) -> Any:
     return setting(SIZES["tiny"][name], doc, "[1, inf)")
 
 
+@jax.tree_util.register_static  # so that a teacher's goes with its parameters wherever they go
 @dataclasses.dataclass(frozen=True)
 class Transformer(Network):
     """A diffusion transformer, or one for tokens, with what stands before and behind it.

@@ -9,6 +9,7 @@ from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.objectives.base import Family
 from flowlm.objectives.flow import Flow
 from flowlm.objectives.flow_map import FlowMap
+from flowlm.objectives.gumbel import Gumbel
 from flowlm.objectives.masked import Masked
 from flowlm.objectives.matched import Matched
 from flowlm.objectives.matched_discrete import MatchedMasked, MatchedUniform
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Family]] = {
     "flow": Flow,
     "flow_map": FlowMap,
     "matched": Matched,
+    "gumbel": Gumbel,
     "residual": Residual,
     "autoregressive": Autoregressive,
     "masked": Masked,

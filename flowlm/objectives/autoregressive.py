@@ -19,6 +19,11 @@ from flowlm.objectives.base import Auxiliary, Batch, Family, Losses
 from flowlm.system.settings import setting
 
 
+def forced(net: Network, params: Params, ids: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """hidden [B, L - 1, F] for every token of ids [B, L] but the first, from those before it."""
+    return net.apply(params, net.embed(params, ids[:, :-1]), jnp.zeros(ids.shape[0]), keys=keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class Autoregressive(Family):
     """The autoregressive model.
@@ -52,9 +57,7 @@ class Autoregressive(Family):
 
     def nats(self, net: Network, params: Params, ids: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """-log p of every token but the first: [B, L - 1]."""
-        time = jnp.zeros(ids.shape[0])
-        hidden = net.apply(params, net.embed(params, ids[:, :-1]), time, keys=keys)
-        return vocab.cross_entropy(net.head(params), hidden, ids[:, 1:])
+        return vocab.cross_entropy(net.head(params), forced(net, params, ids, keys), ids[:, 1:])
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({cross_entropy: [B]}, {}), nats per predicted token, for batch = {ids [B, L]}."""
@@ -71,6 +74,15 @@ class Autoregressive(Family):
                 f"an autoregressive sample of {net.length} tokens takes {net.length - 1} steps, got {steps}: set "
                 f"evaluation.steps or --steps to {net.length - 1}"
             )
+        first = jnp.full((num,), self.start_token, jnp.int32)
+        return self.continued(net, params, first, jax.random.split(key, steps))
+
+    def continued(self, net: Transformer, params: Params, first: jax.Array, keys: jax.Array) -> jax.Array:
+        """ids [num, L] that go on from first [num], by L - 1 network calls.
+
+        Args:
+          keys: [L - 1], one for each call, or [L - 1, num], one for each row too.
+        """
         head = net.head(params)
 
         def step(carry, key):
@@ -79,6 +91,5 @@ class Autoregressive(Family):
             ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
             return (cache, ids), ids
 
-        first = jnp.full((num,), self.start_token, jnp.int32)
-        _, ids = jax.lax.scan(step, (net.empty_cache(num), first), jax.random.split(key, steps))
+        _, ids = jax.lax.scan(step, (net.empty_cache(len(first)), first), keys)
         return jnp.concatenate([first[:, None], ids.T], 1)

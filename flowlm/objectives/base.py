@@ -14,10 +14,17 @@ Losses = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # what `Family.loss`
 
 
 class Teacher(NamedTuple):
-    """Frozen parameters in the student's architecture: a flow (or discrete diffusion), and for one target its residual."""
+    """Frozen parameters.
+
+    Attributes:
+      flow: of a flow (or discrete diffusion) in the student's architecture, or of `net`.
+      residual: of the flow's residual, for one target.
+      net: the teacher's own network, where it is another than the student's.
+    """
 
     flow: Params
     residual: Params | None = None
+    net: Network | None = None
 
 
 class Auxiliary(NamedTuple):
@@ -52,6 +59,7 @@ class Family(abc.ABC):
       group: rows of a batch that stay together in a microbatch.
       parts: names of the losses whose conflicting gradients are projected; ("loss",) is their sum.
       differentiates: whether its loss takes forward derivatives of the network.
+      taught_by: the family of its teachers, which keep their own network; None: they have the student's.
       continues: its teacher is where the student starts; whom it follows is the flow behind that.
       updates: how the parts of what is trained are updated, by their names, where these are several networks; otherwise {}.
     """
@@ -63,6 +71,7 @@ class Family(abc.ABC):
     group: int = 1
     parts: tuple[str, ...] = ("loss",)
     differentiates: bool = False
+    taught_by: ClassVar["type[Family] | None"] = None
     continues: ClassVar[bool] = False
 
     @property

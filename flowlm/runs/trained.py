@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flowlm.config import flat
@@ -12,7 +13,7 @@ from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine.build import Experiment, abstract_state, build
 from flowlm.engine.sharding import Layout
 from flowlm.models.attention import runs_on
-from flowlm.objectives import FAMILIES
+from flowlm.objectives import FAMILIES, Family
 from flowlm.objectives.base import Teacher
 from flowlm.runs import directory as run_directory
 from flowlm.runs import integrity
@@ -46,11 +47,15 @@ STUDENTS_OWN = (
 )
 
 
-def _differences(theirs: ConfigDict, ours: ConfigDict, others: tuple[str, ...] = ()) -> str:
-    """Settings of the network, and the others named, that must agree and do not, as text."""
-    names = [f"model.{key}" for key in ours.model if key not in STUDENTS_OWN]
+def _network(config: ConfigDict) -> tuple[str, ...]:
+    """Settings of a network that must agree."""
+    return tuple(f"model.{key}" for key in config.model if key not in STUDENTS_OWN)
+
+
+def _differences(theirs: ConfigDict, ours: ConfigDict, names: tuple[str, ...]) -> str:
+    """Settings of these names, which must agree, that do not, as text."""
     settings = [flat(config.to_dict()) for config in (theirs, ours)]
-    pairs = {name: [each.get(name) for each in settings] for name in (*others, *names)}
+    pairs = {name: [each.get(name) for each in settings] for name in names}
     return ", ".join(f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b)
 
 
@@ -61,7 +66,7 @@ def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment
       FileNotFoundError: it is not a trained run.
       ValueError: it has another tokenizer or network, and what differs; or there is a teacher, from which a student starts.
     """
-    if config.teacher and not experiment.family.continues:
+    if config.teacher and not (experiment.family.continues or experiment.family.taught_by):
         raise ValueError("a student starts from its teacher: give config.teacher or config.init_from, not both")
     name = "init_from" if config.init_from else "teacher"
     run = load_trained(config[name], layout)
@@ -69,7 +74,7 @@ def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment
         raise ValueError(
             f"{name} {config[name]} has the tokenizer {run.config.data.tokenizer!r}, not {config.data.tokenizer!r}"
         )
-    if differ := _differences(run.config, config):
+    if differ := _differences(run.config, config, _network(config)):
         raise ValueError(f"{name} {config[name]} is another network: {differ}")
     try:
         jax.eval_shape(lambda theirs: experiment.net.adopt(experiment.net.init(jax.random.key(0)), theirs), run.params)
@@ -79,25 +84,32 @@ def load_origin(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment
 
 
 def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experiment, layout: Layout) -> Teacher:
-    """aux.teacher of a run: parameters in the student's architecture that compute the teacher's function.
+    """aux.teacher of a run: parameters that compute its function in the student's architecture, or with its own network.
 
     Raises:
       FileNotFoundError: config.teacher is not a trained run.
       ValueError: it has another tokenizer, network, prior or time warp; names what differs.
     """
     run = load_trained(config.teacher, layout)
+    mine, taught = type(experiment.family), run.config.objective.family
+    if not _teaches(FAMILIES[taught], mine):
+        others = ", ".join(name for name, kind in FAMILIES.items() if _teaches(kind, mine))
+        raise ValueError(
+            f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {config.objective.family!r}, "
+            f"but a run of one of these can: {others}"
+        )
     if experiment.family.continues and config.objective.flow == "named":
         run = _flow_behind(run, config.teacher, layout)
     theirs = run.config
-    ours, taught = config.objective.family, theirs.objective.family
-    both_flow = FAMILIES[ours].continuous and FAMILIES[taught].continuous
-    if not (issubclass(FAMILIES[ours], FAMILIES[taught]) or both_flow):
-        raise ValueError(f"the teacher {config.teacher} is of the family {taught!r}: it cannot teach {ours!r}")
     if run.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
             f"the teacher {config.teacher} has the tokenizer {theirs.data.tokenizer!r}, not {config.data.tokenizer!r}"
         )
-    if differ := _differences(theirs, config, ("prior", "time_warp", "data.length")):
+    if experiment.family.taught_by:
+        if differ := _differences(theirs, config, ("data.length",)):
+            raise ValueError(f"the teacher {config.teacher} has other rows: {differ}")
+        return Teacher(run.params, net=run.experiment.net)
+    if differ := _differences(theirs, config, ("prior", "time_warp", "data.length", *_network(config))):
         raise ValueError(f"the teacher {config.teacher} is another network: {differ}")
     wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
     if (theirs.objective.family == "residual") != (wanted == "residual"):
@@ -114,6 +126,25 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
     if wanted == "flow":
         return Teacher(params)
     return Teacher(jax.jit(adopt, out_shardings=places)(load_trained(theirs.teacher, layout).params), params)
+
+
+def _teaches(theirs: type[Family], mine: type[Family]) -> bool:
+    if mine.taught_by:
+        return issubclass(theirs, mine.taught_by)
+    return issubclass(mine, theirs) or (mine.continuous and theirs.continuous and not theirs.taught_by)
+
+
+def check_one_embedding(config: ConfigDict, teacher: Teacher, origin: Any) -> None:
+    """Raises ValueError where a run that a student begins as sees other states than the flow that it follows.
+
+    Moving averages of one embedding differ by their rounding.
+    """
+    far = jax.jit(lambda a, b: jnp.abs(a - b).max() > 1e-3 * jnp.std(b))
+    if far(origin["embedding"], teacher.flow["embedding"]):
+        raise ValueError(
+            f"init_from {config.init_from} has another embedding than the flow of the teacher {config.teacher}: begin that run "
+            "with --config.init_from=FLOW --config.objective.train_embedding=False, which keeps the flow's"
+        )
 
 
 def _flow_behind(run: Trained, directory: str, layout: Layout) -> Trained:

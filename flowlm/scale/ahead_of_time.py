@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flowlm.engine import sampling, sharding
-from flowlm.engine.build import abstract_state, build, jit_step
+from flowlm.engine.build import abstract_state, abstract_teacher, build, jit_step
 from flowlm.engine.flops import count_flops
 from flowlm.objectives.autoregressive import Autoregressive
-from flowlm.objectives.base import Teacher
 from flowlm.scale import hlo
 from flowlm.scale.costs import CHIPS, Chip, roofline
 from flowlm.scale.dense import DenseFlow
@@ -68,7 +67,7 @@ def trace_step(
     """The training step of a run on these devices, without an array being made.
 
     Args:
-      per_device: sequences on each device, in place of config.batch_size over all. A teacher has the student's network; what
+      per_device: sequences on each device, in place of config.batch_size over all. A teacher has the student's size; what
         config.teacher names is not read.
       dense: the same step of a flow written over the whole vocabulary, for comparison.
 
@@ -83,10 +82,7 @@ def trace_step(
     rows = config.batch_size if per_device is None else per_device * layout.mesh.size
     sharding.check_batch(rows, config.accumulation, experiment.family.group, layout.devices)
     state = abstract_state(experiment, layout)
-    teacher = None
-    if config.teacher:
-        two = config.objective.to_dict().get("target") == "residual"
-        teacher = Teacher(state.ema, state.ema if two else None)
+    teacher = abstract_teacher(config, experiment, layout)
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32, sharding=layout.rows)
     return Program(jit_step(config, experiment, layout, state).trace(state, ids, teacher), layout.mesh.size, rows)
 
