@@ -1,4 +1,4 @@
-"""Data: corpora, packing to rows, grammars, and `open_dataset`, which is all that the floors above need."""
+"""Data: corpora, packing to rows, grammars. `open_dataset` is all that the rooms above need."""
 
 from flowlm.data.dataset import Dataset, Split, open_dataset
 

@@ -1,7 +1,7 @@
-"""tfds builders of the kinds of data, packed text, sentences and rows of a grammar; none needs TensorFlow.
+"""tfds builders for packed text, for sentences and for rows of a grammar; none of the builders needs TensorFlow.
 
-All store rows in order as `ids`, int32 [length], in array_record shards of at most `SHARD_ROWS` rows, since reading
-one row at random costs time in proportion to its shard. They are `ShardBasedBuilder`s: a `GeneratorBasedBuilder`
+All store rows in order as `ids`, int32 [length], in array_record shards of at most `SHARD_ROWS` rows, because reading
+one row at random costs time in proportion to its shard. They are `ShardBasedBuilder`s because a `GeneratorBasedBuilder`
 takes no size of shard and needs TensorFlow for more than 1 GB.
 """
 
@@ -26,13 +26,13 @@ GRAMMAR_ROWS = {"train": 131_072, "validation": 4_096, "test": 4_096}
 
 @dataclasses.dataclass(eq=False)
 class RowsConfig(tfds.core.BuilderConfig):
-    """What a prepared set depends on. The name holds the tokenizer's digest: another vocabulary is another set.
+    """What a prepared set depends on. Its name holds the tokenizer's digest, so that another vocabulary makes another set.
 
     Attributes:
       source: name of a corpus or of a grammar.
-      tokenizer: its tokenizer.
+      tokenizer: what turns the source's text into ids.
       length: ids in a row, the start token included.
-      data_dir: where the files of the corpora lie; unused by grammars.
+      data_dir: folder that holds the files of the corpora; a grammar does not read it.
     """
 
     source: str = ""
@@ -91,7 +91,7 @@ class PackedText(_Rows, skip_registration=True):
         def documents():
             return ((split, text) for split, _, text in corpora.read_corpus(config.source, config.data_dir))
 
-        # Shards are named by their number, so all tokens are counted, on disk, before the first is written.
+        # A shard's file name holds the number of shards, so all tokens are written and counted before the first shard.
         separated = corpora.CORPORA[config.source].separated
         rows, record = packing.write_streams(documents, config.tokenizer, separated, self._tokens, config.length - 1)
         if any(record.unspelled.values()):
@@ -101,7 +101,7 @@ class PackedText(_Rows, skip_registration=True):
 
 
 def _report(config: RowsConfig, record: packing.Record) -> str:
-    """What the vocabulary could not spell, in a line."""
+    """One line that says what the vocabulary could not spell."""
     lost, tokens = sum(record.unspelled.values()), sum(record.tokens.values())
     unknown = config.tokenizer.unknown
     became = (

@@ -1,7 +1,7 @@
-"""Documents of each corpus: a registry from name to where its files lie and how they are read.
+"""Documents of each corpus: a registry from a corpus's name to the functions that find and read its files.
 
-A corpus is a stream of (split, id, text), read once and never whole in memory; nothing is downloaded. Files a corpus needs
-lie under `<data_dir>/sources`, and a missing one is an error that says what to put where, raised before any work.
+A corpus is a stream of (split, id, text), read once and never whole in memory; nothing is downloaded. The files that a corpus
+needs lie under `<data_dir>/sources`. A missing file raises an error before any work, which says what to put where.
 """
 
 import collections
@@ -34,10 +34,10 @@ class Corpus:
 
     Attributes:
       check: (sources directory) raises FileNotFoundError where files are missing.
-      read: (sources directory) to the documents, lazily: (split, id, text), in one pass over the files.
+      read: (sources directory) -> the documents (split, id, text), lazily, in one pass over the files.
       separated: whether documents are independent texts, so that a start token belongs between them.
-      rows: where each document is a row of its own, padded at its end, a tokenizer that has a pad; those that the tokenizer cannot
-        spell or that are longer are left out.
+      rows: None where documents are packed. Otherwise each document is a row of its own, and `rows` names a tokenizer with a pad
+        that suits the corpus; documents that the tokenizer cannot spell or that are longer than a row are left out.
     """
 
     check: Callable[[Path], None]
@@ -65,7 +65,7 @@ SOTU_SHA256 = "bc5452d617d186d3062bedcf97bbf738d1c19a63b8326060472a1f7a09e531fd"
 
 
 def sotu_split(year: int) -> str:
-    """Every twentieth year is held out, so each split spans all eras; speeches of one year stay together."""
+    """The split of a year's speeches. One year in twenty validates and one tests, so that each split spans all eras."""
     return {12: "validation", 19: "test"}.get(year % 20, "train")
 
 
@@ -96,7 +96,7 @@ EVERYDAY_SHA256 = "8798a7891bbc703b65a764c8d74c229b1af10bc470edaa82d06be8a901542
 
 
 def everyday_split(sentence: str) -> str:
-    """A twentieth is held out in each split. Sentences of the same words stay together, whatever their case and punctuation."""
+    """A sentence's split; validation and test hold a twentieth each. Sentences with the same words share it, in any case."""
     words = " ".join(token for token in word_tokens.split(sentence.lower()) if token not in word_tokens.PUNCTUATION)
     return {0: "validation", 1: "test"}.get(own_text.key(words) % 20, "train")
 
@@ -108,7 +108,7 @@ def _check_everyday(sources: Path) -> None:
 
 def _read_everyday(sources: Path) -> Iterator[Document]:
     del sources
-    # The file is in order of the alphabet, for its size; the first rows of a split should be like the others.
+    # The file is in order of the alphabet because it packs smaller so. The sort mixes it, so that a split's first rows are typical.
     sentences = [line.rstrip("\n") for line in _shipped_lines(EVERYDAY, EVERYDAY_SHA256)]
     for sentence in sorted(sentences, key=own_text.key):
         yield everyday_split(sentence), str(own_text.key(sentence)), sentence
@@ -169,7 +169,7 @@ def _check_lm1b(sources: Path) -> None:
 
 
 def _read_lm1b(sources: Path) -> Iterator[Document]:
-    """The first held-out file is the customary test set; the others validate."""
+    """The first held-out file is the customary test set; the other held-out files validate."""
     held_out = _lm1b_files(_LM1B_HELD_OUT, sources)
     files = {"train": _lm1b_files(_LM1B_TRAIN, sources), "validation": held_out[1:], "test": held_out[:1]}
     for split, paths in files.items():
@@ -196,7 +196,8 @@ def _check_openwebtext(sources: Path) -> None:
 def _read_openwebtext(sources: Path) -> Iterator[Document]:
     """The last 100,000 documents (of a small set, a tenth) are held out: half validates, half tests.
 
-    Which these are is known at the end, and the files are read once: so many texts, half a gigabyte, wait in memory.
+    Only the end of the files tells which documents are last. Because the files are read once, 100,000 texts (half a gigabyte)
+    wait in memory.
     """
     texts = (text for path in _openwebtext_files(sources) for _, text in json_lines.texts(path))
     waiting, number = collections.deque(), -1
@@ -243,5 +244,5 @@ def read_corpus(name: str, data_dir: str | Path) -> Iterator[Document]:
 
 
 def documents(name: str, split: str, data_dir: str | Path) -> Iterator[tuple[str, str]]:
-    """The (id, text) of those documents of `read_corpus` that are of one split."""
+    """The (id, text) of each document of `read_corpus` that belongs to `split`."""
     return ((number, text) for found, number, text in read_corpus(name, data_dir) if found == split)

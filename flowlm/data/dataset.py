@@ -23,18 +23,23 @@ from flowlm.data.shards import Shards
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.system import storage
 
-# Rows read at once where a whole split is scanned, and rows that are plenty to count tokens by position.
+# Rows read at once where a whole split is scanned.
 _BLOCK = 4096
+# Rows that suffice to count tokens by position.
 _MARGINAL_ROWS = 262_144
-# A prepared set in a bucket is whole once this file of it is there.
+# This file is copied to a bucket last, so a prepared set there is whole once the file exists.
 WHOLE = "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of one split: `source` is random access to records {"ids": int32 [length]}.
+    """Rows of one split.
 
-    `sentences`: whether each row is a text of its own, padded.
+    Attributes:
+      source: random access to records {"ids": int32 [length]}.
+      tokenizer: what decodes the rows.
+      length: ids in a row, the start token included.
+      sentences: whether each row is a text of its own, padded.
     """
 
     source: Shards
@@ -65,14 +70,14 @@ class Split:
 
         Each epoch of len(self) rows is another permutation of the split.
         """
-        # Numbers are shuffled and rows are read in one batch: twice as fast as shuffling the rows themselves.
+        # grain shuffles the rows' numbers, and the rows are read in one batch: twice as fast as if grain read them one by one.
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
         return lambda start, stop: self._read([int(order[index]) for index in range(start, stop)])
 
     def log_marginals(self, vocab_size: int) -> np.ndarray:
         """Logs float32 [length, vocab_size] of the law of tokens by position, in nats (see marginals.py).
 
-        A split of more than 262,144 rows is counted by that many or fewer, evenly spaced.
+        Of a split with more than 262,144 rows, at most so many are counted, evenly spaced.
 
         Raises:
           ValueError: the vocabulary is smaller than the tokenizer's.
@@ -89,10 +94,10 @@ class Split:
     def text(self, num_chars: int | None = None) -> str:
         """The split's first characters (all if None), as its tokenizer decodes them, a space between documents.
 
-        Holds what it returns, and the tokens, in memory.
+        The whole text and its tokens are held in memory.
         """
         num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
-        # Of sentences the start token in front of a row is all that stands between two.
+        # A packed row has start tokens between its documents. Sentences have none inside, so the one in front of each row is kept.
         stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
         return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
@@ -103,9 +108,11 @@ class Dataset:
     """A prepared dataset.
 
     Attributes:
-      grammar: the exact law of its rows (without their start token) where there is one.
-      unspelled: where the tokenizer could not spell all of the text, "count" of that by split (`Tokenizer.encode_counted`)
-        and "such_as", some of it; else empty.
+      tokenizer: what made the rows of text, and decodes them.
+      length: ids in a row, the start token included.
+      grammar: the exact law of the rows (without their start token); None for a corpus.
+      unspelled: empty if the tokenizer could spell all of the text. Otherwise "count" is how often it could not, by split
+        (`Tokenizer.encode_counted`), and "such_as" lists some of what it could not spell.
       sentences: whether each row is a text of its own, padded.
     """
 
@@ -122,18 +129,18 @@ class Dataset:
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
     """Opens a corpus or a grammar under a tokenizer, in rows of `length` ids; prepares it on first use.
 
-    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. They appear whole or not at all,
-    so an interrupted preparation leaves nothing that is taken for a set, and of several at once the first counts.
+    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. A set appears whole or not at all, so an
+    interrupted preparation leaves nothing that looks like a set. If several processes prepare the same one, the first to end wins.
 
     Args:
-      name: of a corpus (`corpora.CORPORA`) or a shipped grammar.
-      tokenizer: name or path, see `tokenizers.shipped`.
+      name: a corpus (`corpora.CORPORA`) or a shipped grammar.
+      tokenizer: its name or the path of its file, as in `tokenizers.shipped`.
       length: ids in a row, the start token in front included.
-      data_dir: where data is kept, `~` expanded, or a bucket; a set in one is copied to the local disk on first use.
+      data_dir: folder (`~` is expanded) or bucket that holds all data; a set in a bucket is copied to the local disk on first use.
 
     Raises:
       FileNotFoundError: files of the corpus or the tokenizer are missing.
-      ValueError: name, tokenizer or length do not exist or do not fit together.
+      ValueError: the name or tokenizer does not exist, or name, tokenizer and length do not fit together.
     """
     data_dir = storage.path(data_dir)
     known = [*corpora.CORPORA, *grammar.shipped_names()]
@@ -155,7 +162,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
 
     def make() -> tfds.core.DatasetBuilder:
-        with _less_said():  # that each set has a configuration of its own
+        with _less_said():  # because tfds warns that each set has a configuration of its own
             return builder_class(
                 data_dir=storage.mirror(data_dir) / "tfds",
                 config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
@@ -164,7 +171,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
 
     builder = make()
     if not builder.data_path.exists():
-        # Rows are read from the local disk: array_record knows no buckets. What one host prepared is there for all.
+        # Rows are read from the local disk because array_record cannot read a bucket. The bucket shares what one host prepared.
         shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
         if (shared / WHOLE).exists():
             storage.fetch(shared)
@@ -192,7 +199,7 @@ def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) 
 
 @contextlib.contextmanager
 def _less_said() -> Iterator[None]:
-    """Leaves out what tfds warns of, which nobody can act on."""
+    """Silences the warnings of tfds, because nobody can act on them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.ERROR))
     try:
@@ -206,9 +213,9 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
     print(f"  {builder.data_path}", file=sys.stderr)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints of sizes it does not know
+        with contextlib.redirect_stdout(io.StringIO()):  # hides what tfds prints about sizes that it does not know
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except OSError:
-        # tfds fails at its final rename where another process came first; that one's set is the same.
+        # tfds fails at its final rename if another process was faster. The other process's set is the same, so it is used.
         if not builder.data_path.exists():
             raise

@@ -1,18 +1,18 @@
-"""A weighted grammar with an exact judge: rows drawn from a known law, and the exact probability of any row.
+"""A weighted grammar: it draws rows from a known law and computes the exact probability of any row.
 
-A grammar is a table (`grammars/*.json`) of rules A -> alternatives, each a string of words and nonterminals with its
-probability; a list of alternatives is uniform. A rule whose name holds "{parameter}" stands for one rule for each
-value of the parameter, which is how agreement is written; elsewhere an alternative that holds it stands for one for each
-value. Parameters are filled in in their order, so "{thing.{class}}" has the values of "thing.fruit" where the class is fruit.
-Grammars are finite: no symbol derives itself.
+A grammar is a table (`grammars/*.json`) of rules A -> alternatives. An alternative is a string of words and nonterminals
+with a probability; a list of alternatives is uniform. A rule whose name holds "{parameter}" stands for one rule for each
+value of the parameter, which is how agreement is written. In other rules, an alternative that holds "{parameter}" stands for
+one alternative for each value. Parameters are filled in in their order, so "{thing.{class}}" takes the values of
+"thing.fruit" where the class is fruit. Grammars are finite: no symbol derives itself.
 
 With p_j the probability that the symbols so far have read exactly the first j words of a row, reading is linear:
     word w           p'_{j+1} = p_j [row_j = w]
     A B              p' = B(A(p))
     A -> a_1 | ...   p' = sum_k P(a_k) a_k(p)
 so `log_prob` sums over all derivations exactly, and sampling walks the same tree with sets of rows.
-The entropy obeys H(A) = sum_k P(a_k) (-log P(a_k) + sum of H over the symbols of a_k), of derivations; it is that of
-rows where, as in the shipped grammars, no row has two derivations.
+The entropy of derivations obeys H(A) = sum_k P(a_k) (-log P(a_k) + sum of H over the symbols of a_k). It equals the
+entropy of rows if no row has two derivations, which holds for the shipped grammars.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ class Rule:
 
     @functools.cached_property
     def cumulative(self) -> np.ndarray:
-        """Sums [K] of the probabilities, the last one 1."""
+        """Cumulative sums [K] of the probabilities; the last sum is 1."""
         sums = self.probabilities.cumsum()
         return sums / sums[-1]
 
     @functools.cached_property
     def is_lexical(self) -> bool:
-        """Whether every alternative is one word, which is read and drawn in one step."""
+        """Whether every alternative is one word; such a rule is read and drawn in one step."""
         return all(len(symbols) == 1 and isinstance(symbols[0], int) for symbols in self.alternatives)
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Grammar:
 
     @classmethod
     def load(cls, name: str) -> "Grammar":
-        """Reads a shipped grammar by name, or a file by its path (which ends in .json).
+        """Reads a shipped grammar by its name, or a file by its path, which ends in .json.
 
         Raises:
           ValueError: the name is unknown, or the table is not a finite grammar over its words.
@@ -89,14 +89,14 @@ class Grammar:
         return grammar
 
     def _longest(self) -> int:
-        """Words of the longest row."""
+        """Number of words in the longest row."""
         lengths: dict[Symbol, int | None] = {}
 
         def longest(symbol: Symbol) -> int:
             if isinstance(symbol, int):
                 return 1
             if symbol not in lengths:
-                lengths[symbol] = None  # until it is known, so that a symbol that comes upon itself is found
+                lengths[symbol] = None  # until it is known, so that a symbol that derives itself is found
                 alternatives = self.rules[symbol].alternatives
                 lengths[symbol] = max(sum(map(longest, symbols)) for symbols in alternatives)
             if lengths[symbol] is None:
@@ -130,7 +130,8 @@ class Grammar:
                 ends[rows] += 1
                 return
             rule = self.rules[symbol]
-            choices = np.searchsorted(rule.cumulative, rng.random(len(rows)), side="right")  # as rng.choice, but ready
+            # Draws as rng.choice does, without summing the probabilities again.
+            choices = np.searchsorted(rule.cumulative, rng.random(len(rows)), side="right")
             if rule.is_lexical:
                 ids[rows, ends[rows]] = rule.words[choices]
                 ends[rows] += 1
@@ -152,10 +153,10 @@ class Grammar:
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.shape[1] != self.length:
             raise ValueError(f"rows of shape {ids.shape}; the grammar reads ids of shape [N, {self.length}]")
-        # An id that is no word (a start token, say) is sent to one slot past the words, which no rule gives.
+        # An id that is no word (a start token, say) gets an index past the words, which no rule derives.
         columns = np.where((ids >= 0) & (ids < len(self.words)), ids, len(self.words)).T
 
-        # Probabilities are laid out [length + 1, N], columns [length, N].
+        # The arrays `before` and `after` of probabilities are [length + 1, N], columns are [length, N].
         def read(symbol: Symbol, before: np.ndarray, columns: np.ndarray) -> np.ndarray:
             after = np.zeros_like(before)
             if isinstance(symbol, int):
@@ -167,7 +168,7 @@ class Grammar:
                 np.add.at(weights, rule.words, rule.probabilities)
                 after[1:] = before[:-1] * weights[columns]
                 return after
-            # Rows that came this far go on, with the alternatives that their next words can begin.
+            # To save time, only rows that have been read so far go on, with alternatives that one of their next words can begin.
             live = np.flatnonzero(before.any(0))
             before, columns = before[:, live], columns[:, live]
             following = set(columns[before[:-1] > 0].tolist())
@@ -197,7 +198,7 @@ def shipped_names() -> list[str]:
 
 
 def _expand(templates: dict, parameter: str, values: list[str]) -> dict:
-    """Fills in one parameter: in a rule that has it in its name, and else in each alternative that has it."""
+    """Fills in one parameter: a rule with the parameter in its name becomes one rule for each value; see `_filled` for others."""
     expanded = {}
     for left, alternatives in templates.items():
         for chosen in [[value] for value in values] if parameter in left else [values]:
@@ -206,7 +207,7 @@ def _expand(templates: dict, parameter: str, values: list[str]) -> dict:
 
 
 def _filled(alternatives: dict | list, parameter: str, values: list[str]) -> dict | list:
-    """Writes each alternative that has the parameter once for each value; they share its probability."""
+    """Writes an alternative that holds the parameter once for each value; these copies share the alternative's probability."""
 
     def written(text: str) -> list[str]:
         return [text.replace(parameter, value) for value in values] if parameter in text else [text]

@@ -1,4 +1,4 @@
-"""Files with a JSON object a line, plain or packed by gzip, in each of which a document's text stands under one key."""
+"""Files with one JSON object a line, plain or packed by gzip. Each object holds a document's text under one key."""
 
 import json
 import os
@@ -10,11 +10,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 def texts(place: os.PathLike, key: str = "text") -> Iterator[tuple[int, str]]:
-    """(number of the line, counted from 1; text) of each line that is not blank. Raises ValueError naming a damaged line."""
+    """Yields (number of the line, from 1; text) for each line that is not blank. Raises ValueError that names a damaged line."""
     for number, line in storage.lines(place):
         try:
             found = json.loads(line)
-            # What JSON can spell and UTF-8 cannot, halves of surrogate pairs, becomes "?".
+            # JSON can spell half of a surrogate pair, which UTF-8 cannot; such a half becomes "?".
             text = found[key].encode("utf-8", "replace").decode("utf-8")
         except KeyError as error:
             raise ValueError(_wrong(place, number, key, f"its keys are {sorted(found)}")) from error

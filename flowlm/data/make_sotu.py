@@ -12,7 +12,7 @@ import pathlib
 import sys
 import unicodedata
 
-# \x02 stands in one speech for the lost half of "4 1/2 per cent"; a bullet in another for a dot of an ellipsis.
+# In one speech \x02 stands where "4 1/2 per cent" lost its "/2"; in another a bullet stands for a dot of an ellipsis.
 _ASCII = str.maketrans(
     {
         "\u2018": "'",
@@ -31,7 +31,7 @@ _ASCII = str.maketrans(
 
 
 def normalise(text: str) -> str:
-    """Printable ASCII with single spaces: quotes and dashes straightened, entities resolved, accents dropped."""
+    """The text in printable ASCII with single spaces: straightens quotes and dashes, resolves entities, drops accents."""
     text = unicodedata.normalize("NFKD", html.unescape(text).translate(_ASCII))
     text = text.encode("ascii", "ignore").decode("ascii")
     return " ".join("".join(c for c in text if c.isspace() or c.isprintable()).split())

@@ -1,11 +1,11 @@
-"""The context-free reference: the law of a token given its position in the row and nothing else.
+"""The context-free reference: the law of a token given only its position in the row.
 
-Position l has counts n_lv over N rows. With u the law of tokens at all positions behind the start token, smoothed by
-half a token of each kind,
+Token v occurs n_lv times at position l of N rows. With u the law of tokens at all positions behind the start token, smoothed
+by half a token of each kind,
     p_l(v) = (n_lv + s u(v)) / (N + s),
 where the strength s of the shrinkage is the one of `STRENGTHS` that maximises the leave-one-out likelihood: the sum
-over tokens of log p_l(v), each with itself taken out of n_lv, of N and of u. The positions behind the start token
-share one strength; the start token's own position, which u knows nothing of, has another.
+over tokens of log p_l(v), where each token is left out of n_lv, N and u for its own term. The positions behind the start
+token share one strength. The start token's position has another, because u does not count the tokens there.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def _shrunk(count: np.ndarray, total: int, law: np.ndarray, strength: float) -> 
 
 
 def _best_strength(counts: np.ndarray, unigrams: np.ndarray, num_rows: int, share: int) -> float:
-    """The strength that best foretells each token from the others; `share` is a token's own count in `unigrams`."""
+    """The strength with the best leave-one-out likelihood; `share` is what one token adds to `unigrams`: 0 or 1."""
     positions, tokens = np.nonzero(counts)
     seen = counts[positions, tokens]
     law = (unigrams[tokens] - share) / (unigrams.sum() - share)

@@ -1,13 +1,14 @@
-"""A user's own text: which files it is, what a document is, and the manifest of a folder that was prepared from it.
+"""A user's own text: its files, its documents, and the manifest of a folder that was prepared from it.
 
-    textfiles   a document a file, *.txt
-    jsonl       a document a line, *.jsonl: {"text": "..."}
+    textfiles   one document a file, *.txt
+    jsonl       one document a line, *.jsonl: {"text": "..."}
 
-Either may be packed by gzip (*.txt.gz), in any spelling (*.TXT), in folders behind links; what else is there is counted and named.
+Files of both kinds may be packed by gzip (*.txt.gz), have endings in capitals (*.TXT) and lie in folders behind links. The
+manifest counts and names the files of no such kind.
 
-The split of a document is a function of its text alone: its key, the first 64 bits of a sha256, against two cuts that leave a
-twentieth of the distinct documents to each held-out split. So copies are on one side, whatever the order of files, and whatever
-their line breaks, blanks at the ends or spelling of accents, in which copies differ.
+The split of a document depends on its text alone: its key, the first 64 bits of a sha256, is compared with two cuts, which leave
+a twentieth of the distinct documents to each held-out split. So copies of a document share a split, whatever the order of files,
+and even if the copies differ in line breaks, in blanks at the ends or in the spelling of accents.
 """
 
 import hashlib
@@ -23,15 +24,15 @@ from flowlm.system import storage
 
 KINDS = {"textfiles": (".txt", ".txt.gz"), "jsonl": json_lines.SUFFIXES}
 MANIFEST = "manifest.json"
-HELD_OUT = 0.05  # of the distinct documents, in each of validation and test
-_NAMED = 5  # of the files that are left out
+HELD_OUT = 0.05  # share of the distinct documents that validation and test get each
+_NAMED = 5  # how many of the files that are left out a manifest names
 
 
 def files(kind: str, path: Path) -> tuple[list[Path], list[Path]]:
-    """The file, or the files of the kind in the folder and below it, and those that are not of it; both sorted.
+    """(files of the kind, other files) at `path`, a file or a folder that is searched with all below it; both sorted.
 
     Raises:
-      FileNotFoundError: there are none of the kind.
+      FileNotFoundError: there is no file of the kind.
     """
     if path.is_file():
         return [path], []
@@ -44,7 +45,7 @@ def files(kind: str, path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and below it, also behind links; of a folder that is reached twice, those under its own name."""
+    """All files in a folder and below it, also behind links. Links wait, so that a folder reached twice keeps its own name."""
     waiting, links, seen = [folder], [], set()
     while waiting or links:
         at = (waiting or links).pop()
@@ -59,7 +60,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def documents(kind: str, path: Path, text_key: str = "text") -> Iterator[tuple[str, str]]:
-    """(id, text) of every document that is not empty, lazily. Raises ValueError naming the file, and the line, that is damaged."""
+    """Yields (id, text) of every document that is not empty. Raises ValueError that names a damaged file, or its damaged line."""
     for file in files(kind, path)[0]:
         for number, text in json_lines.texts(file, text_key) if kind == "jsonl" else [(1, _text(file))]:
             if text.strip():
@@ -69,23 +70,24 @@ def documents(kind: str, path: Path, text_key: str = "text") -> Iterator[tuple[s
 def _text(file: Path) -> str:
     try:
         with storage.open_bytes(file) as content:
-            return content.read().decode("utf-8-sig")  # a byte-order mark is no text
+            return content.read().decode("utf-8-sig")  # utf-8-sig, because a byte-order mark is no text
     except ValueError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
 
 
 def key(text: str) -> int:
-    """What says on which side of the cuts a document is, in [0, 2^64); the same for copies in which no word differs."""
+    """A document's number in [0, 2^64), which the cuts compare; copies in which no word differs share it."""
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
     text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 
 def describe(kind: str, path: Path, text_key: str = "text") -> dict:
-    """What a manifest says of the sources: every file with its sha256, counts of documents, and the cuts.
+    """The manifest's part about the sources: every file with its sha256, the counts of documents, and the cuts.
 
     Raises:
-      ValueError: fewer than three distinct documents. FileNotFoundError: no files.
+      ValueError: there are fewer than three distinct documents.
+      FileNotFoundError: there are no files.
     """
     sources = []
     taken, left_out = files(kind, path)
@@ -117,7 +119,7 @@ def describe(kind: str, path: Path, text_key: str = "text") -> dict:
 
 
 def load_manifest(folder: Path) -> dict:
-    """The manifest of a prepared folder. Raises FileNotFoundError where there is none."""
+    """The manifest of a prepared folder. Raises FileNotFoundError if the folder has none."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder / MANIFEST} is missing: make it with "
@@ -127,17 +129,17 @@ def load_manifest(folder: Path) -> dict:
 
 
 def check_sources(sources: Path) -> None:
-    """As a corpus: the folder was described."""
+    """`Corpus.check` of own text: raises FileNotFoundError unless the folder has a manifest."""
     load_manifest(sources.parent)
 
 
 def read_sources(sources: Path) -> Iterator[tuple[str, str, str]]:
-    """As a corpus: (split, id, text) of the documents, in the order of the files."""
+    """`Corpus.read` of own text: (split, id, text) of the documents, in the order of the files."""
     return described(load_manifest(sources.parent))
 
 
 def described(manifest: dict) -> Iterator[tuple[str, str, str]]:
-    """(split, id, text) of the documents that a manifest describes, lazily, in the order of the files."""
+    """Yields (split, id, text) of the documents that a manifest describes, in the order of the files."""
     first, second = manifest["cuts"]
     for name, text in documents(manifest["kind"], Path(manifest["path"]), manifest["text_key"]):
         place = key(text)

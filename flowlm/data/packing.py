@@ -1,6 +1,6 @@
-"""Documents to rows of one length.
+"""Packs documents into rows of one length.
 
-Documents are tokenised and laid end to end, a start token behind each (a corpus that is one text has none). The
+Documents are tokenised and laid end to end, with a start token behind each one (not in a corpus that is one text). The
 stream is cut every `length - 1` tokens, and each piece gets a start token in front, so a row has `length` ids and
 every document in it stands between start tokens. Only the last, incomplete piece of a split is dropped.
 """
@@ -24,10 +24,10 @@ from flowlm.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 _RECORD = "record.json"
-# Characters handed to the tokenizer at once: enough to use all cores, little enough to be nothing in memory.
+# Characters handed to the tokenizer at once: enough to use all cores, and few enough to need little memory.
 _BATCH_CHARACTERS = 1_000_000
 
-Document = tuple[str, str]  # its split and its text
+Document = tuple[str, str]  # (split, text)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -44,16 +44,16 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @contextlib.contextmanager
 def workspace(directory: Path) -> Iterator[Path]:
-    """`directory`, which an interrupted process leaves for the next and which goes when all went well.
+    """Yields `directory`, and removes it on success; an interrupted process leaves it, so that the next one can go on from there.
 
-    While another process is in it, or where files cannot be locked, a temporary directory beside it takes its place.
+    If another process works in it, or if files cannot be locked, a temporary directory beside it is used instead.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context((directory / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have finished, and removed the directory, just before.
+            # Another process may have finished and removed the directory before the lock was taken.
             held = os.path.samestat(os.fstat(lock.fileno()), (directory / "lock").stat())
         except OSError:
             held = False
@@ -66,14 +66,14 @@ def workspace(directory: Path) -> Iterator[Path]:
 
 @dataclasses.dataclass
 class Record:
-    """How far the streams are written, which lies beside them: an interrupted call is taken up there.
+    """How far the streams are written. It is stored beside them, so that a later call can go on where one was interrupted.
 
     Attributes:
-      texts: number of documents.
-      sha256: digest of them and of their splits.
-      tokens: by split, how many there are.
-      unspelled: by split, how much the vocabulary could not spell (`Tokenizer.encode_counted`).
-      such_as: some of that.
+      texts: number of documents that are written.
+      sha256: digest of these documents and of their splits.
+      tokens: number of tokens by split.
+      unspelled: by split, how often the vocabulary could not spell the text (`Tokenizer.encode_counted`).
+      such_as: examples of what it could not spell.
     """
 
     texts: int = 0
@@ -88,10 +88,10 @@ def write_streams(
 ) -> tuple[dict[str, np.ndarray], Record]:
     """Writes the token stream of each split under `folder`, in one pass over the documents.
 
-    Taken up where an interrupted call was, if the documents still begin with those that it had written.
+    Goes on where an interrupted call stopped, if the documents still begin with those that the interrupted call had written.
 
     Returns:
-      by split, its rows [num, width], which are read from the disk as needed; and the record.
+      (rows, record): the rows [num, width] by split, which are read from the disk as needed, and the record.
     """
     record, digest, rest = _taken_up(documents, folder)
     with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def write_streams(
             _append(batch, tokenizer, separated, files, record, digest)
             for file in files.values():
                 file.flush()
-                os.fsync(file.fileno())  # before the record that counts on it
+                os.fsync(file.fileno())  # now, because the record must not count tokens that a crash could lose
             temporary = folder / "record.tmp"
             temporary.write_text(json.dumps(dataclasses.asdict(record)))
             temporary.replace(folder / _RECORD)
@@ -118,7 +118,7 @@ def _place(folder: Path, split: str) -> Path:
 
 
 def _taken_up(documents: Callable[[], Iterable[Document]], folder: Path) -> tuple[Record, Any, Iterator[Document]]:
-    """The record to go on from, the digest so far and the documents that are left."""
+    """(record, digest, documents): what an interrupted call had written, its digest, and the documents that are left."""
     stream = iter(documents())
     if (folder / _RECORD).exists():
         record, digest = Record(**json.loads((folder / _RECORD).read_text())), hashlib.sha256()

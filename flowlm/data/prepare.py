@@ -1,4 +1,4 @@
-"""`flowlm prepare`: a user's own text to a folder that any run can train on, without the text.
+"""`flowlm prepare`: turns a user's own text into a folder; runs train on the folder and do not need the text.
 
 manifest.json    sources with their sha256, counts, the cuts between the splits      tokenizer.json   the tokenizer
 tfds/            rows, in array_record shards                                        tokens/          only while it is made
@@ -16,11 +16,11 @@ from flowlm.data.corpora import SPLITS
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.system import storage
 
-# What another folder is wanted for; the rest of a manifest follows from it.
+# What a folder was prepared from: it is reused only if these keys of its manifest agree.
 _ASKED = ("kind", "path", "text_key", "sources", "length")
-# The share of characters that a tokenizer may change or drop unasked.
+# The share of characters that a tokenizer may change or drop without --allow_lossy.
 LOSSY = 0.01
-# Characters that are taken through the tokenizer and back: all of a small text, as many pieces of a large one, evenly spaced.
+# About how many characters are encoded and decoded to measure the loss; of a larger text, evenly spaced pieces are.
 _MEASURED = 20_000_000
 
 
@@ -34,18 +34,19 @@ def prepare_text(
     text_key: str = "text",
     allow_lossy: bool = False,
 ) -> dict:
-    """Packs the text of `path` into rows of `length` ids under `out` and returns the manifest; taken up where it was cut.
+    """Packs the text of `path` into rows of `length` ids under `out` and returns the manifest; resumes an interrupted call.
 
     Args:
-      kind: of own_text.KINDS.
-      text_key: under which the lines of jsonl have their text.
-      tokenizer: name or path (a fetched one lies under `data_dir`), or `bpe:SIZE` or `words:SIZE`, made of the train split.
-      allow_lossy: take a tokenizer that changes or drops more than LOSSY of the characters.
+      kind: one of own_text.KINDS.
+      tokenizer: a name, a path, or `bpe:SIZE` or `words:SIZE`, which is trained on the train split.
+      data_dir: folder that holds fetched tokenizers.
+      text_key: the key under which a line of jsonl has its text.
+      allow_lossy: whether to accept a tokenizer that changes or drops more than LOSSY of the characters.
 
     Raises:
-      FileNotFoundError: no text, or no tokenizer.
-      ValueError: damaged or too little text, `out` holds other text or is in a bucket, or the tokenizer loses too much.
-        Nothing is left in `out` then that was not there before.
+      FileNotFoundError: the text or the tokenizer is missing.
+      ValueError: the text is damaged or too short, `out` holds other text or is in a bucket, or the tokenizer loses too much.
+        Then `out` is left as it was before.
     """
     _check(kind, path, out, text_key)
     recipe = train_tokenizers.recipe(tokenizer)
@@ -78,7 +79,7 @@ def _check(kind: str, path: str, out: str, text_key: str) -> None:
 
 
 def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: dict, out: Path) -> Tokenizer:
-    """The tokenizer of the folder, which holds the same text, if it was made so; else one that is made now."""
+    """The folder's tokenizer if the same recipe made it (the text is known to be the same); otherwise trains a new one."""
     if held.get("recipe") == manifest["recipe"] and (out / "tokenizer.json").is_file():
         vocabulary = Tokenizer.load(out / "tokenizer.json")
         if vocabulary.sha256 == held["tokenizer_sha256"]:
@@ -107,15 +108,15 @@ def _check_kept(manifest: dict, tokenizer: str, allow_lossy: bool) -> None:
 
 
 def _pack(manifest: dict, vocabulary: Tokenizer, out: Path) -> dict:
-    """The rows, and the manifest with their number; what is whole is left as it is."""
+    """Writes the rows that are missing, and the manifest with their number."""
     held, empty = (out / own_text.MANIFEST).exists(), not out.exists() or not any(out.iterdir())
     out.mkdir(parents=True, exist_ok=True)
     storage.write_text(out / "tokenizer.json", vocabulary.json)
-    # Before the packing, which reads it; rows are counted last, so a manifest that has them is of a folder that is whole.
+    # The manifest is written first because the packing reads it. It counts the rows only at the end, when the folder is whole.
     _write(out, manifest)
     try:
         dataset = reader.open_dataset("own_text", str(out / "tokenizer.json"), manifest["length"], out)
-    except ValueError:  # it cannot be had as it is asked for, so nobody goes on with what was begun
+    except ValueError:  # these settings can never work, so no later call could go on with the files begun here
         if not held:
             (out / own_text.MANIFEST).unlink()
         if empty:

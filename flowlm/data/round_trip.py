@@ -1,8 +1,8 @@
-"""How much of a text comes back from a tokenizer: the share of its characters that are not as they were.
+"""How much of a text a tokenizer loses: the share of characters that change when the text is encoded and decoded.
 
-A piece of text is turned into tokens and back. Of the characters of both, those of a longest common subsequence are as they were;
-a character that another one replaces is counted once, as is one that is dropped or added. So capitals that become small are
-counted, and blanks that are joined, letters that are not in the vocabulary, and every letter of an unknown word.
+A piece of text is encoded and decoded. The characters of a longest common subsequence of the two texts are unchanged. A replaced,
+a dropped and an added character each count as one change. So the share counts capitals that become small, blanks that are joined,
+letters that are not in the vocabulary, and every letter of an unknown word.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from flowlm.data import windows
 from flowlm.data.tokenizers import Tokenizer
 
-PIECE = 2048  # characters that are compared at once, since that takes time in proportion to their square
+PIECE = 2048  # characters that are compared at once; the time of a comparison grows with their square
 _AT_ONCE = 100_000  # characters that are handed to the tokenizer together
 _SHOWN = 24  # characters of an example
 _NOT_A_CHARACTER = "\ufdd0"
@@ -23,9 +23,9 @@ class RoundTrip:
     """What a tokenizer does to the characters of a text.
 
     Attributes:
-      characters: how many were looked at.
-      changed: how many are not as they were.
-      such_as: some of those, before and after.
+      characters: number of characters that were compared.
+      changed: number of characters that changed.
+      such_as: one example, [before, after]; empty if nothing changed.
     """
 
     characters: int = 0
@@ -39,7 +39,7 @@ class RoundTrip:
 
 
 def common(text: str, back: str) -> int:
-    """The length of a longest common subsequence, by a row of bits for each character (Hyyrö, 2004)."""
+    """The length of a longest common subsequence, by bit-parallel dynamic programming (Hyyrö, 2004)."""
     places: dict[str, int] = {}
     for i, character in enumerate(text):
         places[character] = places.get(character, 0) | 1 << i
@@ -57,9 +57,9 @@ def changed(text: str, back: str) -> int:
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str], every: int = 1) -> RoundTrip:
-    """The round trip of one in `every` pieces of the texts, which are read once; in bounded memory.
+    """The round trip of one in `every` pieces of the texts. The texts are read once, in bounded memory.
 
-    The blank between two pieces is in neither, because some tokenizers strip the ends of a text.
+    The blank between two pieces belongs to neither piece, because some tokenizers strip the ends of a text.
 
     Raises:
       ValueError: the tokenizer refuses a text.
@@ -69,7 +69,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str], every: int = 1) -> Round
     while batch := [*itertools.islice(pieces, _AT_ONCE // PIECE)]:
         unknown = tokenizer.unknown
         for piece, back in zip(batch, tokenizer.decode_batch(tokenizer.encode_batch(batch)), strict=True):
-            # As one character no letter of a text is its like, and it is no longer than what it stands for.
+            # The unknown token's own letters would match letters of the text. One character that no text has counts as one change.
             wrong = changed(piece, back.replace(unknown, _NOT_A_CHARACTER) if unknown else back)
             such_as = found.such_as or (_difference(piece, back) if wrong else [])
             found = RoundTrip(found.characters + len(piece), found.changed + wrong, such_as)
@@ -83,7 +83,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _difference(text: str, back: str) -> list[str]:
-    """The first place where two texts differ, in both, with a little of what is before it."""
+    """[from text, from back]: the first place where the two differ, with a few characters before it."""
     same = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
     begin = max(0, same - _SHOWN // 2)
     return [text[begin : begin + _SHOWN], back[begin : begin + _SHOWN]]

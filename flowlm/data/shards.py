@@ -1,4 +1,4 @@
-"""Rows in many files, of which no more are open than the process may have."""
+"""Rows in many files. No more files are open at once than the process may open."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class Shards:
 
     Attributes:
       source: a tfds data source, which opens a shard when it is first read and keeps it open.
-      ends: of each shard, the number of records in it and those before.
+      ends: int [number of shards], for each shard the number of records in it and in all shards before it.
     """
 
     source: Sequence
@@ -24,7 +24,7 @@ class Shards:
         return len(self.source)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict]:
-        """The records of these numbers, in this order."""
+        """The records with these numbers, in the order of the numbers."""
         most = open_files.share()
         if len(self.ends) <= most:
             return self.source.__getitems__(numbers)
@@ -32,7 +32,7 @@ class Shards:
         opened, records = np.unique(shards), [None] * len(numbers)
         for begin in range(0, len(opened), most):
             part = np.flatnonzero(np.isin(shards, opened[begin : begin + most]))
-            with self.source.data_source:  # closes what it has opened
+            with self.source.data_source:  # closes on exit the shards that it opened
                 found = self.source.__getitems__([numbers[i] for i in part])
             for i, record in zip(part, found, strict=True):
                 records[i] = record

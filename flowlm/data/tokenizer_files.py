@@ -1,7 +1,8 @@
-"""Files of the `tokenizers` library, which are written for other uses: what is set aside, and what must hold.
+"""Reads files of the `tokenizers` library: which parts of a file are ignored, and what a file must promise.
 
-Rows are cut and framed here and must be the same whenever they are made, so a file's truncation, padding, dropout and
-post-processor are not used. Control tokens (start, pad, mask, every special one) never stand for text, whatever the file says.
+A file's truncation, padding, dropout and post-processor are ignored, because packing.py cuts and frames rows itself, and the same
+text must always give the same rows. No text is encoded as a control token (start, pad, mask, every special one), whatever the
+file says.
 """
 
 import json
@@ -11,18 +12,18 @@ from etils import epath
 
 START_TOKENS = ("<|start|>", "[CLS]", "<|endoftext|>")
 PAD = "[PAD]"
-# A file may hold these without calling them special; the library would then find them in a text.
+# A file may hold these without calling them special. The library would then encode their spelling in a text as them.
 _CONTROL = (*START_TOKENS, PAD, "[SEP]", "[MASK]")
-# No text spells it, because it is longer than a character and U+FDD0 is none.
+# No text spells this token, because U+FDD0 is no character and no merge makes the token.
 _LOST = "\ufdd0lost"
 
 
 def read_tokenizer(path: epath.Path) -> str:
-    """The text of a tokenizer file that keeps its promises.
+    """The text of a tokenizer file, after checks of what the file must promise.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a tokenizer, has none of the start tokens, or its ids are not 0, 1, ... each once.
+      ValueError: the file is not a tokenizer, has none of the start tokens, or its ids are not 0, 1, ... each once.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer file {path}; name a file written by Tokenizer.save")
@@ -49,24 +50,25 @@ def read_tokenizer(path: epath.Path) -> str:
 
 
 def start_token(model: tokenizers.Tokenizer) -> str | None:
-    """The first of START_TOKENS that is in the vocabulary."""
+    """The first of START_TOKENS that is in the vocabulary, or None."""
     return next((token for token in START_TOKENS if model.token_to_id(token) is not None), None)
 
 
 def settled(text: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a file, without what is set aside; "<|start|>" written in a document is text, not a start token."""
+    """The tokenizer of a file without its ignored parts. It reads "<|start|>" in a document as text, not as a start token."""
     return _from(json.loads(text))
 
 
 def noticing(text: str) -> tuple[tokenizers.Tokenizer, int]:
-    """`settled`, and the id that it gives to what the vocabulary cannot spell.
+    """(the tokenizer of `settled`, the id that it gives to what the vocabulary cannot spell, or -1 if it gives none).
 
-    A BPE model without an unknown token drops such characters in silence. Here it gives each one an id behind the last.
+    A BPE model without an unknown token drops characters that it cannot spell in silence. Here each such character gets a new id,
+    the vocabulary's size.
     """
     file = json.loads(text)
     kind = file["model"]
     if kind["type"] == "BPE" and kind.get("unk_token") is None:
-        # With the added tokens, which would else be numbered anew behind it.
+        # The added tokens are included because the library would otherwise number them anew, behind the new id.
         vocabulary = settled(text).get_vocab(with_added_tokens=True)
         size = len(vocabulary)
         file["model"] = kind | {"unk_token": _LOST, "fuse_unk": False, "vocab": vocabulary | {_LOST: size}}

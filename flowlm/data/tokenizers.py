@@ -1,7 +1,7 @@
-"""Text to token ids and back, over JSON files of the `tokenizers` library.
+"""Turns text into token ids and back, by JSON files of the `tokenizers` library.
 
-One class serves every kind: byte-level BPE, WordPiece, single characters and whitespace-separated words differ
-only in the file. Every tokenizer has a *start token*, which stands in front of each row and between documents;
+One class serves every kind, because byte-level BPE, WordPiece, single characters and whitespace-separated words
+differ only in the file. Every tokenizer has a *start token*, which stands in front of each row and between documents;
 it is the first of `START_TOKENS` found in the vocabulary.
 """
 
@@ -24,7 +24,7 @@ _FETCHED = {"bert-base-uncased": "bert-base-uncased", "gpt2": "openai-community/
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and nothing else: `json` is the text of its file, so equal files are equal tokenizers."""
+    """A tokenizer, given by `json`, the text of its file alone, so that equal files make equal tokenizers."""
 
     json: str = dataclasses.field(repr=False)
 
@@ -34,7 +34,7 @@ class Tokenizer:
         return cls(tokenizer_files.read_tokenizer(storage.path(path)))
 
     def with_pad(self) -> "Tokenizer":
-        """The same with one more id, of a token [PAD] that no text has and that is not decoded."""
+        """This tokenizer with one more id, for a token [PAD] that no text is encoded as and that is not decoded."""
         model = tokenizers.Tokenizer.from_str(self.json)
         model.add_special_tokens([tokenizer_files.PAD])
         return Tokenizer(model.to_str())
@@ -53,9 +53,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _is_control(self) -> np.ndarray:
-        """Whether each id is a special token's, of which no text may be made; the unknown token's is not, text becomes it.
+        """bool [vocab_size + 1]: whether each id is a special token's, as which no text may be encoded.
 
-        There is one more id than the vocabulary has, that of what `_noticing` saw dropped.
+        The unknown token is not one, because text becomes it. The last id is the one that `_noticing` gives to dropped characters.
         """
         found = np.zeros(self.vocab_size + 1, bool)
         found[[i for i, token in self._model.get_added_tokens_decoder().items() if token.special]] = True
@@ -75,27 +75,27 @@ class Tokenizer:
 
     @property
     def pad(self) -> int | None:
-        """Id of the token [PAD], None where there is none."""
+        """Id of the token [PAD]; None if the vocabulary has no such token."""
         return self._model.token_to_id(tokenizer_files.PAD)
 
     @property
     def unknown(self) -> str | None:
-        """The token that stands for what the vocabulary cannot spell, None where such characters are dropped or refused."""
+        """The token that stands for what the vocabulary cannot spell; None if such characters are dropped or refused."""
         unknown = self._noticing[1]
         return self.pieces[unknown] if 0 <= unknown < self.vocab_size else None
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
-        """The token of each id, as the file spells it."""
+        """The token of each id, in the file's spelling."""
         return tuple(self._model.id_to_token(i) for i in range(self.vocab_size))
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Digest of the file, to tell tokenizers apart."""
+        """Digest of the file, which tells tokenizers apart."""
         return hashlib.sha256(self.json.encode("utf-8")).hexdigest()
 
     def normalise(self, text: str) -> str:
-        """The text as the tokenizer sees it; under a shipped tokenizer decode(encode(text)) gives just this."""
+        """The text after the tokenizer's normalisation; with a shipped tokenizer, decode(encode(text)) returns the same."""
         normalizer = self._model.normalizer
         return text if normalizer is None else normalizer.normalize_str(text)
 
@@ -112,9 +112,9 @@ class Tokenizer:
         return self.encode_counted(texts)[0]
 
     def encode_counted(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
-        """`encode_batch`, and of each text how often the vocabulary could not spell it.
+        """(ids of each text, as `encode_batch`; for each text, how often the vocabulary could not spell it).
 
-        Counted are tokens that are the unknown token, or, where the file has none, characters that it drops.
+        The count is of unknown tokens, or, if the file has no unknown token, of characters that are dropped.
         """
         model, unknown = self._noticing
         found = self._encode(model, texts)
@@ -142,7 +142,7 @@ class Tokenizer:
             raise ValueError(f"{str(texts)[:80]} has words outside the vocabulary of the tokenizer") from error
 
     def _as_text(self, ids: np.ndarray) -> np.ndarray:
-        """Ids without control tokens: where a model found one in a text that spells it, its characters stand instead."""
+        """Replaces each control token that the model found in a text by the ids of the characters that spell it."""
 
         def characters(i: int) -> np.ndarray:
             spelled = np.concatenate(self._encode(self._model, [*self._model.id_to_token(i)]))
@@ -154,20 +154,20 @@ class Tokenizer:
 
     @functools.cached_property
     def _word(self) -> tuple[int, str]:
-        """(id, text) of the first token that is letters alone and so may stand before any other; (start token, "") if none is."""
+        """(id, text) of the first token of letters alone, which may stand before any token; (start token, "") if there is none."""
         for i in range(self.vocab_size):
             if (text := self.decode([i])).isalpha() and text.isascii():
                 return i, text
         return self.start, ""
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id by itself, as it is in the middle of a text, since some files write the first word with a capital."""
+        """The text of each id alone, as in the middle of a text, because some files write the first word with a capital."""
         before, text = self._word
         first, later = self.decode_batch([[i] for i in ids]), self.decode_batch([[before, i] for i in ids])
         out = []
         for alone, behind in zip(first, later):
             inside = behind.removeprefix(text) if behind.startswith(text) else alone
-            # A blank belongs to a token only where it has one by itself, not where the file puts one between any two.
+            # A blank belongs to the token only if the token alone has one; otherwise the file puts it between tokens.
             out.append(inside if alone.startswith(" ") else inside.removeprefix(" "))
         return out
 
@@ -176,12 +176,12 @@ class Tokenizer:
         return self.decode_batch(np.asarray(ids)[None])[0]
 
     def decode_batch(self, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
-        """`decode` of many sequences of ids [num, length], or of sequences of several lengths."""
+        """`decode` of many sequences of ids [num, length], or of sequences that differ in length."""
         return self._model.decode_batch([np.asarray(row).tolist() for row in ids], skip_special_tokens=True)
 
 
 def numbers(size: int) -> Tokenizer:
-    """A stand-in for a tokenizer that is not known: `size` ids written as numbers, of which 0 is the start token."""
+    """A stand-in for an unknown tokenizer: `size` ids, which are written as numbers; 0 is the start token."""
     vocabulary = {START_TOKENS[0]: 0} | {str(i): i for i in range(1, size)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=START_TOKENS[0]))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -195,11 +195,11 @@ def shipped_names() -> list[str]:
 
 
 def shipped(name: str, data_dir: str | pathlib.Path | None = None) -> Tokenizer:
-    """Finds a tokenizer by name: a shipped one, a fetched one in `<data_dir>/tokenizers`, or a path to a file.
+    """Loads a tokenizer: a shipped one by name, a fetched one in `<data_dir>/tokenizers` by name, or a file by its path.
 
     Raises:
       FileNotFoundError: the tokenizer must be fetched first (the message holds the line that does it).
-      ValueError: no tokenizer is called so.
+      ValueError: no tokenizer has this name, or a fetched one is named without `data_dir`.
     """
     if name in shipped_names():
         return Tokenizer.load(_SHIPPED / f"{name}.json")

@@ -1,8 +1,7 @@
-"""How tokenizers are made of text. `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every shipped file.
+"""Trains tokenizers on text. `python -m flowlm.data.train_tokenizers [DIRECTORY]` rewrites every shipped file.
 
-Each is made of a train split only, of the speeches or the everyday sentences, so that held-out text stays unseen. The same text
-makes the same file to the byte.
-`flowlm prepare` makes those of RECIPES of a user's own text.
+Shipped tokenizers are trained on the train split of the speeches or of the everyday sentences alone, so that they have not seen
+held-out text. The same text makes the same file to the byte. `flowlm prepare` trains those of RECIPES on a user's own text.
 """
 
 import pathlib
@@ -23,7 +22,7 @@ BPE_SIZES = (512, 1024, 4096)
 LETTERS_SIZE = 112
 WORD_SIZES = (1000, 2000)
 
-# Words with what is inside of them (don't), numbers, and single marks, with a blank before them; other blanks as in GPT-2.
+# A word with its inner marks (don't), a number or a single mark, each with the blank before it; other blanks as in GPT-2.
 _WORDS = r" ?[\p{L}\p{M}]+(?:['’-][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s+(?!\S)|\s+"
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -46,9 +45,9 @@ def byte_level_bpe(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
 def characters() -> tokenizers.Tokenizer:
     """The 27 symbols of text8, a-z and space, and the start token (id 27).
 
-    Text is made so by the rule of text8: lower case, digits spelled out, all else a space, spaces collapsed.
+    Its normaliser follows the rule of text8: lower case, digits spelled out, all else a space, spaces collapsed.
     """
-    # BPE without merges is a character model; it is three times as fast as a vocabulary of one-letter words.
+    # BPE without merges is a character model, and three times as fast as a vocabulary of one-letter words.
     tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ")}, []))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase()]
@@ -69,7 +68,7 @@ def molecules() -> tokenizers.Tokenizer:
 
 
 def letter_bpe(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """BPE over the symbols of `characters`, merged within words: a vocabulary smaller than the width of a small network."""
+    """BPE over the symbols of `characters`, merged within words; its vocabulary can be smaller than a small network's width."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = characters().normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
@@ -83,7 +82,7 @@ def letter_bpe(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
 
 
 def words(grammar: Grammar) -> tokenizers.Tokenizer:
-    """The words of a grammar under the grammar's own ids, and the start token behind them; pads are not text."""
+    """The words of a grammar under the grammar's own ids, then the start token. The grammar's pad is a control token."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(grammar.words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([grammar.words[grammar.pad], START])
@@ -91,30 +90,31 @@ def words(grammar: Grammar) -> tokenizers.Tokenizer:
 
 
 def frequent_words(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """The `size - 2` most frequent words, numbers and marks, each with the blank before it; the rest becomes UNKNOWN (id 1).
+    """The `size - 2` most frequent words, numbers and marks, each with the blank before it; all others become UNKNOWN (id 1).
 
-    Blanks and line breaks are tokens too, so what is in the vocabulary comes back as it was. UNKNOWN shows when it is decoded.
+    Blanks and line breaks are tokens too, so a text whose words are all in the vocabulary is decoded unchanged. UNKNOWN is decoded
+    to its own name.
     """
     words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
     counting = tokenizers.Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
     counting.pre_tokenizer = words
     trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=[START, UNKNOWN], show_progress=False)
     counting.train_from_iterator(texts, trainer)
-    tokenizer = tokenizers.Tokenizer(counting.model)  # anew, because to the trainer UNKNOWN is a control token
+    tokenizer = tokenizers.Tokenizer(counting.model)  # a new one, because the trainer makes UNKNOWN a control token
     tokenizer.pre_tokenizer, tokenizer.decoder = words, decoders.Fuse()
     tokenizer.add_special_tokens([START])
     return tokenizer
 
 
-# By name, what makes a tokenizer of texts, and the fewest ids that are of use.
+# {name: (function that trains a tokenizer on texts, fewest ids that it can use)}
 RECIPES = {"bpe": (byte_level_bpe, 257), "words": (frequent_words, 3)}
 
 
 def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
-    """What makes the tokenizer `bpe:SIZE` or `words:SIZE` of texts, which it reads once, a text in bounded memory; else None.
+    """The function that trains `bpe:SIZE` or `words:SIZE` on texts, in one pass; None if `name` has no such form.
 
     Raises:
-      ValueError: the size is no number, or less than the kind of tokenizer needs.
+      ValueError: SIZE is no number, or is less than the kind of tokenizer needs.
     """
     kind, colon, size = name.partition(":")
     if not colon or kind not in RECIPES:

@@ -1,7 +1,7 @@
-"""Texts to token ids in bounded memory.
+"""Encodes texts to token ids in bounded memory.
 
-The library holds about a hundred bytes for each character that it works on. So a long text is read through overlapping windows
-and cut where two of them read the same tokens; what is at the edge of a window, where tokens may differ, is read by its neighbour.
+The `tokenizers` library needs about a hundred bytes for each character that it encodes. So a long text is encoded in overlapping
+windows and cut where two windows give the same tokens. Tokens at a window's edge, which may be wrong, are taken from its neighbour.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import tokenizers
 WINDOW = 250_000  # characters from cut to cut
 CONTEXT = 1_000  # characters read beyond each cut
 BLANKS = " \n"
-_AT_ONCE = 4  # windows that are worked on together
+_AT_ONCE = 4  # windows that are encoded together
 
 
 def encode(model: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -34,7 +34,7 @@ def _long(model: tokenizers.Tokenizer, text: str) -> np.ndarray:
             starts = a + np.fromiter((start for start, _ in encoding.offsets), np.int64, len(ids))
             around = _tokens_around(begin, starts, ids)
             if before is not None and before != around:
-                # Nothing tells where to cut: one word of a million letters, say.
+                # The windows disagree (as in a word of a million letters), so the text is not cut.
                 return np.asarray(model.encode(text, add_special_tokens=False).ids, np.int32)
             before = _tokens_around(end, starts, ids)
             pieces.append(ids[((starts >= begin) | (begin == 0)) & ((starts < end) | (end == len(text)))])
@@ -42,7 +42,7 @@ def _long(model: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 
 def cuts(text: str, every: int) -> list[int]:
-    """Places about `every` characters apart in front of blanks, where few tokenizers join; elsewhere where no blank is near."""
+    """Places about `every` characters apart, in front of blanks where possible, because few tokenizers join text across these."""
     near = min(CONTEXT, every // 2)
     aims = range(every, len(text) - near, every)
     blanks = [max(text.rfind(blank, aim - near, aim) for blank in BLANKS) for aim in aims]
@@ -50,7 +50,7 @@ def cuts(text: str, every: int) -> list[int]:
 
 
 def pieces(text: str) -> list[str]:
-    """A text cut where few tokenizers join, for what need not know its tokens at the cuts."""
+    """A text in pieces (`cuts`), for uses that tolerate other tokens at the cuts."""
     return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts(text, WINDOW), len(text)])]
 
 

@@ -1,8 +1,8 @@
-"""Sentences as words and punctuation, and back.
+"""Splits sentences into words and punctuation, and joins them again.
 
-A token is a word with what is inside of it (don't, o'clock, 7:30, Mr.) or a mark of punctuation. The first word is written as it
-is elsewhere in a sentence: small, unless it is always capitalised (I, Tom, Sunday). Both are undone when a sentence is written:
-its first letter is a capital, and there is a blank before every word and none before a mark.
+A token is a word with its inner marks (don't, o'clock, 7:30, Mr.) or a mark of punctuation. The tokenizer gives a sentence's
+first word a small first letter, as it has elsewhere, unless the word is always capitalised (I, Tom, Sunday). Decoding restores the
+capital, and puts a blank before every word and none before a mark.
 """
 
 import collections
@@ -17,34 +17,34 @@ from flowlm.data.tokenizer_files import PAD
 
 STOPS = (".", "?", "!")
 PUNCTUATION = (*STOPS, ",", ";", ":")
-# Also a pattern of the `tokenizers` library.
+# The pattern must be one that both `re` and the `tokenizers` library read.
 TOKEN = r"(?:Mr|Mrs|Ms|Dr|St)\.|[ap]\.m\.|[A-Za-z0-9]+(?:['.,:-][A-Za-z0-9]+)*'?|[.?!,;:]"
 UNKNOWN = "[UNK]"
 
 
 def split(text: str) -> list[str]:
-    """The tokens of a text as they stand there; what is neither word nor punctuation is passed over."""
+    """The tokens of a text, unchanged; characters that are neither word nor punctuation are skipped."""
     return re.findall(TOKEN, text)
 
 
 def join(tokens: Sequence[str]) -> str:
-    """The text of tokens."""
+    """The text that tokens spell: a blank before each token, except before punctuation."""
     return "".join(token if token in PUNCTUATION else f" {token}" for token in tokens).lstrip()
 
 
 def capitalised(sentences: Iterable[str]) -> frozenset[str]:
-    """The words that are written with a capital wherever they stand: behind the first place more often so than small."""
+    """The words that are capitalised more often than not where they are not a sentence's first word."""
     behind = collections.Counter(token for text in sentences for token in split(text)[1:])
     return frozenset(word for word, count in behind.items() if word != small(word) and count > behind[small(word)])
 
 
 def small(word: str) -> str:
-    """The word with a small first letter."""
+    """The word with its first letter in lower case."""
     return word[0].lower() + word[1:]
 
 
 def tokenizer(sentences: Sequence[str], num_words: int, start: str) -> tokenizers.Tokenizer:
-    """A tokenizer of the `num_words` most frequent words of sentences, and of their punctuation; other words are UNKNOWN."""
+    """A tokenizer of the `num_words` most frequent words of the sentences and of their punctuation; other words become UNKNOWN."""
     kept, count = capitalised(sentences), collections.Counter()
     for text in sentences:
         first, *rest = split(text)
@@ -72,7 +72,7 @@ def tokenizer(sentences: Sequence[str], num_words: int, start: str) -> tokenizer
 
 
 def _first_letter(letter: str, kept: Iterable[str]) -> Regex:
-    """A capital in front of a text, unless it begins one of the words that keep theirs."""
+    """A pattern for the capital `letter` at a text's beginning, unless the first word is one of `kept`."""
     words = "|".join(re.escape(word) for word in sorted(kept) if word[0] == letter)
     other = rf"(?!(?:{words})(?!['.,:-]?[A-Za-z0-9]|'))" if words else ""
     return Regex(f"^{other}{letter}")

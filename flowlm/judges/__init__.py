@@ -1,1 +1,1 @@
-"""Who says what samples are worth, a file for each judge."""
+"""Judges, which say how good samples are; one file for each judge."""

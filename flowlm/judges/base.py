@@ -6,8 +6,8 @@ Row i of `ids` and text i are the same sample. Keys come in a fixed order. A met
 followed by its standard error under `<metric>_stderr`. A metric that cannot be computed on the given samples is NaN,
 never absent.
 
-A metric has one name, its key, in evaluation.json, metrics.jsonl and the CSV of a study or a report; tables and pictures show
-`shown(key)`. What it means is told once, by the judge that makes it.
+A metric's key is its name in evaluation.json, metrics.jsonl and the CSV of a study or a report; tables and pictures show
+`shown(key)`. The judge that computes a metric is the only place that says what it means.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +17,10 @@ import numpy as np
 
 
 class Judge(Protocol):
-    """Anything like this is a judge; `main` and `meanings` may be left out.
+    """Any object with this `score` is a judge; it may lack `main` and `meanings`.
 
     Attributes:
-      main: the metrics to read first, in order: what a table shows where not all of them fit.
+      main: the metrics to read first, in order; a table shows these if it has no room for all.
       meanings: {metric: what it is, and what is better}, each short enough for one line of 80 columns behind its name.
     """
 
@@ -38,10 +38,12 @@ def shown(metric: str) -> str:
 def mean_with_stderr(name: str, values: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, float]:
     """The pooled mean sum(values) / sum(sizes) over N independent samples, and its standard error.
 
-    `values` [N] are totals per sample and `sizes` [N] what they are divided by; without sizes every sample counts as
-    one and this is the plain mean with s / sqrt(N). The error is the delta method's for a ratio of means,
-    sqrt(N / (N - 1) sum_i (values_i - mean sizes_i)^2) / sum(sizes). NaN: the mean where the sizes sum to zero,
-    the error also for fewer than two samples.
+    The error is the delta method's for a ratio of means, sqrt(N / (N - 1) sum_i (values_i - mean sizes_i)^2) / sum(sizes).
+    Both are NaN if the sizes sum to zero; the error is NaN also for fewer than two samples.
+
+    Args:
+      values: [N] totals per sample.
+      sizes: [N] divisors of the totals. Without them every size is 1, and the result is the plain mean with s / sqrt(N).
     """
     values = np.asarray(values, np.float64)
     sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, np.float64)
@@ -55,7 +57,7 @@ def mean_with_stderr(name: str, values: np.ndarray, sizes: np.ndarray | None = N
 def score_all(
     judges: Sequence[Judge], ids: np.ndarray, texts: Sequence[str], before: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Every judge's metrics in one dict, in the order of the judges. `before` is called before each of them.
+    """Every judge's metrics in one dict, in the order of the judges. Calls `before` before each judge.
 
     Raises:
       ValueError: `ids` and `texts` differ in number, there are no samples, or two judges report the same metric.

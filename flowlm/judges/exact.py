@@ -1,4 +1,4 @@
-"""The judge of samples from a known grammar: exact probabilities, so nothing is estimated but the mean."""
+"""The judge of samples from a known grammar. Its probabilities are exact, so only the mean over samples is an estimate."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -13,9 +13,9 @@ class GrammarJudge:
 
     Metrics, in this order:
       grammatical: share of rows that the grammar can produce; its standard error is the binomial one.
-      nll_minus_entropy: mean of -log p over the grammatical rows, minus the grammar's entropy, nats a row. 0 for the
-        grammar's own rows; negative when samples keep to its likely sentences, positive when to its unlikely ones.
-        NaN where no row is grammatical.
+      nll_minus_entropy: mean of -log p over the grammatical rows, minus the grammar's entropy, nats a row. It is about 0 for
+        rows of the grammar itself, negative if samples keep to its likely sentences and positive if they keep to unlikely ones.
+        NaN if no row is grammatical.
     """
 
     main = ("grammatical", "nll_minus_entropy")
@@ -25,15 +25,17 @@ class GrammarJudge:
     }
 
     def __init__(self, grammar, start: int):
-        """`grammar` has `log_prob(ids [N, L]) -> float64 [N]` (nats, -inf if ungrammatical) and `entropy` (nats a row).
+        """A judge of rows from a grammar.
 
-        `start`: id of the token that frames every row; a row that does not begin with it is ungrammatical.
+        Args:
+          grammar: has `log_prob(ids [N, L]) -> float64 [N]` (nats, -inf if ungrammatical) and `entropy` (nats a row).
+          start: id of the start token; a row that does not begin with it is ungrammatical.
         """
         self.grammar = grammar
         self.start = start
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """ids int [N, 1 + L], framed; the texts are not read. See the class for the metrics."""
+        """The class lists the metrics. ids: int [N, 1 + L], start token included. The texts are not read."""
         ids = np.asarray(ids)
         log_prob = np.where(ids[:, 0] == self.start, self.grammar.log_prob(ids[:, 1:]), -np.inf)
         grammatical = np.isfinite(log_prob)

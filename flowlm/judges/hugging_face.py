@@ -1,4 +1,4 @@
-"""Any causal language model of Hugging Face as a judge, by name or local path; the field's default is gpt2-large."""
+"""Any causal language model of Hugging Face as a judge, by name or local path; most papers use gpt2-large."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from flowlm.judges.language_model import Encode, LanguageModel, States
 
 
 def load_language_model(name: str, length: int) -> tuple[str, Encode, Any, int]:
-    """(label in the metrics, encode: texts -> lists of ids, model, id of end-of-text) of NAME. It is never downloaded.
+    """(label in the metrics, encode: texts -> lists of ids, model, id of end-of-text) of the model NAME, without a download.
 
     Raises:
-      ImportError: the extra is not installed. FileNotFoundError: the model is neither a path nor in the local cache.
-      ValueError: it cannot read `length` tokens, or has no end-of-text token to read a text from.
+      ImportError: the extra `hf` is not installed.
+      FileNotFoundError: the model is neither a path nor in the local cache.
+      ValueError: the model cannot read `length` tokens, or has no end-of-text token, from which a text is read.
     """
     try:
         import torch  # noqa: F401  transformers can be imported without it
@@ -40,7 +41,7 @@ def load_language_model(name: str, length: int) -> tuple[str, Encode, Any, int]:
 
 
 def make_judge(name: str, length: int) -> LanguageModel:
-    """The judge NAME, which reads `length` of its tokens of every text. Raises as `load_language_model` does."""
+    """The judge NAME, which reads the first `length` tokens of every text. Raises what `load_language_model` raises."""
     label, encode, model, end = load_language_model(name, length)
     import torch
 
@@ -54,9 +55,9 @@ def make_judge(name: str, length: int) -> LanguageModel:
 
 
 def reader(name: str, length: int) -> tuple[str, Encode, States, int]:
-    """(label, encode, states, end) of NAME, for `mauve.last_states`: the hidden states before the output layer.
+    """(label, encode, states, end) of NAME for `mauve.last_states`; the states are those before the output layer.
 
-    Raises as `load_language_model` does.
+    Raises what `load_language_model` raises.
     """
     label, encode, model, end = load_language_model(name, length)
     import torch

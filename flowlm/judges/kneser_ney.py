@@ -1,14 +1,14 @@
 """Interpolated Kneser-Ney over characters (Kneser & Ney 1995, in the form of Chen & Goodman 1999), as a judge.
 
-With c the k - 1 characters before w, and c' the same without its first,
+Let c be the k - 1 characters before w, and c' be c without its first character. Then
 
     P_k(w | c) = max(N_k(c w) - D_k, 0) / N_k(c .) + D_k T_k(c) / N_k(c .) P_{k-1}(w | c'),      P_0 = 1 / (A + 1)
 
-N_k counts occurrences at the highest order; below it, it counts the distinct characters seen before the k-gram (in
-the distinct n-grams of the highest order, so a text's first few characters, with less before them, do not count).
-N_k(c .) and T_k(c) are the total and the number of the w seen after c; a context never seen leaves P_{k-1}. One discount
-an order, D_k = n_1 / (n_1 + 2 n_2), n_r being the number of k-grams with count r. The alphabet is the A characters of
-the training text and one symbol for all others, so P sums to one over A + 1 symbols in any context.
+At the highest order N_k counts occurrences. At lower orders N_k counts the distinct characters seen before the k-gram, within
+the distinct n-grams of the highest order; so k-grams at the very beginning of the text, which end no such n-gram, do not
+count. N_k(c .) is the sum of N_k(c w) over w, and T_k(c) the number of distinct w seen after c. For a context never seen, P_k
+is P_{k-1}. Each order has one discount, D_k = n_1 / (n_1 + 2 n_2), where n_r is the number of k-grams with count r. The
+alphabet is the A characters of the training text and one symbol for all others, so P sums to one over A + 1 symbols.
 """
 
 import functools
@@ -28,14 +28,14 @@ def code_points(text: str) -> np.ndarray:
 
 
 def lookup(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index, found) of each key in a sorted table; index is 0 where it was not found."""
+    """(index, found) of each key in a sorted table; index is 0 where the key was not found."""
     index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     found = table[index] == keys
     return np.where(found, index, 0), found
 
 
 class Order(NamedTuple):
-    """One line of the recursion. A k-gram is the integer whose digits in base A + 1 are its characters."""
+    """The tables of one order k. A k-gram is the integer whose digits in base A + 1 are its characters."""
 
     grams: np.ndarray  # [G] int64, sorted
     share: np.ndarray  # [G] max(N_k(c w) - D_k, 0) / N_k(c .)
@@ -45,7 +45,7 @@ class Order(NamedTuple):
     @classmethod
     def from_counts(cls, grams: np.ndarray, counts: np.ndarray, base: int) -> "Order":
         once, twice = (counts == 1).sum(), (counts == 2).sum()
-        # Where nothing was seen once the formula gives 0, and unseen characters would have no probability at all.
+        # If no k-gram has count 1 the formula gives 0, and then unseen characters would have no probability.
         discount = once / (once + 2 * twice) if once else 0.5
         contexts, first, types = np.unique(grams // base, return_index=True, return_counts=True)
         totals = np.add.reduceat(counts, first)
@@ -54,11 +54,11 @@ class Order(NamedTuple):
 
 
 class KneserNey:
-    """A fitted model: the alphabet and the counts of the highest order, from which all others follow.
+    """A fitted model: the alphabet and the counts of the highest order, from which the counts of all lower orders follow.
 
-    Metric: `nats_per_char`, total nats / total characters over all texts, with the delta method's standard error over
-    texts. Every text is scored from its own beginning. A perfect copy of the corpus scores very low: read it beside
-    `Statistics`.
+    Its metric is `nats_per_char`, total nats / total characters over all texts, with the delta method's standard error over
+    texts. Every text is scored from its own beginning. Read the metric beside `Statistics`, because copies of the corpus
+    score very low.
     """
 
     main = ("nats_per_char",)
@@ -72,7 +72,7 @@ class KneserNey:
 
     @property
     def note(self) -> str | None:
-        """What to say beside the metric where the alphabet is too large for the usual order."""
+        """A remark for tables if the alphabet is too large for the usual order; otherwise None."""
         if self.base**ORDER < 2**63:
             return None
         return (
@@ -87,7 +87,7 @@ class KneserNey:
 
     @classmethod
     def fit(cls, text: str, order: int = ORDER) -> "KneserNey":
-        """Counts the `order`-grams of a text, or shorter ones where its alphabet is too large for `order` digits in 63 bits.
+        """Counts the `order`-grams of a text, or shorter ones if `order` digits of its alphabet do not fit in 63 bits.
 
         Raises:
           ValueError: the text is shorter than `order`.
@@ -119,7 +119,7 @@ class KneserNey:
         return self.log_probs([text])[0]
 
     def log_probs(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`log_prob` of many texts, each from its own beginning, in one go: short ones cost little more than their characters."""
+        """`log_prob` of many texts, each from its own beginning; one pass over all texts keeps many short ones cheap."""
         sizes = [len(text) for text in texts]
         codes, known = lookup(self.alphabet, code_points("".join(texts)))
         codes = np.where(known, codes, len(self.alphabet))
@@ -128,7 +128,7 @@ class KneserNey:
         keys = np.zeros(len(codes), np.int64)
         prob = np.full(len(codes), 1 / self.base)
         for k, table in enumerate(self.orders, 1):
-            # keys are the k-grams that end at each character; the first k - 1 characters of a text keep their lower order.
+            # keys[i] is the k-gram that ends at character i; a text's first k - 1 characters keep the lower order's.
             whole = np.flatnonzero(place >= k - 1)
             keys[whole] += codes[whole - (k - 1)] * self.base ** (k - 1)
             context, seen = lookup(table.contexts, keys[whole] // self.base)
@@ -138,6 +138,6 @@ class KneserNey:
         return np.split(np.log(prob), ends[:-1])
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """The ids are not read. NaN where all texts are empty."""
+        """{nats_per_char, its _stderr}: NaN if all texts are empty. The ids are not read."""
         nats = [-each.sum() for each in self.log_probs(texts)]
         return mean_with_stderr("nats_per_char", nats, [len(text) for text in texts])

@@ -1,12 +1,12 @@
 """Generative perplexity: how surprised a pretrained language model is by the samples (the protocol of 2602.16813 and its peers).
 
-A sample is decoded with the ends of its documents, tokenised anew by the judge, cut to the L tokens that the model's own rows have,
-and read from <|endoftext|> on. An end between two documents is the judge's own <|endoftext|>. Targets are all tokens that are not
-end-of-text, and the first that is one. Over all samples
+A sample is decoded, tokenised anew by the judge, cut to L tokens (the length of the sampler's own rows) and read after an
+<|endoftext|>. Ends of documents within a sample are kept, as the judge's own <|endoftext|>. Targets are all tokens other than
+<|endoftext|>, and a sample's first <|endoftext|>. Over all samples
 
     nats_per_token = total nats / total targets,   perplexity = exp(nats_per_token)
 
-A loop scores better than real text: never read it without entropy and repetition beside it.
+Never read these metrics without entropy and repetition beside them, because a text in a loop scores better than real text.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from flowlm.judges.base import mean_with_stderr
 ROWS = 32  # texts read at once
 # The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.
 BREAK = "\ud800"
-Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> their ids
-States = Callable[[np.ndarray, np.ndarray], np.ndarray]  # as in `mauve.last_states`
+Encode = Callable[[Sequence[str]], list[list[int]]]  # N texts -> N lists of ids
+States = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (ids, last) -> hidden states, as `mauve.last_states` says
 
 
 class Decoder(Protocol):
-    """What is asked of a tokenizer here.
+    """The part of a tokenizer that `with_breaks` uses.
 
     Attributes:
       start: the start token's id.
@@ -33,11 +33,11 @@ class Decoder(Protocol):
     start: int
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Rows of ids as texts."""
+        """The text of each row of ids."""
 
 
 def with_breaks(tokenizer: Decoder, ids: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
-    """Texts of N rows of ids, as pretrained judges read them: a BREAK in place of every start token but one in front."""
+    """Texts of N rows of ids for pretrained judges: a BREAK replaces every start token, but one in front is dropped."""
     texts = []
     for row in map(np.asarray, ids):
         row = row[1:] if row[0] == tokenizer.start else row
@@ -47,10 +47,7 @@ def with_breaks(tokenizer: Decoder, ids: Sequence[Sequence[int]] | np.ndarray) -
 
 
 def encode_documents(encode: Encode, texts: Sequence[str], end: int) -> list[list[int]]:
-    """The ids of each text with `end` in place of every BREAK; each document is tokenised alone.
-
-    encode: texts -> lists of ids.
-    """
+    """The ids of each text, with `end` in place of every BREAK. `encode` (texts -> lists of ids) reads each document alone."""
     documents = [text.split(BREAK) for text in texts]
     tokens = iter(encode([document for text in documents for document in text]))
     rows = []
@@ -63,19 +60,22 @@ def encode_documents(encode: Encode, texts: Sequence[str], end: int) -> list[lis
 
 
 class LanguageModel:
-    """Metrics: NAME_nats_per_token, its _stderr, and NAME_perplexity.
+    """A judge with the metrics NAME_nats_per_token, its _stderr, and NAME_perplexity.
 
     Attributes:
-      name: of the judge in the metrics.
-      length: tokens of a text that are read.
+      name: the judge's name in the metrics.
+      length: number of tokens that are read of a text; the rest is cut.
     """
 
     def __init__(self, name: str, encode: Encode, nats: Callable, end: int, length: int):
-        """A judge of that name.
+        """Makes a judge of a pretrained model.
 
         Args:
+          name: the judge's name in the metrics.
           encode: texts -> lists of ids.
-          nats: ids int [B, T], the first of them `end` -> -log p(ids[:, 1:]) [B, T - 1].
+          nats: ids int [B, T], whose first column is `end` -> -log p(ids[:, 1:]) [B, T - 1].
+          end: the model's id of end-of-text.
+          length: number of tokens that are read of a text.
         """
         self.name, self.length = name, length
         self.main = (f"{name}_nats_per_token",)
@@ -86,10 +86,10 @@ class LanguageModel:
         self._encode, self._nats, self._end = encode, nats, end
 
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(nats, targets) of each text, float64 [N]. The texts have a BREAK wherever a document ends (`with_breaks`)."""
+        """(nats, targets) of each text, float64 [N]. A BREAK in a text ends a document (`with_breaks`)."""
         totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
         every = [tokens[: self.length] for tokens in encode_documents(self._encode, texts, self._end)]
-        # One shape for all, so that it compiles once; what is padded is not counted.
+        # All batches share one shape, so that `nats` compiles once; padded positions are not counted.
         length = min(max(8, -(-max(map(len, every)) // 8) * 8), self.length)
         for first in range(0, len(texts), ROWS):
             rows = every[first : first + ROWS]
@@ -105,7 +105,7 @@ class LanguageModel:
         return totals, counts
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """The ids are not read; texts as in `read`."""
+        """The class's metrics of texts as in `read`. The ids are not read."""
         scores = mean_with_stderr(f"{self.name}_nats_per_token", *self.read(texts))
         mean = scores[f"{self.name}_nats_per_token"]
         return scores | {f"{self.name}_perplexity": float(np.exp(mean))}

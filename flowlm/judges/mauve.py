@@ -1,13 +1,13 @@
 """MAUVE: how near the law of samples is to that of held-out text, as a pretrained language model sees both (2102.01454).
 
-A text becomes the model's last hidden state at its last token, as in the paper without a start token. N samples and N held-out
-texts are clustered together, N / 10 clusters, into the histograms q and p. With the mixtures r = w p + (1 - w) q, MAUVE is the
-area under the curve of exp(-5 KL(q | r)), exp(-5 KL(p | r)) over w: 1 where the histograms are the same, near 0 where they are
-disjoint. The library `mauve-text` computes it, at its defaults and with one seed.
+Each text is represented by the model's last hidden state at the text's last token; as in the paper, no start token is added.
+N samples and N held-out texts are clustered together in N / 10 clusters, which gives the histograms q and p. With the mixtures
+r = w p + (1 - w) q, MAUVE is the area under the curve of exp(-5 KL(q | r)), exp(-5 KL(p | r)) over w. It is 1 for equal
+histograms and near 0 for disjoint ones. The library `mauve-text` computes it with its defaults and one fixed seed.
 
-It depends on N, on the length of the texts and on the model, so compare it at the same of each. What real text reaches is the
-held-out row of every table (as many rows of another split). There is no standard error, and a few hundred texts say little:
-the paper has 5,000.
+Compare MAUVE only at the same N, length of texts and model, because it depends on all three. The held-out row of every table
+shows what real text reaches: as many rows of another split. MAUVE has no standard error, and a few hundred texts say little: the
+paper uses 5,000.
 """
 
 import functools
@@ -23,11 +23,14 @@ from flowlm.judges.language_model import ROWS, Encode, States, encode_documents
 def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, length: int) -> np.ndarray:
     """The hidden state at the last id of each of N texts, cut to `length` ids, float32 [N, D]. An empty text is read as `end`.
 
-    encode: texts -> lists of ids; a BREAK in a text (language_model.py) is `end`. states: ids int [B, T], last int [B] -> the
-    hidden states at position `last` of each row [B, D], of a causal model: what is padded behind changes nothing.
+    Args:
+      states: (ids int [B, T], last int [B]) -> hidden states [B, D] at position `last` of each row. The model must be causal,
+        because rows are padded at their ends.
+      encode: texts -> lists of ids.
+      texts: a BREAK in a text (language_model.py) becomes `end`.
     """
     tokens = [row[:length] or [end] for row in encode_documents(encode, texts, end)]
-    length = min(-(-max(map(len, tokens)) // 8) * 8, length)  # few shapes, as each compiles
+    length = min(-(-max(map(len, tokens)) // 8) * 8, length)  # a multiple of 8, because each shape compiles anew
     parts = []
     for first in range(0, len(tokens), ROWS):
         rows = tokens[first : first + ROWS]
@@ -39,18 +42,23 @@ def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, 
 
 
 class Mauve:
-    """Metric: mauve_NAME, in (0, 1].
+    """A judge with the metric mauve_NAME, in (0, 1].
 
     Attributes:
-      read: texts -> float [N, D], what the model sees in them.
+      name: the name in the metric.
+      read: texts -> float [N, D], the model's hidden state for each text.
     """
 
     def __init__(self, name: str, features: Callable, reference: Callable):
-        """A judge of that name.
+        """Makes a judge of a model's hidden states.
 
         Args:
-          features: texts -> float [N, D].
-          reference: num -> that many held-out texts, or all where there are fewer.
+          name: the name in the metric.
+          features: texts -> float [N, D], one hidden state for each text.
+          reference: num -> that many held-out texts, or all held-out texts if there are fewer.
+
+        Raises:
+          ImportError: mauve-text is not installed.
         """
         try:
             from mauve import compute_mauve
@@ -59,11 +67,11 @@ class Mauve:
         self.name, self.read, self._compute = name, features, compute_mauve
         self.main = (f"mauve_{name}",)
         self.meanings = {f"mauve_{name}": "nearness to held-out text as that model sees both, 0 to 1"}
-        # Read once for all samplers that draw the same number.
+        # Cached, because all samplers that draw the same number are compared with the same texts.
         self._reference = functools.cache(lambda num: features(reference(num)))
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """The ids are not read. Where there are fewer held-out texts than samples, only as many samples are."""
+        """{mauve_NAME}. If there are fewer held-out texts than samples, only as many samples are read. The ids are not read."""
         reference = self._reference(len(texts))
         if len(reference) < len(texts):
             logging.warning("mauve reads %d samples of %d: no more held-out rows", len(reference), len(texts))
@@ -72,10 +80,11 @@ class Mauve:
 
 
 def make_judge(model: str, length: int, data_dir: str, reference: Callable) -> Mauve:
-    """The judge mauve:MODEL, which reads `length` of its tokens of every text. MODEL: `smollm2` or `hf:NAME`.
+    """The judge mauve:MODEL, where MODEL is `smollm2` or `hf:NAME`. It reads the first `length` tokens of every text.
 
     Raises:
-      ImportError, FileNotFoundError: what it needs is not here, and how to get it.
+      ImportError: a package is not installed.
+      FileNotFoundError: the model is not on this machine.
       ValueError: see `hugging_face.load_language_model`.
     """
     kind, _, rest = model.partition(":")

@@ -1,7 +1,7 @@
-"""Molecules beside real ones, as RDKit reads them: no local order is enough for a ring that must be closed or an atom's bonds.
+"""Compares molecules with real ones by RDKit. Molecules need distant order, as rings must close and bonds must fit an atom.
 
-A row is a molecule if its text is a SMILES string of at least one atom whose valences RDKit accepts, with pads behind it alone. The
-same molecule has many spellings, so rows are compared by RDKit's own.
+A row is a molecule if its text is a SMILES string of at least one atom, RDKit accepts its valences, and pads stand only behind the
+string. Rows are compared in RDKit's canonical spelling, because a molecule has many spellings.
 """
 
 import functools
@@ -18,14 +18,15 @@ class Molecules:
     """Metrics, in this order:
 
     valid: share of rows that are molecules.
-    unique: different molecules / molecules.
-    molecules_found: share of rows that are molecules of held-out splits, and not of the training split.
+    unique: number of different molecules / number of molecules.
+    molecules_found: share of rows that are molecules of a held-out split and not of the training split.
     molecules_copied: share of rows that are molecules of the training split.
-    length_distance, rings_distance: total variation between the laws of the number of characters, and of rings, of the molecules
-      and of the reference.
-    logp_distance: Wasserstein-1 between the laws of Crippen's logP.
+    length_distance: total variation between the laws of the number of characters in the molecules and in the reference.
+    rings_distance: total variation between the laws of their numbers of rings.
+    logp_distance: Wasserstein-1 between the laws of their Crippen logP.
 
-    NaN where no row is a molecule: unique and the distances. These have a floor, that of as many real rows: the held-out row.
+    `unique` and the distances are NaN if no row is a molecule. Real rows too are at some distance from the reference: the held-out
+    row of a table shows it, from as many rows.
     """
 
     name = "rdkit"
@@ -49,8 +50,8 @@ class Molecules:
           pad: id of pads.
 
         Raises:
-          ImportError: RDKit is not here.
-          ValueError: the rows are no molecules.
+          ImportError: RDKit is not installed.
+          ValueError: the rows of the validation split are no molecules.
         """
         try:
             from rdkit import Chem, rdBase
@@ -66,9 +67,9 @@ class Molecules:
             )
 
     def read(self, texts: Sequence[str]) -> list[Any]:
-        """RDKit's molecule of each text, None where it is none."""
+        """RDKit's molecule for each text; None if the text is no molecule."""
         with self._quiet():
-            # RDKit takes what follows a blank for a name, and an empty text for a molecule without atoms.
+            # RDKit would read what follows a blank as a name, and an empty text as a molecule without atoms.
             found = [self._parse(text) if text.isascii() and text and " " not in text else None for text in texts]
         return [molecule if molecule is not None and molecule.GetNumAtoms() else None for molecule in found]
 
@@ -77,7 +78,7 @@ class Molecules:
 
     @functools.cached_property
     def _known(self) -> tuple[set[str], set[str]]:
-        """The molecules of training, and those that are held out and not among them."""
+        """(molecules of the training split, molecules of the held-out splits that are not among these)."""
         trained = self._spelled("train")
         return trained, (self._spelled("validation") | self._spelled("test")) - trained
 
@@ -87,14 +88,14 @@ class Molecules:
         return self._laws(texts, self.read(texts))
 
     def _laws(self, texts: Sequence[str], molecules: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, counts of rings and logP of those texts that are molecules."""
+        """(lengths, numbers of rings, logP) of those texts that are molecules."""
         pairs = [(text, molecule) for text, molecule in zip(texts, molecules, strict=True) if molecule is not None]
         numbers = [(len(text), self._rings(molecule), self._logp(molecule)) for text, molecule in pairs]
         lengths, rings, logp = np.array(numbers, np.float64).reshape(-1, 3).T
         return lengths.astype(int), rings.astype(int), logp
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        """ids int [N, L], framed, with N texts of those rows, without special tokens. See the class for the metrics."""
+        """The class lists the metrics. ids: int [N, L], start token included; texts: the N rows, without special tokens."""
         ids = np.asarray(ids)
         is_pad = ids == self._pad
         framed = (ids[:, 0] == self._start) & (ids[:, 1:] != self._start).all(1)
@@ -116,7 +117,7 @@ class Molecules:
 
 
 def total_variation(a: np.ndarray, b: np.ndarray) -> float:
-    """1/2 sum_n |p(n) - q(n)| of the laws of two samples of counts, int [N] and [M]; NaN where one is empty."""
+    """1/2 sum_n |p(n) - q(n)|, p and q being the laws of two samples of counts, int [N] and [M]; NaN if one is empty."""
     if not len(a) or not len(b):
         return float("nan")
     size = max(a.max(), b.max()) + 1

@@ -1,11 +1,11 @@
-"""How far samples are from real text by counting alone: no language model can be fooled where there is none.
+"""How far samples are from real text, by counting n-grams: a judge that no sample can fool as it can fool a language model.
 
     ngram_distance_n = 1/2 sum_g |p(g) - q(g)|,   n = 1 .. 5
 
-the total variation between the laws of token n-grams of the samples and of held-out rows. It has a floor: real text is at
-some distance from other real text, the more the larger n is and the fewer rows there are. That floor is the held-out row of
-every table (as many rows of another split), and only what lies above it counts. ngram_distance_1 sees the marginals,
-ngram_distance_2 adjacent pairs; a sampler with the right pairs and nothing more has a low one and a high ngram_distance_5.
+the total variation between the laws of token n-grams of the samples and of held-out rows. It has a floor, because real text is
+at some distance from other real text: a larger one for larger n and for fewer rows. The held-out row of every table shows that
+floor (from as many rows of another split), and only a distance above it counts. ngram_distance_1 sees the marginals,
+ngram_distance_2 adjacent pairs. A sampler that gets only pairs right has a low ngram_distance_2 and a high ngram_distance_5.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ BASE = 2**32  # above every token id
 
 
 class Table(NamedTuple):
-    """The n-grams of some rows, in lexicographic order: each the place of its first n - 1 tokens in their table, and its last one.
+    """The n-grams of some rows, in lexicographic order.
 
     Attributes:
-      grams: [G] int64, sorted: place x BASE + last token.
-      shares: [G] of all n-grams.
+      grams: [G] int64, sorted: (place of the first n - 1 tokens in the table of order n - 1) x BASE + last token.
+      shares: [G] each n-gram's share of all n-grams.
     """
 
     grams: np.ndarray
     shares: np.ndarray
 
     def place(self, prefix: np.ndarray, known: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(where n-grams are or would be, whether they are there).
+        """(place, there) of n-grams: the place where the table has or would have each one, and whether it has the n-gram.
 
         Args:
-          prefix: where their first n - 1 tokens are in their own table.
-          known: whether those are there.
+          prefix: places of their first n - 1 tokens in the table of order n - 1.
+          known: whether that table has these.
           last: their last tokens.
         """
         wanted = prefix * BASE + np.where(known, last, 0)
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 
 def tables(tokens: np.ndarray) -> list[Table]:
-    """Tables of the orders 1, 2, ... of rows of ids [N, L] of which negative ones are no token, as many as L allows."""
+    """Tables of the ORDERS up to L, of rows of ids [N, L]; a negative id is no token."""
     found: list[Table] = []
     place, whole = np.zeros(tokens.shape, np.int64), np.ones(tokens.shape, bool)
     for n in ORDERS:
@@ -63,9 +63,9 @@ def tables(tokens: np.ndarray) -> list[Table]:
 
 
 class NGrams:
-    """Metrics: ngram_distance_1 .. ngram_distance_5, in [0, 1]. A start token in position 0 and pads are left out.
+    """A judge with the metrics ngram_distance_1 .. ngram_distance_5, in [0, 1]. It ignores a start token in position 0, and pads.
 
-    The reference is counted once, when the judge is made; samples are looked up in its tables.
+    Samples are looked up in tables of the reference, which are counted once, when the judge is made.
     """
 
     main = ("ngram_distance_2",)
@@ -74,7 +74,7 @@ class NGrams:
     }
 
     def __init__(self, reference: np.ndarray, start: int, pad: int | None = None):
-        """`reference`: held-out ids int [M, L]. `start`, `pad`: ids of the start token and of pads."""
+        """Makes a judge from held-out rows `reference`, ids int [M, L]. `start`, `pad`: ids of the start token and of pads."""
         self.start, self.pad = start, pad
         self._reference = tables(self._framed(reference))
 
@@ -96,9 +96,13 @@ class NGrams:
 
     @staticmethod
     def _distance(table: Table, codes: np.ndarray, place: np.ndarray, known: np.ndarray) -> float:
-        """The total variation of `table` and samples' n-grams, of which `place` and `known` say where they are in it.
+        """The total variation between a table's n-grams and the samples'; NaN if either has no n-grams.
 
-        codes: their numbers in lexicographic order, -1 for what is no n-gram. NaN where there is none on one side.
+        Args:
+          table: of the reference.
+          codes: numbers of the samples' n-grams in lexicographic order; -1 where a token is missing.
+          place: `Table.place` of these n-grams.
+          known: whether the table has them, likewise.
         """
         whole = codes >= 0
         _, first, counts = np.unique(codes[whole], return_index=True, return_counts=True)
@@ -107,5 +111,5 @@ class NGrams:
         shares, place, known = counts / counts.sum(), place[whole][first], known[whole][first]
         apart = table.shares.copy()
         apart[place[known]] = np.abs(table.shares[place[known]] - shares[known])
-        # One order of summing, whichever side an n-gram is on.
+        # The sum runs in lexicographic order, so that its rounding does not depend on which side has an n-gram.
         return float(np.insert(apart, place[~known], shares[~known]).sum() / 2)

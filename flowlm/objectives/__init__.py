@@ -1,4 +1,4 @@
-"""Generative families, one file each, behind the contract of base.py."""
+"""Generative families, one file each, that keep the contract of base.py."""
 
 import dataclasses
 from typing import Any
@@ -32,7 +32,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def make_family(family: str, warp: TimeWarp, teacher: bool, **settings: Any) -> Family:
-    """The family of an experiment's `objective` section, with a teacher or without. Raises ValueError for bad settings."""
+    """The family that an experiment's `objective` section describes. Raises ValueError for bad settings."""
     if family not in FAMILIES:
         raise ValueError(f"unknown objective.family {family!r}: choose one of {sorted(FAMILIES)}")
     kind = FAMILIES[family]

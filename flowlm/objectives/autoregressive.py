@@ -1,9 +1,9 @@
-"""The autoregressive model: one token for each network call, exact likelihood.
+"""The autoregressive model: it writes one token with each network call, and its likelihood is exact.
 
 loss    -log p(token | tokens before it)
-sample  from the start token on, one call a token, with a cache of keys and values
+sample  begins at the start token; one call for each token, with a cache of keys and values
 
-The network is causal, reads no time, and predicts at every position the token after it.
+The network is causal, reads no time, and predicts at every position the next token.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Autoregressive(Family):
     """The autoregressive model.
 
     Attributes:
-      start_token: the token that begins every row; it is given, not predicted.
-      temperature: of the draws; 0 takes the likeliest token.
-      top_p: share of the probability that the draws keep.
+      start_token: id of the token that begins every row, which is given and never predicted.
+      temperature: the sampler draws from softmax(logits / temperature); 0 takes the likeliest token.
+      top_p: share of the probability that the sampler's draws keep.
     """
 
     distils: ClassVar[bool] = False
@@ -44,19 +44,19 @@ class Autoregressive(Family):
     top_p: float = setting(1.0, "sampler: share of the probability that is kept", "(0, 1]")
 
     def samplers(self) -> dict[str, "Autoregressive"]:
-        """One, as it is set."""
+        """One sampler, with the settings as they are."""
         return {"draws": self}
 
     def likelihoods(self) -> dict[str, Callable]:
-        """The bound, which is exact."""
+        """`bound`, which here is -log p(ids) itself."""
         return {"bound": self.bound}
 
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """Nothing is random."""
+        """{}, because nothing in the loss is random."""
         return {}
 
     def nats(self, net: Network, params: Params, ids: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """-log p of every token but the first: [B, L - 1]."""
+        """-log p of every token but the first, nats [B, L - 1], for ids [B, L]."""
         return vocab.cross_entropy(net.head(params), forced(net, params, ids, keys), ids[:, 1:])
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:

@@ -1,4 +1,4 @@
-"""What every generative family promises: the contract between an objective and all that trains, judges and samples it."""
+"""What every generative family promises to the code that trains, judges and samples it."""
 
 import abc
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import jax
 from flowlm.models.network import Network, Params
 from flowlm.system.settings import check_choices
 
-Batch = dict[str, jax.Array]  # rows by name: `ids`, and what `Family.draw` adds to them
+Batch = dict[str, jax.Array]  # rows by name: `ids`, and the rows that `Family.draw` adds
 Losses = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # what `Family.loss` returns
 
 
@@ -17,8 +17,8 @@ class Teacher(NamedTuple):
     """Frozen parameters.
 
     Attributes:
-      flow: of a flow (or discrete diffusion) in the student's architecture, or of `net`.
-      residual: of the flow's residual, for one target.
+      flow: those of a flow or of a discrete diffusion in the student's architecture, or of `net`.
+      residual: those of a residual network that follows the flow (residual.py), which only the target `residual` needs.
       net: the teacher's own network, where it is another than the student's.
     """
 
@@ -28,7 +28,13 @@ class Teacher(NamedTuple):
 
 
 class Auxiliary(NamedTuple):
-    """What an objective may look at beside the live parameters; absent parts are None. step: the step that is made, int32 []."""
+    """What an objective may read beside the live parameters.
+
+    Attributes:
+      teacher: frozen parameters, or None without a teacher.
+      ema: moving average of the student's parameters, or None.
+      step: number of the training step, int32 [].
+    """
 
     teacher: Teacher | None = None
     ema: Params | None = None
@@ -40,7 +46,7 @@ class Update(NamedTuple):
 
     Attributes:
       rate: its learning rate, as a multiple of the optimizer's.
-      every: it moves in the last of every so many steps.
+      every: the network moves in every `every`-th step only.
     """
 
     rate: float = 1.0
@@ -48,20 +54,20 @@ class Update(NamedTuple):
 
 
 class Family(abc.ABC):
-    """A generative family. Its subclasses are frozen dataclasses whose fields are its settings (settings.py) and its context:
-    `prior` and `warp` where it has them, and `teacher`, whether there is one.
+    """A generative family. A family is a frozen dataclass whose fields are its settings (settings.py) and its context, which are
+    `prior` and `warp` if it uses them, and `teacher`, whether it has one.
 
     Attributes:
-      continuous: its states lie in embedding space and begin as a prior's noise; the network is asked with the geometry of E.
-      distils: it may have a teacher.
-      needs: settings of the model section that it cannot do without.
-      may: other values of them that it puts up with.
-      group: rows of a batch that stay together in a microbatch.
-      parts: names of the losses whose conflicting gradients are projected; ("loss",) is their sum.
-      differentiates: whether its loss takes forward derivatives of the network.
-      taught_by: the family of its teachers, which keep their own network; None: they have the student's.
-      continues: its teacher is where the student starts; whom it follows is the flow behind that.
-      updates: how the parts of what is trained are updated, by their names, where these are several networks; otherwise {}.
+      continuous: whether states lie in embedding space and begin as a prior's noise; the network then needs the geometry of E.
+      distils: whether the family may have a teacher.
+      needs: the values of model settings that the family needs.
+      may: for some of these settings, one more value that the family accepts.
+      group: number of rows of a batch that must stay together in a microbatch.
+      parts: names of the losses whose conflicting gradients are projected; ("loss",) means the sum of all losses.
+      differentiates: whether the loss takes forward derivatives of the network.
+      taught_by: the family of its teachers, if these keep a network of their own; None if they have the student's.
+      continues: whether the student starts at the run `config.teacher` and follows that run's own teacher.
+      updates: how each of several networks that are trained together is updated, by their names; {} for a single network.
     """
 
     continuous: ClassVar[bool] = False
@@ -76,14 +82,14 @@ class Family(abc.ABC):
 
     @property
     def updates(self) -> Mapping[str, Update]:
-        """One network is updated as the optimizer says."""
+        """{}: there is one network, and the optimizer's settings are its own."""
         return {}
 
     def __post_init__(self):
         check_choices(self, "objective")
 
     def check(self, family: str, model: Mapping[str, Any]) -> None:
-        """Raises ValueError where the settings of a network do not suit the family, which experiments call `family`."""
+        """Raises ValueError if the settings `model` of a network do not suit this family; `family` is its name in the message."""
         if model["attention"] != "xla" and self.differentiates:
             raise ValueError(
                 f"the {family} objective takes forward derivatives through attention, which {model['attention']} has not: "
@@ -97,48 +103,48 @@ class Family(abc.ABC):
                 )
 
     def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
-        """What is trained, at first: a student begins as its teacher, another run as its origin, if it has one.
+        """The parameters at the first step: the teacher's flow if there is a teacher, otherwise the origin's if there is one.
 
         Args:
-          params: fresh ones of the network.
-          teacher: frozen parameters.
-          origin: averaged parameters of another run.
+          params: the network's fresh parameters.
+          teacher: frozen parameters, or None.
+          origin: averaged parameters of another run, or None.
         """
         source = origin if teacher is None else teacher.flow
         return params if source is None else net.adopt(params, source)
 
     def student(self, params: Params) -> Params:
-        """Of what is trained, the network that is averaged, judged, sampled and exported."""
+        """The parameters of the network that is averaged, judged, sampled and exported, out of all that are trained."""
         return params
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """The random part of a global batch of `num` rows, {name: [num, ...]}, which is added to batch["ids"]."""
+        """The random part of a global batch of `num` rows, {name: [num, ...]}; the training step adds `ids` to it."""
 
     @abc.abstractmethod
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
-        """({name: loss of each row}, {name: metric of each row}), nats per token unless it says otherwise.
+        """({name: loss of each row}, {name: metric of each row}), nats per token unless a family says otherwise.
 
-        The named losses share the batch's rows, and their sum over all rows / B is the loss. Means, meshes and microbatches are
-        the training step's affair.
+        The named losses share the batch's rows, and their sum over all rows / B is the loss. The training step takes the means, so
+        a family knows nothing of meshes and microbatches.
 
         Args:
           aux: the frozen teacher, the moving average and the step (`Auxiliary`).
           batch: {ids [B, L]} | draw(...).
-          keys: [B], for dropout alone, or None.
+          keys: [B], which only dropout may use; None without dropout.
         """
 
     def samplers(self) -> dict[str, "Family"]:
-        """Its samplers by name, the one that is set last. {}: it writes no text, and is a stage on the way to what does.
+        """The family's samplers by name; the last one follows the settings. {} if the family is only a stage and writes no text.
 
-        Each has sample(net, params, key, num, steps) -> ids [num, L]; a continuous one also trajectory(...) -> [steps, num, L],
-        what `sample` would write at each of its steps. A name has no blanks, so that `--sampler` takes it as it stands.
+        Each sampler has sample(net, params, key, num, steps) -> ids [num, L]. A continuous one also has trajectory(...) ->
+        [steps, num, L], the tokens that `sample` would write at each step. Names have no blanks, because `--sampler` takes them.
         """
         return {}
 
     def likelihoods(self) -> dict[str, Callable]:
-        """What is computed of held-out rows, by name, each (net, params, {ids [B, L]}, key, ...) -> nats [B].
+        """Functions of held-out rows by name, each (net, params, {ids [B, L]}, key, ...) -> nats [B].
 
-        `bound`: an unbiased estimate of an upper bound on -log p(ids). `denoising`, `context_free`: as in denoiser.py.
+        `bound` estimates without bias an upper bound on -log p(ids). denoiser.py explains `denoising` and `context_free`.
         """
         return {}

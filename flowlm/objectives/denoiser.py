@@ -1,10 +1,10 @@
-"""A denoiser over warped time, whatever it was trained by: its noise, its held-out cross-entropy, its likelihood bound.
+"""A denoiser over warped time, however it is trained: its noise, its held-out cross-entropy, its likelihood bound, its sampler.
 
     bound   -log p(tokens) <= int_0^{t_max} 1/2 SNR'(t) E |(E_y - m) G^{-1/2}|^2 dt + E[ -log D_{t_max}(z_{t_max})[tokens] ]
 
-with SNR = r^2, r = t / (1 - t): the path of z is a Gaussian diffusion in the metric of G = E^T E, so for any denoiser the
-right side is an upper bound on the negative log-likelihood (the Gaussian to one-hot case is in 2605.07820). r is drawn
-uniformly, hence the explicit weight r_max * r.
+with SNR = r^2, r = t / (1 - t). The right side is an upper bound for any denoiser, because the path of z is a Gaussian
+diffusion in the metric of G = E^T E (2605.07820 has the case of one-hot data). The estimate has the explicit weight
+r_max * r, because r is drawn uniformly.
 """
 
 import abc
@@ -25,7 +25,7 @@ from flowlm.objectives.base import Batch, Family
 from flowlm.objectives.guidance import Prediction, Predictor
 from flowlm.system.settings import setting
 
-# Where the bound hands over to the decoder, in embedded warped time.
+# Embedded warped time of t_max, at which the bound's integral ends and its decoder term is taken.
 TAU_MAX = 0.9999
 
 
@@ -34,8 +34,8 @@ class NoisePath(Family):
     """A family whose states lie on a path from a prior's noise to embedded tokens.
 
     Attributes:
-      prior: the noise.
-      warp: the noise's warped time.
+      prior: law of the noise.
+      warp: warped time tau of that noise.
     """
 
     continuous: ClassVar[bool] = True
@@ -44,13 +44,17 @@ class NoisePath(Family):
     warp: TimeWarp
 
     def noised(self, embedding: jax.Array, batch: Batch, t: jax.Array, joint: bool = False) -> jax.Array:
-        """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} for an embedding [V, W], or two side by side, and times t [B]."""
+        """z_t [B, L, W] of batch = {ids [B, L], noise: key [B]} at times t [B].
+
+        Args:
+          embedding: [V, W], one embedding or, with `joint`, two side by side that share their noise.
+        """
         draw = self.prior.sample_joint if joint else self.prior.sample
         z0 = draw(batch["noise"], embedding, batch["ids"].shape[1])
         return interpolate(z0, embedding[batch["ids"]], t[:, None, None])
 
     def fresh(self, net: Network, params: Params, key: jax.Array, num: int, scale: float) -> jax.Array:
-        """z0 [num, L, D] for a sampler, its distance from the prior's mean multiplied by `scale`."""
+        """z0 [num, L, D] for a sampler; its distance from the prior's mean is multiplied by `scale`."""
         embedding, mean = net.embedding(params), self.prior.mean(net.embedding(params))
         z0 = self.prior.draw(jax.random.split(key, num), embedding, net.geometry(params), net.length)
         return mean + scale * (z0 - mean)
@@ -58,10 +62,10 @@ class NoisePath(Family):
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser(NoisePath):
-    """A path and a network that denoises it: `net` at tau_t = tau_s is D_t."""
+    """A path and a network that denoises it; the network at tau_t = tau_s is the denoiser D_t."""
 
     def likelihoods(self) -> dict[str, Callable]:
-        """The bound needs the gaussian prior."""
+        """`denoising`, `context_free`, and `bound` if the prior is gaussian, because only then the path is a Gaussian diffusion."""
         bound = {"bound": self.bound} if self.prior.name == "gaussian" else {}
         return {"denoising": self.denoising, "context_free": self.context_free} | bound
 
@@ -72,7 +76,7 @@ class Denoiser(NoisePath):
         num = batch["ids"].shape[0]
         ratio_key, noise_key, last_key = jax.random.split(key, 3)
         embedding, head = net.embedding(params), net.head(params)
-        # For V > D the ambient warp saturates while the embedded state is still noisy, so t_max is taken of the embedded warp.
+        # For V > D the ambient warp saturates while the embedded state is still noisy, so t_max uses the embedded warp.
         t_max = TimeWarp("gaussian", "embedded", net.vocab, net.width).t(TAU_MAX)
         ratio_max = t_max / (1 - t_max)
         ratio = ratio_max * stratified(ratio_key, num)
@@ -89,7 +93,7 @@ class Denoiser(NoisePath):
         return path + vocab.cross_entropy(head, last, batch["ids"]).sum(-1)
 
     def denoising(self, net: Network, params: Params, batch: Batch, key: jax.Array, tau: float) -> jax.Array:
-        """Cross-entropy of the denoiser at one warped time, whatever it was trained with: nats per token [B]."""
+        """Cross-entropy of the denoiser at one warped time, whatever its training loss was: nats per token [B]."""
         num = batch["ids"].shape[0]
         batch = {**batch, "noise": jax.random.split(key, num)}
         tau = jnp.full((num,), tau)
@@ -99,19 +103,19 @@ class Denoiser(NoisePath):
     def context_free(
         self, net: Network, params: Params, batch: Batch, key: jax.Array, tau: float, log_marginals: jax.Array
     ) -> jax.Array:
-        """`denoising` of softmax( log p(v at position l) + own-position log-likelihood ): the best a per-token classifier can do.
+        """`denoising` by the best classifier that reads each position alone, softmax( log p(v at position l) + log-likelihood ).
 
-        It sees the same noise as `denoising` with the same key.
+        With the same key it sees the same noise as `denoising`.
 
         Args:
-          log_marginals: [L, V] log p(v at position l) of the training data.
+          log_marginals: [L, V] log p(v at position l) in the training data.
         """
         num = batch["ids"].shape[0]
         batch = {**batch, "noise": jax.random.split(key, num)}
         t = self.warp.t(jnp.full((num,), tau))
         geo = geometry(net.embedding(params))
         features = own_position_features(geo, self.noised(net.embedding(params), batch, t), t)
-        # A position is one more (one-hot) feature and its marginals one more block of the matrix.
+        # The position is a one-hot feature, and log_marginals a block of the matrix, so that one product adds both terms.
         positions = jnp.broadcast_to(jnp.eye(net.length), (num, net.length, net.length))
         matrix = jnp.concatenate([own_position_matrix(geo), log_marginals], 0)
         head = jax.tree_util.Partial(_linear, matrix)
@@ -120,12 +124,12 @@ class Denoiser(NoisePath):
 
 @dataclasses.dataclass(frozen=True)
 class PathSampler(Denoiser):
-    """A denoiser that writes text: `steps` network calls carry noise along the path, on a uniform grid of tau.
+    """A denoiser that writes text: `steps` network calls move noise along the path, on a uniform grid of tau.
 
     Attributes:
-      noise_scale: of every draw of noise; below 1 samples are less diverse and more coherent, as the truncated latents of
-        1809.11096.
-      guidance: 1 samples the network itself; more moves away from the same network with dropout (autoguidance, 2406.02507).
+      noise_scale: factor on every draw of noise; below 1, samples are less diverse and more coherent (compare the truncated latents
+        of 1809.11096).
+      guidance: 1 samples the network itself; above 1, samples move away from the same network with dropout (2406.02507).
     """
 
     noise_scale: float = setting(
@@ -137,23 +141,23 @@ class PathSampler(Denoiser):
 
     @abc.abstractmethod
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
-        """step(z [num, L, D], (tau, tau_next, key)) -> (z at tau_next, the prediction that took it there)."""
+        """The function (z [num, L, D], (tau, tau_next, key)) -> (z at tau_next, the prediction that moved it there)."""
 
     @abc.abstractmethod
     def end(self, predict: Predictor, z: jax.Array, tau: jax.Array, key: jax.Array) -> jax.Array:
-        """ids [num, L] of states z at the last tau [num] of the grid before 1, by one more call."""
+        """ids [num, L] from states z by the last network call; tau [num] is the grid's last value before 1."""
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1."""
         return self._carried(net, params, key, num, steps, lambda prediction: None)[1]
 
     def trajectory(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
-        """The likeliest tokens at every call of `sample` with the same key, ids [steps, num, L]; the last are its samples."""
+        """ids [steps, num, L]: the likeliest tokens at each call of `sample` with the same key; the last are its samples."""
         seen, ids = self._carried(net, params, key, num, steps, Prediction.argmax)
         return jnp.concatenate([seen, ids[None]])
 
     def _carried(self, net, params, key, num: int, steps: int, look: Callable):
-        """(look(prediction) of all calls but the last, stacked; ids)."""
+        """(look(prediction) of all calls but the last, stacked; the samples' ids)."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         params = net.prepared(params)
@@ -161,7 +165,7 @@ class PathSampler(Denoiser):
         start, rest = jax.random.split(key)
         z = self.fresh(net, params, start, num, self.noise_scale)
         tau = jnp.linspace(0.0, 1.0, steps + 1)
-        # A key for every call, and none of them twice.
+        # Each call has a key of its own.
         keys = jax.random.split(rest, steps)
         step = self.step(net, params, predict, num)
 

@@ -1,11 +1,11 @@
-"""What the two discrete diffusions share: times, a student's start and its divergence, draws of a row from its own key.
+"""What the two discrete diffusions share: times, a student's divergence, and draws of each row from its own key.
 
 Time r goes from data at 0 to noise at 1; training draws r ~ U[EPS, 1], stratified over the global batch.
 
-A student's divergence is `reverse`, KL(student || teacher), or `forward`, KL(teacher || student). The reverse one is the default,
-and what the authors of SDTT and DCD train with: under the forward one the best student predicts the mean of what its teacher
-says over the teacher's own draws, which is what the teacher says without them, so that nothing is gained. The reverse one leaves
-out what the teacher only says in a few of its draws.
+A student's divergence is `reverse`, KL(student || teacher), or `forward`, KL(teacher || student). `reverse` is the default, and
+the authors of SDTT and DCD train with it. Under `forward` the best student predicts the mean of the teacher's predictions over the
+teacher's draws. That mean is what the teacher predicts before it draws, so the student gains nothing. Under `reverse` the student
+drops tokens that are likely after only a few of the draws.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class Discrete(Family):
     """A discrete diffusion, or its student.
 
     Attributes:
-      teacher: whether there is one, from which the family is distilled.
-      jump: step in time that such a student learns to take at once.
-      divergence: of such a student from its target, `forward` or `reverse`.
-      temperature: of the sampler's draws.
-      top_p: share of the probability that they keep.
+      teacher: whether the family is a student, distilled from a teacher.
+      jump: step in time that a student learns to take at once.
+      divergence: a student's divergence from its target, `forward` or `reverse`.
+      temperature: the sampler draws from softmax(logits / temperature); 0 takes the likeliest token.
+      top_p: share of the probability that the sampler's draws keep.
       greedy: whether the sampler takes the likeliest tokens in its last step.
     """
 
@@ -45,25 +45,25 @@ class Discrete(Family):
     greedy: bool = setting(False, "sampler: take the likeliest tokens in the last step")
 
     def samplers(self) -> dict[str, "Discrete"]:
-        """One, as it is set."""
+        """One sampler, with the settings as they are."""
         return {"ancestral": self}
 
     def likelihoods(self) -> dict[str, Callable]:
-        """The bound."""
+        """`bound`."""
         return {"bound": self.bound}
 
     def apart(self, target: vocab.Readout, student: vocab.Readout) -> jax.Array:
-        """The divergence of a student from its target, each a (head, hidden [B, L, F]): nats [B, L]."""
+        """The divergence between a student and its target, nats [B, L]. Each is given by (head, hidden [B, L, F])."""
         return vocab.over_logits(kl, (student, target) if self.divergence == "reverse" else (target, student))
 
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """r [num], and a noise key for every row."""
+        """{r: [num], noise: a key for each row [num]}."""
         times, noise = jax.random.split(key)
         return {"r": EPS + (1 - EPS) * stratified(times, num), "noise": jax.random.split(noise, num)}
 
 
 def rows(keys: jax.Array, purpose: int, length: int) -> jax.Array:
-    """U[0, 1] draws [B, L], each row from its own key."""
+    """U[0, 1] draws [B, L], each row from its own key; another `purpose` makes independent draws."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose), (length,)))(keys)
 
 

@@ -1,7 +1,7 @@
 """The flow language model, FLM (2602.16813): a denoiser trained by cross-entropy, sampled by integrating its velocity.
 
 loss    -log D_t(z_t)[token], averaged over positions; tau ~ U[0, 1] stratified over the global batch, no time weight
-sample  N steps of the path's own dynamics on a uniform grid of tau (interpolant.ancestral_step); argmax at the end
+sample  N steps of the path's dynamics on a uniform grid of tau (interpolant.ancestral_step); the last step takes the argmax
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ class Flow(PathSampler):
     """The flow: a denoiser and the integration of its velocity.
 
     Attributes:
-      loss_kind: `cross_entropy`, or the ablations `squared_error` on the posterior and `velocity`, that of the velocity it
-        implies: |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
+      loss_kind: `cross_entropy`, or one of two ablations: `squared_error` of the posterior, and `velocity`, the squared error of
+        the velocity that the posterior implies, |b - (x1 - x0)|^2 = |D - x1|^2 / (1 - t)^2.
       eta: sampler noise in [0, 1]; 0 is Euler's method, 1 the exact ancestral step (gaussian prior).
-      temperature: None puts the mean embedding of the posterior into a step; a number puts that of one token drawn from
-        softmax(logits / temperature) there (2605.13681), at 0 the likeliest.
+      temperature: None makes a step with the posterior's mean embedding; a number makes it with the embedding of a token drawn from
+        softmax(logits / temperature) (2605.13681), and 0 with that of the likeliest token.
     """
 
     distils: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Flow(PathSampler):
             raise ValueError("objective.temperature draws tokens, objective.guidance mixes posteriors: set only one")
 
     def samplers(self) -> dict[str, "Flow"]:
-        """Plain Euler, and what the settings say."""
+        """`euler`, and a sampler that follows the settings and is named after them."""
         name = "ancestral" if self.eta == 1 else f"eta{self.eta:g}" if self.eta else "euler"
         if self.temperature is not None:
             name += f"-temp{self.temperature:g}"
@@ -66,12 +66,12 @@ class Flow(PathSampler):
         return {"euler": dataclasses.replace(self, eta=0.0, temperature=None, noise_scale=1.0), name: self}
 
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """The random part of a global batch of num rows: tau [num], and a noise key for every row."""
+        """{tau: [num], noise: a key for each row [num]}: the random part of a global batch of num rows."""
         times, noise = jax.random.split(key)
         return {"tau": stratified(times, num), "noise": jax.random.split(noise, num)}
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
-        """({loss_kind: [B]}, {}), nats per token for cross-entropy."""
+        """({loss_kind: [B]}, {}); the cross-entropy is in nats per token."""
         del aux
         t = self.warp.t(batch["tau"])
         hidden = net.apply(params, self.noised(net.embedding(params), batch, t), batch["tau"], keys=keys)
@@ -82,7 +82,7 @@ class Flow(PathSampler):
         return {self.loss_kind: loss}, {}
 
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
-        """A step of the ancestral dynamics by the mean embedding of the posterior, or of tokens drawn from it."""
+        """A step of the ancestral dynamics, with the mean embedding of the posterior or the embedding of tokens drawn from it."""
         embedding = net.embedding(params)
 
         def step(z, inputs):
@@ -99,5 +99,5 @@ class Flow(PathSampler):
         return step
 
     def end(self, predict: Predictor, z: jax.Array, tau: jax.Array, key: jax.Array) -> jax.Array:
-        """The likeliest tokens; the key is for the weak network's dropout alone."""
+        """The likeliest tokens. Only the weak network's dropout uses the key."""
         return predict(z, tau, key=key).argmax()

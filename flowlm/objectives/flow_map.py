@@ -5,20 +5,22 @@ A network delta(z; tau_s, tau_t) learns to jump along a flow from s to t (identi
     diagonal rows      s = t        cross-entropy to the teacher's denoiser; without a teacher, to the tokens
     off-diagonal rows  s < t        one of TARGETS, 1/32 of them by default at the boundary (tau_s, tau_t) = (0, 1)
 
-    psd, psd_squared   semigroup    no derivative; from the map itself, cut at u
+    psd, psd_squared   semigroup    the map's own two jumps, s to u and u to t; no derivative
     teacher_steps      semigroup    m Euler steps of the teacher's flow; no bootstrap
-    lsd, lsd_logit     Lagrangian   where does the flow push at the end of the jump?
-    csd, ecld          Lagrangian   2602.12233: squared error through the derivative; a cross-entropy bounding it
-    esd, esd_logit     Eulerian     what if the jump began a little later?
-    residual           a two-network map, fitted by one (residual.py: the first version of the paper)
+    lsd, lsd_logit     Lagrangian   how the jump changes with its end t, by the flow there
+    csd, ecld          Lagrangian   2602.12233: squared error through the derivative; a cross-entropy that bounds it
+    esd, esd_logit     Eulerian     how the jump changes with its start, moved along the flow
+    residual                        a two-network map, which one network is fitted to (residual.py: the paper's first version)
 
     sample  N jumps on a uniform grid of tau, with gamma re-noising between them; N = 1 is one network call
 
-Rows that end at t = 1 learn by the semigroup in all Lagrangian and Eulerian targets: there their identities do not suffice.
+With Lagrangian and Eulerian targets, rows that end at t = 1 learn by the semigroup, because these two identities do not determine
+delta there (targets.py).
 
-With `teacher_temperature` the flow is that of the teacher's softmax(logits / temperature): one jump cannot be sharpened by
-drawing, its flow can. The teacher is frozen; the student keeps its embedding, and so sees the same states. With
-`train_embedding` both see one x0 through their own embeddings: a state is then [z @ E_student, z @ E_teacher].
+With `teacher_temperature` the student learns the flow of softmax(logits / temperature) of the teacher, because a single jump cannot
+be sharpened by how its tokens are drawn. The teacher is frozen. The student keeps the teacher's embedding, so that both see the
+same states. With `train_embedding` each sees the same x_t through its own embedding: a state is
+[x_t @ E_student, x_t @ E_teacher].
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ from flowlm.system.settings import setting
 
 
 def check_two_times(model: Mapping[str, Any]) -> None:
-    """Raises ValueError where a network with the settings `model` cannot learn a flow map."""
+    """Raises ValueError if a network with the settings `model` cannot learn a flow map."""
     if model["time_embeddings"] != 2:
         raise ValueError("a flow map reads two times: set model.time_embeddings to 2")
     if model["input"] == "posterior":
@@ -57,22 +59,22 @@ class FlowMap(PathSampler):
     """The flow map: jumps along a flow, learnt from a teacher or from themselves.
 
     Attributes:
-      teacher: whether there is one.
-      target: one of TARGETS.
-      targets_from: `student` or `ema`: whose delta the semigroup targets are made of, and without a teacher whose denoiser.
+      teacher: whether there is a teacher.
+      target: what off-diagonal rows learn, one of TARGETS.
+      targets_from: `student` or `ema`, whose delta makes the semigroup targets, and without a teacher whose denoiser is the flow.
       diagonal: share of rows with s = t, a fraction with a denominator of at most 16.
-      boundary: share of the others at (0, 1).
-      pairs: how the others are drawn (time_sampling.PAIRS).
-      tau_max: upper end of their tau_t.
-      cut: `midpoint` of tau_s and tau_t, or `uniform` between them.
-      teacher_steps: m of the target of that name.
-      teacher_temperature: the flow is that of the teacher's softmax(logits / temperature).
-      adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r, per row; 0 is none.
-      surgery: project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; in engine/state.py).
-      train_embedding: otherwise a student keeps its teacher's embedding; without a teacher it is always trained.
-      gamma: of the sampler, how much fresh noise it puts in place of old between its steps.
-      temperature: of the sampler; None decodes the last step by argmax, a number draws.
-      top_p: share of the probability that those draws keep.
+      boundary: share of the off-diagonal rows with (tau_s, tau_t) = (0, 1).
+      pairs: how the times of all other off-diagonal rows are drawn (time_sampling.PAIRS).
+      tau_max: upper end of tau_t of these other rows.
+      cut: where u lies, at the `midpoint` of tau_s and tau_t or `uniform` between them.
+      teacher_steps: m of the target `teacher_steps`.
+      teacher_temperature: the student follows the flow of softmax(logits / temperature) of the teacher.
+      adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r of each row; 0 means no weight.
+      surgery: whether to project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; engine/state.py).
+      train_embedding: whether a student trains its embedding; False keeps the teacher's. Without a teacher it is always trained.
+      gamma: the sampler's re-noising: 0 adds no fresh noise between its steps, 1 replaces all old noise by fresh.
+      temperature: the sampler's last step takes the argmax if this is None, and otherwise draws from softmax(logits / temperature).
+      top_p: share of the probability that these draws keep.
     """
 
     teacher: bool = False
@@ -117,12 +119,12 @@ class FlowMap(PathSampler):
             )
 
     def check(self, family: str, model: Mapping[str, Any]) -> None:
-        """It reads two times, and the noise."""
+        """Also raises ValueError if the network does not read two times, or not the noise."""
         check_two_times(model)
         super().check(family, model)
 
     def samplers(self) -> dict[str, "FlowMap"]:
-        """All of the noise, and what the settings say."""
+        """`map`, which uses all of the noise, and a sampler that follows the settings if noise_scale is not 1."""
         scale = f"-noise{self.noise_scale:g}" if self.noise_scale != 1 else ""
         return {"map": dataclasses.replace(self, noise_scale=1.0), f"map{scale}": self}
 
@@ -132,7 +134,7 @@ class FlowMap(PathSampler):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the losses whose gradients are taken apart for surgery; otherwise their sum's."""
+        """Names of the losses whose gradients surgery needs separately; without surgery the sum alone."""
         names = ("diagonal", self.target) if self.diagonal > 0 else (self.target,)
         return names if self.surgery else ("loss",)
 
@@ -143,7 +145,7 @@ class FlowMap(PathSampler):
 
     @property
     def group(self) -> int:
-        """Rows that stay together in a microbatch: of each group the first few are diagonal."""
+        """Number of rows that stay together in a microbatch; in each group the first few are diagonal."""
         return self._split.group
 
     def draw(self, key: jax.Array, num: int) -> Batch:
@@ -208,7 +210,7 @@ class FlowMap(PathSampler):
         return match.loss.mean(-1) * (match.distance.mean(-1) + floor) ** -self.adaptive
 
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
-        """A jump beyond tau_next, to where only the part of the old noise that is kept is left, and gamma of fresh noise on top."""
+        """A jump to a time beyond tau_next, where only the share of old noise that is kept remains; then gamma of fresh noise."""
         center = self.prior.mean(net.embedding(params))
 
         def jump(z, inputs):
@@ -228,7 +230,7 @@ class FlowMap(PathSampler):
         return jump
 
     def end(self, predict: Predictor, z: jax.Array, tau: jax.Array, key: jax.Array) -> jax.Array:
-        """The jump to 1, whose tokens are the likeliest or drawn; it does not depend on gamma."""
+        """The jump to t = 1; its tokens are the likeliest or drawn. It does not depend on gamma."""
         weak_key, token_key = jax.random.split(key)
         prediction = predict(z, tau, jnp.ones_like(tau), weak_key)
         if self.temperature is None:

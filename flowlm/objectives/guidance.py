@@ -1,9 +1,9 @@
-"""What a sampler asks of a network, with or without autoguidance (2406.02507).
+"""A network's predictions for a sampler, with or without autoguidance (2406.02507).
 
     p = p_weak + guidance (p_strong - p_weak),   p_weak from the same network with dropout of model.weak_dropout
 
-A velocity is linear in p, so this guides flow and flow map alike. guidance = 1 is the network itself, in one call;
-anything else costs a second call. p sums to 1 and may be negative: a draw takes its positive part.
+This guides flow and flow map alike, because a velocity is linear in p. guidance = 1 is the network itself, in one call; any other
+value costs a second call. p sums to 1 but may have negative entries, so a draw uses the positive part of p.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,13 @@ from flowlm.models.network import Network, Params
 
 
 class Prediction(NamedTuple):
-    """Distributions over tokens for every position; hidden: one state [B, L, F], or strong and weak."""
+    """Distributions over tokens for every position.
+
+    Attributes:
+      head: hidden -> logits.
+      hidden: (strong,), or (strong, weak) with guidance; each [B, L, F].
+      guidance: factor on p_strong - p_weak.
+    """
 
     head: vocab.Head
     hidden: tuple[jax.Array, ...]
@@ -30,18 +36,18 @@ class Prediction(NamedTuple):
         return vocab.over_logits(mix, tuple((self.head, h) for h in self.hidden), arrays)
 
     def mean(self, embedding: jax.Array) -> jax.Array:
-        """p @ E: [B, L, D]."""
+        """The mean embedding p @ E, [B, L, D], for E [V, D]."""
         means = [vocab.softmax_embed(self.head, h, embedding) for h in self.hidden]
         return means[0] if len(means) == 1 else means[1] + self.guidance * (means[0] - means[1])
 
     def argmax(self) -> jax.Array:
-        """ids [B, L]."""
+        """The likeliest tokens, ids [B, L]."""
         if len(self.hidden) == 1:
             return vocab.argmax(self.head, self.hidden[0])
         return self._probs(lambda p: jnp.argmax(p, -1).astype(jnp.int32))
 
     def draw(self, key: jax.Array, temperature: float = 1.0, top_p: float = 1.0) -> jax.Array:
-        """ids [B, L] drawn from softmax(logits / temperature), of which `top_p` of the probability is kept."""
+        """ids [B, L] drawn from p at a temperature (softmax(logits / temperature)), within its `top_p` likeliest share."""
         if len(self.hidden) == 1:
             return vocab.categorical(self.head, self.hidden[0], key, temperature, top_p)
         shape = self.hidden[0].shape[:2]
@@ -61,7 +67,7 @@ class Prediction(NamedTuple):
 class Predictor(NamedTuple):
     """predictor(z, tau_s, tau_t, key) -> Prediction, by one network call, or two where guidance is not 1.
 
-    `key` is that of the weak network's dropout: nothing else may be drawn with it, or what is drawn depends on the dropout.
+    `key` is for the weak network's dropout. Nothing else may be drawn with it, because that would depend on the dropout.
     """
 
     net: Network

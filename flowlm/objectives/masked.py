@@ -1,15 +1,16 @@
 """Masked discrete diffusion, MDLM (2406.07524), and its distillation, SDTT (2410.21035).
 
-Time r is the share of tokens that are masked, data at r = 0 and noise at r = 1. An unmasked token is its own prediction, the
-mask is never predicted (SUBS), and what is predicted of a masked one does not depend on r: the network is shown no time.
+Time r is the share of tokens that are masked: r = 0 is data, r = 1 is noise. The prediction for an unmasked token is the token
+itself, and the mask is never predicted (SUBS). The network reads no time, because the true posterior of a masked token does not
+depend on r.
 
     loss    (1 / r) sum over masked positions of -log p(token);   r ~ U[EPS, 1] stratified over the global batch
-    sample  r -> r' unmasks every masked token with probability (r - r') / r, drawn from its own prediction
+    sample  r -> r' unmasks every masked token with probability (r - r') / r; the new token is drawn from the prediction
     bound   the loss with r ~ U[0, 1], summed over positions: E >= -log p
 
-SDTT: the teacher takes two such steps of size `jump` / 2. A position's target is the teacher's prediction at the step that
-unmasked it, at the second where neither did; the student learns it for one step of `jump` by its divergence (discrete.py). In
-the next round the student teaches and the jump doubles.
+SDTT: the teacher takes two such steps of size `jump` / 2. The target of a position is the teacher's prediction at the step that
+unmasked it, or at the second step if neither did. The student learns to predict this target in one step of `jump`, by a divergence
+(discrete.py). In the next round the student teaches and the jump doubles.
 """
 
 import dataclasses
@@ -32,8 +33,10 @@ def unmask(
 
     Args:
       uniform: U[0, 1] draws [B, L].
-      r: the time before the step, in a shape that broadcasts against them.
-      r_next: the time after it, likewise.
+      mask: id of the mask.
+      drawn: ids [B, L] to put in place of masks.
+      r: the time before the step, in a shape that broadcasts against [B, L].
+      r_next: the time after the step, likewise.
     """
     return jnp.where((ids == mask) & (uniform < (r - r_next) / r), drawn, ids)
 
@@ -43,14 +46,14 @@ class Masked(Discrete):
     """Masked diffusion, or its student; its settings are those of `Discrete`."""
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
-    may: ClassVar[dict] = dict(time_embeddings=1)  # as the reference's networks have, which are always shown time 0
+    may: ClassVar[dict] = dict(time_embeddings=1)  # because the reference code's networks read a time, always 0
 
     def _see(self, net, params, ids, keys=None):
-        """(head, hidden) of tokens and masks [B, L]."""
+        """(head, hidden) of the network at ids [B, L], tokens and masks."""
         return net.head(params), net.apply(params, net.embed(params, ids), jnp.zeros(ids.shape[0]), keys=keys)
 
     def noised(self, net: Network, batch: Batch) -> jax.Array:
-        """ids [B, L] with each token masked with probability r."""
+        """ids [B, L]: batch["ids"], each token masked with probability r."""
         return jnp.where(rows(batch["noise"], 0, net.length) < batch["r"][:, None], net.vocab, batch["ids"])
 
     def _diffusion(self, net, params, batch, keys=None):
@@ -73,7 +76,7 @@ class Masked(Discrete):
     def two_steps(
         self, net: Network, params: Params, ids: jax.Array, r: jax.Array, keys: jax.Array | None
     ) -> vocab.Readout:
-        """(head, hidden): what the teacher predicted of each masked position when it was unmasked, or last."""
+        """(head, hidden): the teacher's prediction for each masked position at the step that unmasked it, or at the second step."""
         first = self._see(net, params, ids)
         half = jnp.maximum(r - self.jump / 2, 0)
         drawn = vocab.categorical(*first, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
@@ -90,7 +93,7 @@ class Masked(Discrete):
         return self._diffusion(net, params, rows).sum(-1)
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
-        """ids [num, L] by at most `steps` network calls: a prediction is kept for as long as no token of the batch changes."""
+        """ids [num, L] by at most `steps` network calls, because a prediction is kept while no token of the batch changes."""
         if steps < 1:
             raise ValueError(f"sampling takes at least 1 step, got {steps}")
         ids = jnp.full((num, net.length), net.vocab, jnp.int32)

@@ -1,25 +1,27 @@
 """Distribution matching after the flow map (2609.40235; 2602.19066 and 2603.20155 do it for discrete diffusion).
 
-A map learnt point by point averages where its capacity ends. Here only the *law* of what it writes must be right: the student
-descends the KL between its noised samples and noised data, whose gradient needs two denoisers, the frozen flow and an
-auxiliary one that follows the student. With l = logits of delta_{s,1}(z_s), p = softmax(l), x1 what it writes, and fresh noise:
+A map that is learnt point by point averages where its capacity ends. Here only the *law* of the student's samples must be right:
+the student descends the KL between its noised samples and noised data. The gradient of this KL needs two denoisers: D_T of the
+frozen flow, and D_phi of an auxiliary network that follows the student. With l = logits of delta_{s,1}(z_s), p = softmax(l), x1
+the student's sample, and fresh noise z0':
 
-    z_t = (1 - t) z0' + t x1 @ E,      d = D_phi(z_t) - D_T(z_t),      p_phi, p_T their distributions
+    z_t = (1 - t) z0' + t x1 @ E,      d = p_phi - p_T,      p_phi = D_phi(z_t), p_T = D_T(z_t)
 
-    student      probability  w <p, d>                  the gradient of the KL with respect to x1
-                 logit        w <l, d>                  its natural gradient: it does not vanish where p is sure of itself
+    student      probability  w <p, d>                  has the gradient of the KL with respect to x1
+                 logit        w <l, d>                  has the natural gradient, which does not vanish where p is nearly one-hot
                  log          w <p, log p_phi - log p_T>
                  ratio        w x cross-entropy of p to q ~ p p_T / p_phi: `log` as one bounded step of exponentiated gradient
-    auxiliary    cross-entropy of D_phi(z_t) to x1;     K updates for one of the student
+    auxiliary    cross-entropy of p_phi to x1           is updated K times for each update of the student
 
-What a token's own noised value says of it saturates both denoisers, and with them d; in their ratio it cancels, and what the other
-tokens say is left.
+`log` and `ratio` use p_phi / p_T because a token's own noised value can make both denoisers almost certain, so that d vanishes. In
+the ratio that evidence cancels, and only the evidence of the other tokens is left.
 
-x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). Where V > D the score lies in z, and d is projected on what z
-shows of it: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the map, whose run names its flow; student, auxiliary and
-flow see the same states, because all keep the teacher's embedding. Rows that are not matched go on with the map's own objective.
+x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). If V > D, the score is a vector in the space of z, so d is
+projected on the part that z shows: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the run of the map at which the
+student starts, and that run names its flow. Student, auxiliary and flow see the same states, because all keep the teacher's
+embedding. Rows that are not matched keep the map's own objective.
 
-    sample  as a flow map: one call, or N with re-noising in between
+    sample  as a flow map: one call, or N calls with re-noising in between
 """
 
 import dataclasses
@@ -42,12 +44,12 @@ from flowlm.objectives.rows import Split, split_of
 from flowlm.objectives.targets import Delta
 from flowlm.system.settings import setting
 
-# Nats: two denoisers differ by more only where neither of them was trained.
+# Bound on the log-ratio in nats: two denoisers differ by more only at states on which neither was trained.
 LIMIT = 3.0
 
 
 def difference(auxiliary: jax.Array, flow: jax.Array, codes: jax.Array | None) -> jax.Array:
-    """softmax(auxiliary) - softmax(flow) of logits [..., V], projected on the span of codes [V, R] where they are given."""
+    """softmax(auxiliary) - softmax(flow) of logits [..., V], projected on the span of codes [V, R] if these are given."""
     d = jax.nn.softmax(auxiliary) - jax.nn.softmax(flow)
     dot = partial(jnp.matmul, precision=HIGHEST)
     return d if codes is None else dot(dot(d, codes), codes.T)
@@ -71,7 +73,7 @@ def logit(
 def log(
     logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
 ) -> jax.Array:
-    """w <softmax(logits), log softmax(auxiliary) - log softmax(flow)>; no score of z, so there is nothing to project."""
+    """w <softmax(logits), log softmax(auxiliary) - log softmax(flow)>; codes are not used, because this is no score of z."""
     ratio = stop_gradient(jax.nn.log_softmax(auxiliary) - jax.nn.log_softmax(flow))
     return weight * jnp.sum(jax.nn.softmax(logits) * ratio, -1)
 
@@ -79,7 +81,7 @@ def log(
 def ratio(
     logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
 ) -> jax.Array:
-    """w x cross-entropy of softmax(logits) to q ~ softmax(logits) p_T / p_phi, which does not move; its gradient is at most 2 w."""
+    """w x cross-entropy of softmax(logits) to a constant q ~ softmax(logits) p_T / p_phi; the gradient's L1 norm is at most 2 w."""
     log_p = jax.nn.log_softmax(logits)
     gain = jnp.clip(jax.nn.log_softmax(flow) - jax.nn.log_softmax(auxiliary), -LIMIT, LIMIT)
     return -weight * jnp.sum(stop_gradient(jax.nn.softmax(log_p + gain)) * log_p, -1)
@@ -91,19 +93,19 @@ WEIGHTS = {"one": jnp.ones_like, "kl": lambda t: (t / (1 - t)) ** 2}
 
 @dataclasses.dataclass(frozen=True)
 class Matched(FlowMap):
-    """A flow map whose law is matched to its flow's; it has the attributes of `FlowMap` too, for the rows that stay one.
+    """A flow map whose law is matched to its flow's. It also has the attributes of `FlowMap`, for the rows that are not matched.
 
     Attributes:
-      form: of the student's loss, one of FORMS.
-      output: what the student is taken to write, `soft` or `hard`.
+      form: form of the student's loss, one of FORMS.
+      output: x1, `soft` (the distribution p) or `hard` (the likeliest token).
       matched: share of the rows that are matched, a fraction with a denominator of at most 16.
-      at_noise: share of those that begin at s = 0; the others begin at noised data, s uniform in warped time.
-      taus: the warped times between which laws are compared.
-      weight: of a time, one of WEIGHTS.
-      auxiliary_updates: K.
+      at_noise: share of the matched rows that begin at s = 0; the others begin at noised data, with s uniform in warped time.
+      taus: lowest and highest warped time at which laws are compared.
+      weight: w as a function of the time t, one of WEIGHTS.
+      auxiliary_updates: K, the auxiliary's updates for each update of the student.
       auxiliary_rate: learning rate of the auxiliary, as a multiple of the student's.
-      auxiliary_times: whether the auxiliary reads `one` time, that of its state, or `both`, with the student's s.
-      flow: whose denoiser is followed: the flow that the teacher's run `named`, or the teacher's own, on its `diagonal`.
+      auxiliary_times: whether the auxiliary reads `one` time, its state's, or `both`, its state's and the student's s.
+      flow: whose denoiser is D_T: `named`, the flow that the teacher's run names, or `diagonal`, the teacher at s = t.
     """
 
     continues: ClassVar[bool] = True
@@ -142,12 +144,12 @@ class Matched(FlowMap):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The sum: no loss conflicts with another network's."""
+        """The sum of the losses, because losses of different networks cannot conflict."""
         return ("loss",)
 
     @property
     def differentiates(self) -> bool:
-        """Whether there are rows whose target takes forward derivatives."""
+        """Whether there are rows of a flow map, whose target takes forward derivatives."""
         return self.matched < 1 and super().differentiates
 
     @property
@@ -162,16 +164,16 @@ class Matched(FlowMap):
 
     @property
     def group(self) -> int:
-        """Rows that stay together: the first are matched, the others a whole number of a flow map's groups."""
+        """Number of rows that stay together: the first are matched, the others are a whole number of groups of a flow map."""
         return self._matched.group
 
     def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
-        """The student begins as `origin`, the flow map, and the auxiliary as the flow."""
+        """The student begins as `origin`, which is the flow map, and the auxiliary begins as the flow."""
         student = params if origin is None else net.adopt(params, origin)
         return {"student": student, "auxiliary": params if teacher is None else net.adopt(params, teacher.flow)}
 
     def student(self, params: Params) -> Params:
-        """The student."""
+        """The student's parameters, without the auxiliary's."""
         return params["student"]
 
     def draw(self, key: jax.Array, num: int) -> Batch:
@@ -192,9 +194,9 @@ class Matched(FlowMap):
         return jax.tree.map(self._matched.join, rows, super().draw(keys[4], num - on))
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
-        """({matching: [B1], auxiliary: [B1]} and a flow map's, metrics) for batch = {ids [B, L]} | draw(...).
+        """({matching: [B1], auxiliary: [B1]} and a flow map's losses, metrics) for batch = {ids [B, L]} | draw(...).
 
-        `matching` is 0, and costs nothing, in steps in which the student does not move.
+        In steps in which the student does not move, `matching` is 0 and is not computed.
         """
         student = params["student"]
         if self._matched.group == 1:

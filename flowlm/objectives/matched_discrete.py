@@ -1,13 +1,13 @@
-"""Distribution matching for discrete diffusion: IDLM (2602.19066), and with its tie D-MMD (2603.20155). matched.py has the idea.
+"""Distribution matching for discrete diffusion: IDLM (2602.19066), and with a `tie` D-MMD (2603.20155). matched.py has the idea.
 
-The student predicts the clean tokens of noised data y; x1 is drawn of its prediction q and noised anew to y'. The difference of the
-frozen diffusion from an auxiliary one, which follows the student, is taken in logarithms:
+The student predicts the clean tokens of noised data y. x1 is drawn from its prediction q and noised anew to y'. The loss compares
+the logarithms of two predictions at y': p_T of the frozen diffusion, and p_phi of an auxiliary diffusion that follows the student:
 
-    student      u <q, log p_phi(. | y') - log p_T(. | y')>        of every token that it drew
+    student      u <q, log p_phi(. | y') - log p_T(. | y')>        for every token that it drew
     auxiliary    its diffusion's own loss on (x1, y')  +  tie x cross-entropy of p_phi to p_T at y'
 
-u is masked diffusion's 1 / r' on tokens that y' masks, and 1 in uniform diffusion, where what a token's own noised value says of it
-is the same for both networks and cancels. Student and auxiliary begin as the teacher.
+In masked diffusion u is 1 / r' on tokens that y' masks. In uniform diffusion u is 1 on every token, because the evidence of
+a token's own noised value is the same in both networks and cancels. Student and auxiliary begin as the teacher.
 """
 
 import abc
@@ -32,13 +32,13 @@ from flowlm.system.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class MatchedDiscrete(Discrete):
-    """What the two have in common. They have the attributes of `Discrete` too; those of training are for its other students.
+    """What both families share. They also have the attributes of `Discrete`, but do not use `jump` and `divergence`.
 
     Attributes:
       auxiliary_updates: updates of the auxiliary for one of the student.
       auxiliary_rate: learning rate of the auxiliary, as a multiple of the student's.
-      at_noise: share of the rows that begin at pure noise; the others begin at noised data, r uniform.
-      tie: weight of the auxiliary's cross-entropy to the teacher, which keeps the logarithms near each other.
+      at_noise: share of the rows that begin at pure noise; the others begin at noised data, with r uniform.
+      tie: weight of the auxiliary's cross-entropy to the teacher, which keeps log p_phi near log p_T.
     """
 
     auxiliary_updates: int = setting(1, "updates of the auxiliary for one of the student", "[1, inf)")
@@ -53,20 +53,20 @@ class MatchedDiscrete(Discrete):
 
     @property
     def updates(self) -> Mapping[str, Update]:
-        """The student moves after every few updates of the auxiliary."""
+        """The student moves in every `auxiliary_updates`-th step, the auxiliary in every step."""
         return {"student": Update(1.0, self.auxiliary_updates), "auxiliary": Update(self.auxiliary_rate)}
 
     def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
-        """Both begin as the teacher."""
+        """Student and auxiliary begin as the teacher."""
         first = super().start(net, params, teacher, origin)
         return {"student": first, "auxiliary": first}
 
     def student(self, params: Params) -> Params:
-        """The student."""
+        """The student's parameters, without the auxiliary's."""
         return params["student"]
 
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """Times r of data and r_next of what is written of them, [num] each, and a noise key for every row."""
+        """{r: [num] times of the noised data, r_next: [num] times of the noised x1, noise: a key for each row [num]}."""
         keys = jax.random.split(key, 4)
         late = num - round(num * self.at_noise)
         r = jnp.ones((num,)).at[:late].set(EPS + (1 - EPS) * stratified(keys[0], late))
@@ -77,7 +77,7 @@ class MatchedDiscrete(Discrete):
         }
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
-        """({matching: [B], auxiliary: [B]}, {}); `matching` is 0 in steps in which the student does not move."""
+        """({matching: [B], auxiliary: [B]}, {}). In steps in which the student does not move, `matching` is 0."""
         student, auxiliary, r, r_next = params["student"], params["auxiliary"], batch["r"], batch["r_next"]
         first, second, third = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(batch["noise"]), 1, 0)
         y = self._hide(net, batch["ids"], r, first)
@@ -105,11 +105,11 @@ class MatchedDiscrete(Discrete):
 
     @abc.abstractmethod
     def _hide(self, net, ids, r, keys):
-        """Noised tokens [B, L]."""
+        """ids [B, L] noised to time r [B]."""
 
     @abc.abstractmethod
     def _shown(self, net, params, y, r, keys=None):
-        """(head, hidden) of noised tokens."""
+        """(head, hidden) of the network at noised tokens y."""
 
     @abc.abstractmethod
     def _prediction(self, logits, y, r):
@@ -117,19 +117,19 @@ class MatchedDiscrete(Discrete):
 
     @abc.abstractmethod
     def _write(self, net, shown, y, r, keys):
-        """Clean tokens [B, L], drawn of the prediction."""
+        """Clean tokens [B, L], drawn from the prediction."""
 
     @abc.abstractmethod
     def _unknown(self, net, y):
-        """Which tokens a network predicts."""
+        """bool [B, L]: the tokens of y that a network must predict."""
 
     @abc.abstractmethod
     def _weight(self, net, y, y_next, r_next):
-        """u [B, L]."""
+        """u [B, L], the weight of each token in the student's loss."""
 
     @abc.abstractmethod
     def _nats(self, net, shown, ids, y, r):
-        """The diffusion's own loss [B, L]."""
+        """The diffusion's own loss, nats [B, L]."""
 
 
 @dataclasses.dataclass(frozen=True)

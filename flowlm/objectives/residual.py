@@ -2,9 +2,9 @@
 
     X_{s,t}(x) = x + (t-s) b_s(x) + (t-s)^2 g_{s,t}(x) / 2
 
-b is a frozen flow's velocity and g a second network, a free vector rather than a distribution, trained on the squared
-residual of the semigroup X_{s,t} = X_{u,t}(X_{s,u}). This is the first stage, and has no samples of its own; the second fits
-one softmax network to that map (objective.target `residual` of flow_map.py, with this run as its teacher).
+b is a frozen flow's velocity. g is a second network, whose output is a free vector rather than a distribution; it is trained on
+the squared residual of the semigroup X_{s,t} = X_{u,t}(X_{s,u}). This family is the first stage and writes no samples. The
+second stage fits one softmax network to the map (objective.target `residual` of flow_map.py, with this run as its teacher).
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class Residual(NoisePath):
     """The second network of a two-network flow map.
 
     Attributes:
-      teacher: whether there is one, without which there is nothing to follow.
-      boundary: share of rows at (0, 1).
-      pairs: how the others are drawn (time_sampling.PAIRS).
+      teacher: whether there is a teacher, which the family needs as its frozen flow.
+      boundary: share of rows with (tau_s, tau_t) = (0, 1).
+      pairs: how the times of the other rows are drawn (time_sampling.PAIRS).
     """
 
     teacher: bool = False
@@ -46,22 +46,22 @@ class Residual(NoisePath):
             raise ValueError("the family residual follows a teacher: give --config.teacher=RUNDIR")
 
     def check(self, family: str, model: Mapping[str, Any]) -> None:
-        """It is a map of two times."""
+        """Also raises ValueError if the network does not read two times, or not the noise."""
         check_two_times(model)
         super().check(family, model)
 
     def start(self, net: Network, params: Params, teacher: Teacher | None, origin: Params | None) -> Params:
-        """The flow's network with an output of zero: the map is one Euler step."""
+        """The flow's network with an output of zero, so that the map begins as one Euler step."""
         return net.mute(super().start(net, params, teacher, origin))
 
     def draw(self, key: jax.Array, num: int) -> Batch:
-        """tau_s, tau_t [num], and a noise key for every row."""
+        """{tau_s: [num], tau_t: [num], noise: a key for each row [num]}."""
         times, noise = jax.random.split(key)
         tau_s, tau_t = pairs(times, num, round(num * self.boundary), self.pairs)
         return {"tau_s": tau_s, "tau_t": tau_t, "noise": jax.random.split(noise, num)}
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
-        """({residual_map: [B]}, {}): u is the midpoint of tau_s and tau_t; the embedding stays the flow's."""
+        """({residual_map: [B]}, {}). u lies at the midpoint of tau_s and tau_t; the embedding stays the flow's."""
         embedding = stop_gradient(net.embedding(aux.teacher.flow))
         params = net.with_embedding(params, embedding)
         fixed = stop_gradient(params)

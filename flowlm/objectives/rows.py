@@ -1,6 +1,6 @@
-"""Rows of two kinds in one batch, by exact counts: of every `group` rows that lie together the first `few` are of the one kind.
+"""Two kinds of rows in one batch, by exact counts: of every `group` consecutive rows the first `few` are of the first kind.
 
-So each microbatch and each device has the same share of both.
+Rows are split so because each microbatch and each device then has the same share of both kinds.
 """
 
 from fractions import Fraction
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 
 class Split(NamedTuple):
-    """few of group: the share of the first kind."""
+    """The split of a batch in which `few` of every `group` rows are of the first kind."""
 
     few: int
     group: int
 
     def count(self, num: int) -> int:
-        """Rows of the first kind among num, a multiple of `group`."""
+        """Number of rows of the first kind among num rows, a multiple of `group`."""
         return num * self.few // self.group
 
     def join(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        """[count, ...] and [num - count, ...] laid out as one batch [num, ...]."""
+        """One batch [num, ...] of the rows of the first kind [count, ...] and of the second [num - count, ...]."""
         if self.few == 0:
             return second
         if self.few == self.group:
@@ -30,7 +30,7 @@ class Split(NamedTuple):
         return jnp.concatenate(list(parts), 1).reshape(-1, *first.shape[1:])
 
     def apart(self, batch: Any) -> tuple[Any, Any]:
-        """(rows of the first kind, the others) of a tree of arrays [B, ...]; None stays None."""
+        """(rows of the first kind, rows of the second kind) of a tree of arrays [B, ...]; None stays None."""
 
         def part(pick):
             return jax.tree.map(
@@ -41,10 +41,12 @@ class Split(NamedTuple):
 
 
 def split_of(share: float, key: str, below: bool = False) -> Split:
-    """The split of a setting called `key`. Raises ValueError unless it is a fraction with a denominator of at most 16.
+    """The split with this share. Raises ValueError unless `share` is a fraction with a denominator of at most 16.
 
     Args:
-      below: it must be less than 1.
+      share: share of the rows of the first kind.
+      key: the setting's name in the message.
+      below: whether the share must be less than 1.
     """
     exact = Fraction(share).limit_denominator(16)
     if abs(float(exact) - share) > 1e-6 or (below and exact == 1):

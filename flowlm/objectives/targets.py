@@ -1,7 +1,7 @@
-"""What the off-diagonal rows of a flow map learn (flow_map.py): how each of TARGETS is made of the networks.
+"""What the off-diagonal rows of a flow map learn (flow_map.py): how each of TARGETS is computed from the networks.
 
-A target is a function (family, networks, z, rows, keys) -> Match. It asks the networks at the rows' times and hands what they say
-to a formula of maths/identities.py, token by token.
+A target is a function (family, networks, z, rows, keys) -> Match. It calls the networks at the rows' times, and a formula of
+maths/identities.py turns their outputs into a Match, token by token.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Delta(NamedTuple):
-    """A network with its parameters, frozen or live, as what it is here: delta(z; tau_s, tau_t).
+    """A network with its parameters, frozen or live, as the two-time denoiser delta(z; tau_s, tau_t).
 
     Attributes:
       apply: (z, tau_s, tau_t, keys) -> hidden.
@@ -34,11 +34,11 @@ class Delta(NamedTuple):
     head: vocab.Head
 
     def see(self, *args: jax.Array | None) -> vocab.Readout:
-        """(head, hidden), what `vocab.over_logits` reads."""
+        """(head, hidden) at the arguments of `apply`, which `vocab.over_logits` reads."""
         return self.head, self.apply(*args)
 
     def tempered(self, temperature: float) -> "Delta":
-        """The same network with softmax(logits / temperature) for its distribution."""
+        """The same network with logits / temperature."""
         return self if temperature == 1 else self._replace(head=Partial(_tempered, self.head, temperature))
 
 
@@ -47,15 +47,15 @@ def _tempered(head, temperature, hidden):
 
 
 class Networks(NamedTuple):
-    """What a target is made of.
+    """The networks that a target is computed from.
 
     Attributes:
-      live: the student.
-      map: whose delta targets are made of.
-      flow: whose denoiser they are made of.
+      live: the student, which the loss trains.
+      map: the network whose delta makes the targets: the student or its moving average, without gradients.
+      flow: the network whose denoiser makes the targets: the teacher, or `map` without one.
       residual: g of residual.py, or None.
-      embedding: of the joint state.
-      warp: of its time.
+      embedding: E of the states [V, W]; two embeddings side by side if the student trains its own.
+      warp: warped time of the states.
     """
 
     live: Delta
@@ -66,22 +66,22 @@ class Networks(NamedTuple):
     warp: TimeWarp
 
     def times(self, rows: Batch) -> tuple[jax.Array, ...]:
-        """t of the rows' tau_s and tau_t."""
+        """(s, t) [B] of the rows' tau_s and tau_t."""
         return self.warp.t(rows["tau_s"]), self.warp.t(rows["tau_t"])
 
     def mean(self, readout: vocab.Readout | vocab.MovingReadout) -> jax.Array:
-        """delta @ E of a (head, hidden), in the joint state."""
+        """delta @ E [B, L, W] of a (head, hidden)."""
         return vocab.softmax_embed(*readout[:2], self.embedding)
 
     def moving(self, z: jax.Array, rows: Batch, keys: jax.Array | None, through: bool) -> vocab.MovingReadout:
-        """(head, hidden, d/dt hidden) of the live delta_{s,t}; the gradient goes through the derivative or not."""
+        """(head, hidden, d/dt hidden) of the live delta_{s,t}; `through` says whether gradients pass through the derivative."""
         _, t = self.times(rows)
         hidden, tangent = flow_map.d_dt(lambda tau: self.live.apply(z, rows["tau_s"], tau, keys), self.warp, t)
         return self.live.head, hidden, tangent if through else stop_gradient(tangent)
 
 
 def at(time: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, 1]."""
+    """time [B] as [B, 1, 1], which broadcasts against states."""
     return time[:, None, None]
 
 
@@ -121,11 +121,11 @@ def _lagrangian(match, weights=lambda s, t: (lagrangian_weight(s, t),), through=
 
 
 def _but_at_end(inside, at_end):
-    """`inside`, but rows with t = 1 learn by the semigroup: there the other identities do not tell the right delta from others.
+    """`inside`, but rows with t = 1 learn by the semigroup `at_end`, because the other identities do not determine delta there.
 
-    The Lagrangian one says only that delta is a fixed point of D_1, which every clean text is: cross-entropy to it makes the
-    likeliest likelier, so that one step collapses, and csd, whose weights vanish there, has no gradient. The Eulerian says nothing
-    (squared form) or is singular (logit form).
+    At t = 1 the Lagrangian identity says only that delta is a fixed point of D_1, and every clean text is one. Cross-entropy to D_1
+    makes the likeliest token likelier, so that one-step samples collapse; csd has no gradient there, because its weights vanish.
+    The Eulerian identity says nothing (squared form) or is singular (logit form).
     """
     semigroup = _semigroup(at_end)
 
@@ -165,9 +165,9 @@ class Target(NamedTuple):
     """What off-diagonal rows learn.
 
     Attributes:
-      match: (family, networks, z, rows, keys) -> flow_map.Match.
-      differentiates: it takes forward derivatives of the network.
-      follows: it cannot do without a teacher.
+      match: (family, networks, z, rows, keys) -> Match.
+      differentiates: whether `match` takes forward derivatives of the network.
+      follows: whether `match` needs a teacher.
     """
 
     match: Callable

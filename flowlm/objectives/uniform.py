@@ -1,17 +1,17 @@
 """Uniform-state discrete diffusion, UDLM with Duo's curriculum, and its distillation, DCD (2412.10193; 2506.10892).
 
-Time r goes from data at 0 to noise at 1. A token survives with probability alpha(r) = 1 - (1 - EPS) r, otherwise it is replaced
-by one drawn from all V. The network is conditioned on alpha. With xbar = V alpha x + 1 - alpha and p its prediction in place of x:
+Time r goes from data at 0 to noise at 1. A token survives with probability alpha(r) = 1 - (1 - EPS) r; otherwise a token drawn from
+all V replaces it. The network reads alpha. With xbar = V alpha x + 1 - alpha, xbar^p the same with the prediction p in place of x:
 
     loss    alpha' / (V alpha) [ V / xbar_y - V / xbar^p_y - sum_j (xbar_j / xbar_y) log( xbar^p_y xbar_j / (xbar^p_j xbar_y) ) ]
-            of the noised token y;   r ~ U[EPS, 1] stratified over the global batch
+            for the noised token y;   r ~ U[EPS, 1] stratified over the global batch
     sample  r -> r':  P(j | y) ~ [ a 1[j = y] + (1 - a) / V ] [ alpha(r') p_j + (1 - alpha(r')) / V ],   a = alpha(r) / alpha(r')
-            The loss is least where p is what the other tokens say of this one: its own noised value enters through the kernel.
+            The best p predicts a token from the other tokens alone, because its own noised value enters by the first factor.
     bound   the loss integrated over [EPS, 1] + E -log P(x | y at EPS) + KL( noised at r = 1 || uniform )
 
 Curriculum: a uniform token at alpha is the argmax of a Gaussian latent w on a one-hot at t, tau(t) = alpha (time_warp.py). In the
-first steps the network is shown softmax(w / temperature) @ E in its place: a soft hint of the clean token.
-DCD: one latent path gives y at r and y' at r - jump; the student at (y, r) learns what the teacher predicts at (y', r - jump). In
+first steps the network sees softmax(w / temperature) @ E in place of that token's embedding, a soft hint of the clean token.
+DCD: one latent path gives y at r and y' at r - jump. The student at (y, r) learns what the teacher predicts at (y', r - jump). In
 the next round the student teaches and the jump doubles.
 """
 
@@ -30,7 +30,7 @@ from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.system.settings import setting
 
-# The curriculum's range of alpha; beyond it a latent says all or nothing.
+# The curriculum's range of alpha; outside this range a latent shows almost all of the clean token or almost nothing.
 CURRICULUM = (0.03, 0.97)
 
 
@@ -40,13 +40,13 @@ def alpha_of(r: jax.Array) -> jax.Array:
 
 
 def diffusion(logits: jax.Array, x: jax.Array, y: jax.Array, alpha: jax.Array, slope: jax.Array) -> jax.Array:
-    """The loss of one token in nats: clean x [...], noised y [...], logits [..., V], alpha and d alpha / dr [...]."""
+    """The loss in nats [...] for clean x, noised y, alpha and slope = d alpha / dr, all [...], and logits [..., V]."""
     size = logits.shape[-1]
 
     def at(a, i):
         return jnp.take_along_axis(a, i[..., None], -1)[..., 0]
 
-    same, other = size * alpha + 1 - alpha, 1 - alpha  # xbar_x and the rest of xbar
+    same, other = size * alpha + 1 - alpha, 1 - alpha  # xbar_x, and xbar_j of every other j
     mine = jnp.log(size * alpha[..., None] * jax.nn.softmax(logits) + 1 - alpha[..., None])
     here = jnp.where(x == y, same, other)
     entropy = same * jnp.log(same) + (size - 1) * other * jnp.log(other)
@@ -56,7 +56,7 @@ def diffusion(logits: jax.Array, x: jax.Array, y: jax.Array, alpha: jax.Array, s
 
 
 def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.Array) -> jax.Array:
-    """log P(j | y) [..., V] up to a constant of the step from alpha to alpha_next >= alpha: y, alpha, alpha_next [...]."""
+    """log P(j | y) [..., V], up to a constant, of the step from alpha to alpha_next >= alpha; y, alpha, alpha_next are [...]."""
     size, keep = logits.shape[-1], alpha / alpha_next
     stay = jnp.where(jax.nn.one_hot(y, size) > 0, keep[..., None], 0) + (1 - keep[..., None]) / size
     clean = alpha_next[..., None] * jax.nn.softmax(logits) + (1 - alpha_next[..., None]) / size
@@ -65,12 +65,12 @@ def reverse(logits: jax.Array, y: jax.Array, alpha: jax.Array, alpha_next: jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Discrete):
-    """Uniform-state diffusion, or its student. It has the attributes of `Discrete` too.
+    """Uniform-state diffusion, or its student. It also has the attributes of `Discrete`.
 
     Attributes:
-      warp: what relates a latent's time to alpha.
-      curriculum_steps: steps of training that show soft latents.
-      curriculum_temperature: how soft.
+      warp: the function tau(t) = alpha of a latent's time t.
+      curriculum_steps: number of training steps that show soft latents.
+      curriculum_temperature: temperature of the softmax of these latents; lower is closer to a token.
     """
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=1, mask_token=False)
@@ -89,7 +89,7 @@ class Uniform(Discrete):
             raise ValueError("objective.curriculum_steps is for training from data, not for a student: set it to 0")
 
     def _see(self, net, params, z, alpha, keys=None):
-        """(head, hidden) of states z [B, L, D], or of tokens [B, L]."""
+        """(head, hidden) of the network at states z [B, L, D] or at tokens z [B, L]."""
         z = net.embed(params, z) if z.ndim == 2 else z
         return net.head(params), net.apply(params, z, alpha, keys=keys)
 
@@ -99,14 +99,14 @@ class Uniform(Discrete):
         return jnp.where(rows(keys, 0, net.length) < alpha[:, None], ids, jnp.minimum(fresh, net.vocab - 1))
 
     def latent_times(self, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(t, alpha, d alpha / dr) [B] of the curriculum: log((1 - t) / t) linear in r, over CURRICULUM."""
+        """(t, alpha, d alpha / dr) [B] of the curriculum, in which log((1 - t) / t) is linear in r and alpha covers CURRICULUM."""
         low, high = (self.warp.t(jnp.float32(tau)) for tau in CURRICULUM)
         first, last = jnp.log(high / (1 - high)), jnp.log(low / (1 - low))
         t = jax.nn.sigmoid(first + (last - first) * r)
         return t, self.warp.tau(t), self.warp.dtau_dt(t) * t * (1 - t) * (last - first)
 
     def _diffusion(self, net, params, batch, y, z, alpha, slope, keys=None):
-        """Nats [B, L], where z is what the network is shown of the noised tokens y."""
+        """Nats [B, L] for noised tokens y; z, tokens or states, is what the network sees in place of y."""
         return vocab.over_logits(diffusion, (self._see(net, params, z, alpha, keys),), (batch["ids"], y, alpha, slope))
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
