@@ -262,7 +262,7 @@ def test_a_teacher_with_another_tokenizer(data_dir, teacher, tmp_path):
 
 
 def test_a_flow_has_no_teacher(data_dir, teacher, tmp_path):
-    with pytest.raises(ValueError, match="family flow has none, flow_map, residual, masked, uniform do"):
+    with pytest.raises(ValueError, match="family flow has none, flow_map, .*, uniform, .* do"):
         train_only(run_config(data_dir, teacher=str(teacher)), tmp_path / "run")
 
 
