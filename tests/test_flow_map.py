@@ -534,7 +534,7 @@ def test_targets_from_the_moving_average():
     net, params = network(flow, warp)
     fam = family("wide", target="psd", targets_from="ema")
     batch = rows(fam, flow, 128)
-    _, off = fam._rows(batch)
+    _, off = fam._split.apart(batch)
 
     def distance(fam):
         tilted = {**params, "tilt": jnp.asarray(TILT[:6], jnp.float32)}
@@ -557,7 +557,7 @@ def test_teacher_temperature_sharpens_the_flow_and_nothing_else():
     batch = rows(fam, flow, 128)
     tilted = {**params, "tilt": jnp.asarray(TILT[:6], jnp.float32)}
     losses, _ = jax.jit(lambda batch: fam.loss(net, tilted, Auxiliary(Teacher(params), params), batch, None))(batch)
-    for part, name, end in zip(fam._rows(batch), ("diagonal", "teacher_steps"), ("tau_s", "tau_t"), strict=True):
+    for part, name, end in zip(fam._split.apart(batch), ("diagonal", "teacher_steps"), ("tau_s", "tau_t"), strict=True):
         z = fam.noised(params["embedding"], part, warp.t(part["tau_s"]))
         taught = jax.nn.softmax(jax.jit(net.apply)(params, z, part["tau_s"], part["tau_s"]) / 0.5)
         mine = jax.nn.log_softmax(jax.jit(net.apply)(params, z, part["tau_s"], part[end]) + TILT[:6])
@@ -692,7 +692,7 @@ def test_rows_are_split_by_exact_counts(diagonal, cut):
     assert (s == t).sum() == 256 * diagonal
     assert ((s == 0) & (t == 1)).sum() == round(256 * (1 - diagonal) / 16)
     assert (s >= 0).all() and (s <= u).all() and (u <= t).all() and (t <= 1).all()
-    on, off = fam._rows(batch)
+    on, off = fam._split.apart(batch)
     assert (on["tau_s"] == on["tau_t"]).all() and (off["tau_s"] < off["tau_t"]).all()
     share = (off["tau_u"] - off["tau_s"]) / (off["tau_t"] - off["tau_s"])
     if cut == "midpoint":
