@@ -282,4 +282,6 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=word):
             family(4, 4, **changes)
+    with pytest.raises(ValueError, match="set prior to gaussian"):
+        make_family(warp=TimeWarp("dirichlet", "ambient", 4, 4), teacher=True, **config.objective("matched").to_dict())
     assert dataclasses.replace(family(4, 4), gamma=1.0).samplers()

@@ -31,7 +31,13 @@ def draw(name, sampler, steps, num):
 
 def test_they_are_small():
     size = sum(file.stat().st_size for path in PUBLISHED for file in path.rglob("*") if file.is_file())
-    assert {path.name for path in PUBLISHED} == {"everyday", "everyday_map", "grammar_dcd", "grammar_fmlm", "grammar_matched"}
+    assert {path.name for path in PUBLISHED} == {
+        "everyday",
+        "everyday_map",
+        "grammar_dcd",
+        "grammar_fmlm",
+        "grammar_matched",
+    }
     assert size <= 12e6
 
 

@@ -91,5 +91,5 @@ class Autoregressive(Family):
             ids = vocab.categorical(head, hidden, key, self.temperature, self.top_p)[:, 0]
             return (cache, ids), ids
 
-        _, ids = jax.lax.scan(step, (net.empty_cache(len(first)), first), keys)
+        _, ids = jax.lax.scan(step, (net.empty_cache(first.shape[0]), first), keys)
         return jnp.concatenate([first[:, None], ids.T], 1)

@@ -135,6 +135,10 @@ class Matched(FlowMap):
         split_of(self.matched, "matched")
         if not self.teacher:
             raise ValueError("the family matched begins at a flow map: give --config.teacher=RUNDIR, the run of one")
+        if self.prior.name != "gaussian":
+            raise ValueError(
+                f"matching needs the gaussian prior's score, not {self.prior.name!r}: set prior to gaussian"
+            )
         if self.surgery:
             raise ValueError("objective.surgery is for a flow map's two losses, not for matching: set it to False")
         if len(self.taus) != 2 or self.taus[0] >= self.taus[1]:
