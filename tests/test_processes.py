@@ -63,7 +63,10 @@ def start(tmp_path, data_dir):
                     "JAX_PROCESS_ID": str(index),
                 }
             log = (tmp_path / f"{workdir.name}.{index}.log").open("w")
-            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log))
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log, preexec_fn=heed_hangups
+            )
+            started.append(process)
         running.extend(started)
         return started
 
@@ -71,6 +74,11 @@ def start(tmp_path, data_dir):
     for process in running:
         process.kill()
         process.wait()
+
+
+def heed_hangups():
+    """Whoever starts the tests under nohup has the signal ignored, and processes inherit that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def ended(started):
