@@ -27,6 +27,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
+# Whoever starts the tests under nohup has hangups ignored, and so would every process of theirs.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 SUITES = ("tpu-plan", "slurm", "browser", "torch", "hf", "mauve", "molecules", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {

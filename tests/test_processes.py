@@ -63,10 +63,7 @@ def start(tmp_path, data_dir):
                     "JAX_PROCESS_ID": str(index),
                 }
             log = (tmp_path / f"{workdir.name}.{index}.log").open("w")
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log, preexec_fn=heed_hangups
-            )
-            started.append(process)
+            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=log))
         running.extend(started)
         return started
 
@@ -74,11 +71,6 @@ def start(tmp_path, data_dir):
     for process in running:
         process.kill()
         process.wait()
-
-
-def heed_hangups():
-    """Whoever starts the tests under nohup has the signal ignored, and processes inherit that."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def ended(started):
