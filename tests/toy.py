@@ -17,7 +17,9 @@ from flowlm.objectives import FAMILIES
 from flowlm.training import train
 
 # Compiler options of a program that runs thousands of steps; conftest.py has all others compiled quickly and run slowly.
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMIZED = {"xla_backend_optimization_level": 3} | (
+    {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+)
 
 FIELDS = dict(
     width=16,
