@@ -60,6 +60,21 @@ def tabular(kind, steps):
     return FunctionNetwork(apply, head, V, L, size), teacher
 
 
+def descended(loss, optimizer, start, teacher):
+    """Tables after UPDATES steps down loss(tables, teacher, key)."""
+
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
+    def fit(teacher, start):
+        def update(carry, key):
+            tables, state = carry
+            change, state = optimizer.update(jax.grad(loss)(tables, teacher, key), state)
+            return (optax.apply_updates(tables, change), state), None
+
+        return jax.lax.scan(update, (start, optimizer.init(start)), jax.random.split(jax.random.key(0), UPDATES))[0][0]
+
+    return fit(teacher, start)
+
+
 def distilled(family, net, teacher, steps):
     """The student's table that the family's own loss ends at, started at its teacher's."""
     optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, UPDATES))
@@ -73,17 +88,7 @@ def distilled(family, net, teacher, steps):
         losses, _ = family.loss(net, teacher | {"table": table}, Auxiliary(Teacher(teacher)), batch, None)
         return sum(each.mean() for each in losses.values())
 
-    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
-    def fit(teacher):
-        def update(carry, key):
-            table, state = carry
-            change, state = optimizer.update(jax.grad(loss)(table, teacher, key), state)
-            return (optax.apply_updates(table, change), state), None
-
-        start = teacher["table"], optimizer.init(teacher["table"])
-        return jax.lax.scan(update, start, jax.random.split(jax.random.key(0), UPDATES))[0][0]
-
-    return teacher | {"table": fit(teacher)}
+    return teacher | {"table": descended(loss, optimizer, teacher["table"], teacher)}
 
 
 def inside(family, net, params, steps):
@@ -142,18 +147,8 @@ def matched(family, net, teacher, steps):
         losses, _ = family.loss(net, params, Auxiliary(Teacher(teacher), None, jnp.int32(0)), batch, None)
         return sum(each.mean() for each in losses.values())
 
-    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
-    def fit(teacher):
-        def update(carry, key):
-            tables, state = carry
-            change, state = optimizer.update(jax.grad(loss)(tables, teacher, key), state)
-            return (optax.apply_updates(tables, change), state), None
-
-        tables = dict.fromkeys(("student", "auxiliary"), teacher["table"])
-        start = tables, optimizer.init(tables)
-        return jax.lax.scan(update, start, jax.random.split(jax.random.key(0), UPDATES))[0][0]["student"]
-
-    return teacher | {"table": fit(teacher)}
+    start = dict.fromkeys(("student", "auxiliary"), teacher["table"])
+    return teacher | {"table": descended(loss, optimizer, start, teacher)["student"]}
 
 
 @pytest.mark.parametrize(
