@@ -136,6 +136,8 @@ def reduced(config):
     config.model.update(width=64, blocks=2, heads=2, cond=32, vocab_size=min(config.model.vocab_size, 512))
     if "start" in config.objective:
         config.objective.start = min(config.objective.start, 500)
+    if config.objective.family == "gumbel":
+        config.model.width = 128  # because a state of fewer numbers than tokens does not show the noise of each
     return config
 
 
