@@ -29,6 +29,11 @@ from flowlm.system import storage
 
 # What a backend needs to find a job again; a tree of JSON in the workdir, so no secrets.
 Handle = Mapping[str, Any]
+# What Python is given to end with exit status 0 if the run in the directory that follows was evaluated after its last step.
+FINISHED = (
+    "from flowlm.studies.study import finished; from flowlm.system import storage; import sys; "
+    "sys.exit(not finished(storage.path(sys.argv[1])))"
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Starts an experiment on the machine one has. From the top of a checkout:
 
-  python -m launch.run --backend=local|slurm|tpu_vm --config=experiments/NAME.py
+  python -m launch.run --backend=local|slurm|tpu_vm|gke --config=experiments/NAME.py
       --workdir=DIR [--dry_run] [RESOURCES] [--environment=NAME=VALUE ...]
       [--config.KEY=VALUE ...] [other flags of flowlm train]
   python -m launch.run --backend=... --sweep=experiments/ablations.py:NAME
@@ -27,7 +27,7 @@ from flowlm.studies import study
 from flowlm.system import storage
 from launch.job import Backend, Job, job_name, recall, remember, settings, training_job
 
-BACKENDS = ("local", "slurm", "tpu_vm")
+BACKENDS = ("local", "slurm", "tpu_vm", "gke")
 ACTIONS = ("start", "status", "logs", "stop")
 
 

@@ -16,14 +16,9 @@ from pathlib import Path
 
 import jinja2
 
-from launch.job import Handle, Job, error_in, help_of, tail
+from launch.job import FINISHED, Handle, Job, error_in, help_of, tail
 
 ROOT = Path(__file__).parents[1]
-# Exit status 0 if the run in the directory that follows was evaluated after its last step.
-FINISHED = (
-    "from etils.epath import Path; from flowlm.studies.study import finished; import sys; "
-    "sys.exit(not finished(Path(sys.argv[1])))"
-)
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,22 @@ def runtime(accelerator: str) -> str:
 
 def check_mesh(mesh: Mapping[str, Any], accelerator: str) -> None:
     """Raises ValueError unless the product of the axes of `config.mesh` is the number of chips (-1 takes what is left)."""
-    have = chips(accelerator)
+    check_devices(mesh, chips(accelerator), accelerator, "chips", "--accelerator")
+
+
+def check_devices(mesh: Mapping[str, Any], have: int, name: str, devices: str, flag: str) -> None:
+    """Raises ValueError unless the product of the axes of `config.mesh` is `have` (-1 takes what is left).
+
+    Args:
+      name: what has them, and devices: what they are, as the error calls them.
+      flag: the one that chooses another number.
+    """
     sizes = {axis: mesh[axis] for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     fits = have % fixed == 0 if -1 in sizes.values() else have == fixed
     if not fits:
         axes = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
         raise ValueError(
-            f"{accelerator} has {have} chips, and the mesh ({axes}) {fixed}"
-            f"{' or a multiple' if -1 in sizes.values() else ''}: change --config.mesh or --accelerator"
+            f"{name} has {have} {devices}, and the mesh ({axes}) {fixed}"
+            f"{' or a multiple' if -1 in sizes.values() else ''}: change --config.mesh or {flag}"
         )
