@@ -1,8 +1,9 @@
 """Starts an experiment on the machine one has. From the top of a checkout:
 
-  python -m launch.run --backend=local|slurm|tpu_vm|gke --config=experiments/NAME.py
-      --workdir=DIR [--dry_run] [RESOURCES] [--environment=NAME=VALUE ...]
-      [--config.KEY=VALUE ...] [other flags of flowlm train]
+  python -m launch.run --backend=local|slurm|tpu_vm|gke
+      --config=experiments/NAME.py --workdir=DIR [--dry_run] [RESOURCES]
+      [--environment=NAME=VALUE ...] [--config.KEY=VALUE ...]
+      [other flags of flowlm train]
   python -m launch.run --backend=... --sweep=experiments/ablations.py:NAME
       --workdir=DIR ...                          all its runs, below DIR
   python -m launch.run status|logs|stop --workdir=DIR

@@ -208,7 +208,9 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
 def test_help_of_the_launcher(capsys):
     launch.main(["--help"])
     everywhere = capsys.readouterr().out
-    assert "--backend=local|slurm|tpu_vm" in everywhere and "--dry_run" in everywhere and "--nodes" not in everywhere
+    assert (
+        "--backend=local|slurm|tpu_vm|gke" in everywhere and "--dry_run" in everywhere and "--nodes" not in everywhere
+    )
     launch.main(["--backend=slurm", "-h"])
     assert "--nodes" in capsys.readouterr().out
     assert max(map(len, everywhere.splitlines())) <= 80
