@@ -120,9 +120,9 @@ def _cluster(job: Job) -> Cluster:
 
 def submit(jobs: Sequence[Job], record: Callable[[Job, Handle], None]) -> None:
     """Sends the jobs; of several at most `parallel` are there at a time. Raises Refused at the first that the cluster refuses."""
-    cluster, most, up = _cluster(jobs[0]), jobs[0].resources.parallel or len(jobs), []
+    cluster, most, up = _cluster(jobs[0]), jobs[0].resources.parallel, []
     for job in jobs:
-        while len(up := [other for other in up if _runs(cluster, *other)]) >= most:
+        while most and len(up := [other for other in up if _runs(cluster, *other)]) >= most:
             time.sleep(POLL_SECONDS)
         made = manifests(job)
         kind, name = made[-1]["kind"], name_of(job)

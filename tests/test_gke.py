@@ -1,6 +1,8 @@
 """The backend gke and the official client before a Kubernetes of our own: what is sent, told, stopped and refused."""
 
 import importlib.util
+import itertools
+import types
 from pathlib import Path
 
 import kubernetes_emulator
@@ -158,6 +160,16 @@ def test_the_same_command_takes_a_run_up_when_its_pods_are_gone(cluster, told, c
     assert sent(cluster) == ["jobsets"] * 3 and told("status", workdir).startswith("waits: 0 of 4")
 
 
+def test_pods_that_do_not_end_are_not_waited_for_without_end(cluster, told, monkeypatch):
+    workdir = f"{BUCKET}/runs/stuck"
+    launch(workdir, *TPU)
+    cluster.lingers = 10**9
+    told("stop", workdir)
+    clock = types.SimpleNamespace(sleep=lambda seconds: None, monotonic=itertools.count(0, 100).__next__)
+    monkeypatch.setattr(gke, "time", clock)
+    assert f"{made(workdir)['name']} of before is not gone, 90 s and more after" in refused(workdir, *TPU, "--grace=90")
+
+
 def test_a_queue_holds_a_run_back(cluster, told):
     workdir = f"{BUCKET}/runs/queued"
     launch(workdir, *TPU, "--queue=team")
@@ -183,7 +195,7 @@ def test_at_most_so_many_of_a_sweep_are_there_at_once(cluster, monkeypatch):
         there.append(len(running))
         cluster.condition(running[0], "Completed")
 
-    monkeypatch.setattr(gke.time, "sleep", one_ends)
+    monkeypatch.setattr(gke, "time", types.SimpleNamespace(sleep=one_ends, monotonic=lambda: 0))
     gke.submit(points, lambda job, handle: jobs.remember("gke", job, handle))
     assert there == [2, 2] and sent(cluster) == ["jobsets"] * 4
     found = jobs.recall(f"{BUCKET}/sweep")
