@@ -32,11 +32,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-# A worker on a core of its own starts no threads that wait for another worker's.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    _cores, _workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    if len(_cores) >= _workers:
-        os.sched_setaffinity(0, _cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: _workers])
 
 # Whoever starts the tests under nohup has hangups ignored, and so would every process of theirs.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
