@@ -39,7 +39,15 @@ ARGUMENTS = {
     "quickstart": ("flow_map", "matched", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "speeches": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }
-CASES = [(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
+LARGER = ("grammar1k", "molecules")  # whose baselines and their students are the grammar's with other sizes
+
+
+def case(path, argument):
+    again = path.stem in LARGER and argument not in ("", "flow_map")
+    return pytest.param(path, argument, marks=pytest.mark.slow if again else ())
+
+
+CASES = [case(path, argument) for path in FILES for argument in ("", *ARGUMENTS.get(path.stem, ()))]
 
 
 def load(path):

@@ -112,6 +112,7 @@ def test_one_step_of_the_flow_map_has_the_law_of_256_of_the_flow(teacher, target
     assert distance(law(student, net, start, 1), exact) > 0.3  # it is distillation that does it
 
 
+@pytest.mark.slow
 def test_self_distillation_from_nothing():
     """No teacher: the diagonal learns from the tokens, the rest from the map itself, from a random start."""
     net, student = network(2), family("flow_map", target="psd")

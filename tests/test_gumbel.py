@@ -350,6 +350,7 @@ def test_it_learns_and_is_taken_up_bitwise(student):
     assert same(saved(student("cut", steps=2 * STEPS), 2 * STEPS), saved(whole, 2 * STEPS))
 
 
+@pytest.mark.slow
 def test_eight_devices_and_microbatches_are_as_one(student):
     """Under fsdp the blocks of the teacher, of other shapes, are split and gathered too, also in texts that it draws."""
     own = {"objective.texts": "teacher"}
@@ -372,6 +373,7 @@ def test_only_the_student_is_sampled_and_exported(student, tmp_path):
     np.testing.assert_array_equal(flowlm.load(str(tmp_path / "params")).sample_ids(num=4, steps=1, seed=0), ids)
 
 
+@pytest.mark.slow
 def test_matching_goes_on_from_it_where_it_kept_the_flows_embedding(student, directory, data_dir):
     """One that begins as the flow, and stays in its states; one with an embedding of its own is refused."""
     flow, ar = str(directory / "flow"), str(directory / "ar")

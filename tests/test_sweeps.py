@@ -145,6 +145,7 @@ def test_the_velocity_loss_is_the_velocity_s(monkeypatch):
 # --- a sweep that was interrupted --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(tmp_path, data_dir, monkeypatch):
     """One point is done, one was cut after a checkpoint, one was not begun; what is done is not done again."""
     monkeypatch.chdir(ROOT)

@@ -166,7 +166,7 @@ def test_three_networks_are_three_networks_to_the_plan(data_dir):
     assert abs(two["opt_state"] - 2 * one["opt_state"]) < 10  # counters
 
 
-@pytest.mark.parametrize("kind", ["masked", "uniform"])
+@pytest.mark.parametrize("kind", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_discrete_diffusion_is_matched_by_the_same_loop(kind, data_dir, tmp_path):
     """Its student begins as its teacher, resumes bitwise in the middle of a round, and is what is averaged."""
     train_only(run_config(data_dir, kind, steps=2), tmp_path / "teacher")
