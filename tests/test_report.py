@@ -203,7 +203,7 @@ def test_a_trajectory_ends_in_the_samples():
     common = dict(temperature=None, noise_scale=0.8, guidance=1.0)
     flow = make_family("flow", warp, False, loss="cross_entropy", eta=0.7, **common)
     net = network(input="both")
-    params = perturbed(net.init(jax.random.key(0)), 1.0)
+    params = perturbed(net.init(jax.random.key(0)), 0.3)
     seen = flow.trajectory(net, params, key, 5, 6)
     assert seen.shape == (6, 5, 6)
     np.testing.assert_array_equal(seen[-1], flow.sample(net, params, key, 5, 6))
@@ -215,7 +215,7 @@ def test_a_trajectory_ends_in_the_samples():
     settings = {k: v for k, v in config.objective.to_dict().items() if k != "family"}
     family = make_family("flow_map", warp, False, **settings)
     net = network(input="both", time_embeddings=2)
-    params = perturbed(net.init(jax.random.key(0)), 1.0)
+    params = perturbed(net.init(jax.random.key(0)), 0.3)
     seen = family.trajectory(net, params, key, 5, 4)
     np.testing.assert_array_equal(seen[-1], family.sample(net, params, key, 5, 4))
     assert (seen[0] != seen[-1]).any()
