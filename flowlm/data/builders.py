@@ -33,17 +33,23 @@ class RowsConfig(tfds.core.BuilderConfig):
       tokenizer: what turns the source's text into ids.
       length: ids in a row, the start token included.
       data_dir: folder that holds the files of the corpora; a grammar does not read it.
+      workers: processes that tokenise; any number makes the same set.
     """
 
     source: str = ""
     tokenizer: Tokenizer | None = None
     length: int = 0
     data_dir: str = ""
+    workers: int = 1
 
     @classmethod
-    def of(cls, source: str, tokenizer: Tokenizer, length: int, data_dir: str | pathlib.Path) -> "RowsConfig":
+    def of(
+        cls, source: str, tokenizer: Tokenizer, length: int, data_dir: str | pathlib.Path, workers: int = 1
+    ) -> "RowsConfig":
         name = f"{source}-{tokenizer.sha256[:12]}-{length}"
-        return cls(name=name, source=source, tokenizer=tokenizer, length=length, data_dir=str(data_dir))
+        return cls(
+            name=name, source=source, tokenizer=tokenizer, length=length, data_dir=str(data_dir), workers=workers
+        )
 
 
 class _Rows(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -93,7 +99,9 @@ class PackedText(_Rows, skip_registration=True):
 
         # A shard's file name holds the number of shards, so all tokens are written and counted before the first shard.
         separated = corpora.CORPORA[config.source].separated
-        rows, record = packing.write_streams(documents, config.tokenizer, separated, self._tokens, config.length - 1)
+        rows, record = packing.write_streams(
+            documents, config.tokenizer, separated, self._tokens, config.length - 1, config.workers
+        )
         if any(record.unspelled.values()):
             self.info.metadata.update(count=record.unspelled, such_as=record.such_as)
             logging.warning("%s", _report(config, record))
