@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from test_own_text import texts, tree
 
@@ -81,6 +80,14 @@ def test_a_long_text_is_encoded_by_the_process_whose_threads_are_free(tmp_path):
     assert not packing._has_a_long_text([("train", "b"), ("train", long[1:])])
 
 
+def exists(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 KILLED = """
 import multiprocessing, os, pathlib, signal, sys
 from flowlm.data import own_text, packing
@@ -106,7 +113,7 @@ def test_killed_among_its_workers_it_goes_on_to_the_same_bytes_and_leaves_no_pro
     assert done.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in Path(arguments[2]).read_text().split()]
     assert len(pids) == 2
-    while any(psutil.pid_exists(pid) for pid in pids):  # a worker that stays would stay until the end of the machine
+    while any(map(exists, pids)):  # a worker that stays would stay until the end of the machine
         time.sleep(0.05)
     assert own_text.load_manifest(tmp_path / "killed")["rows"] is None
     made = [

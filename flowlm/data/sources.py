@@ -38,29 +38,31 @@ class Source(NamedTuple):
     place: str = ""
 
 
-def below(place: str, ending: str) -> Files:
-    """`Source.files` of a file, or of a folder that is searched, with all below it, for files of one ending; both lists sorted."""
+def ending(wanted: str) -> Callable[[str], Files]:
+    """`Source.files` of a file, or of a folder that is searched, with all below it, for one ending; both lists are sorted."""
+    return functools.partial(_files, wanted)
+
+
+def _files(wanted: str, place: str) -> Files:
     path = storage.path(place)
     if path.is_file():
         return path, [path], []
     everything = sorted(_below(path)) if path.is_dir() else []
-    found = [file for file in everything if _ends(file.name, ending) and (storage.in_bucket(file) or file.is_file())]
+    found = [file for file in everything if _ends(file.name, wanted) and (storage.in_bucket(file) or file.is_file())]
     if not found:
-        raise FileNotFoundError(f"no *{ending} under {path}: --path is a file, or a folder with *{ending} in it")
+        raise FileNotFoundError(f"no *{wanted} under {path}: --path is a file, or a folder with *{wanted} in it")
     return path, [*map(Place, found)], [*map(Place, sorted({*everything} - {*found}))]
 
 
-def _ends(name: str, ending: str) -> bool:
-    return re.sub(r"-\d+-of-\d+$", "", storage.kind_of_file(name)).endswith(
-        ending
-    )  # tfds numbers files behind their ending
+def _ends(name: str, wanted: str) -> bool:
+    # tfds numbers its files behind their ending.
+    return re.sub(r"-\d+-of-\d+$", "", storage.kind_of_file(name)).endswith(wanted)
 
 
 def _below(folder: Place) -> Iterator[os.PathLike]:
     """All files in a folder and below it, also behind links. Links wait, so that a folder reached twice keeps its own name."""
-    if storage.in_bucket(folder):  # which has no links, and where asking of each path whether it is a folder takes long
-        for at, _, names in folder.walk():
-            yield from (at / name for name in names)
+    if storage.in_bucket(folder):
+        yield from storage.objects_below(folder)
         return
     waiting, links, seen = [Path(folder)], [], set()
     while waiting or links:
@@ -85,15 +87,11 @@ def _whole(file: Place, key: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
 
 
-def _ending(ending: str) -> Callable[[str], Files]:
-    return functools.partial(below, ending=ending)
-
-
 SOURCES = {
-    "textfiles": Source("a document a file, *.txt", _ending(".txt"), _whole, keyed=False),
-    "jsonl": Source("a document a line, *.jsonl", _ending(json_lines.ENDING), json_lines.texts),
-    "parquet": Source("a document a row, *.parquet", _ending(parquet.ENDING), parquet.texts),
-    "array_record": Source("a document a tf.train.Example, *.array_record", _ending(records.ENDING), records.texts),
+    "textfiles": Source("a document a file, *.txt", ending(".txt"), _whole, keyed=False),
+    "jsonl": Source("a document a line, *.jsonl", ending(json_lines.ENDING), json_lines.texts),
+    "parquet": Source("a document a row, *.parquet", ending(parquet.ENDING), parquet.texts),
+    "array_record": Source("a document a tf.train.Example, *.array_record", ending(records.ENDING), records.texts),
     "tfds": Source("a set that tfds prepared", tfds_sets.files, records.texts, place="DIR-or-NAME[:SPLIT]"),
 }
 
