@@ -113,8 +113,7 @@ def write_streams(
             files[split] = stack.enter_context(_place(folder, split).open("r+b"))
             files[split].truncate(4 * record.tokens[split])
             files[split].seek(0, os.SEEK_END)
-        # The tokenizer is a new one, because it is sent to other processes without what it has cached.
-        encode = functools.partial(_encode, Tokenizer(tokenizer.json), separated)
+        encode = functools.partial(_encode, tokenizer, separated)
         for batch, found in _encoded(_batches(rest), encode, workers):
             _append(batch, found, tokenizer, files, record, digest)
             for file in files.values():
