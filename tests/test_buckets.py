@@ -261,7 +261,7 @@ def test_a_corpus_in_a_bucket_is_read_once_and_in_large_parts(corpus, tmp_path, 
     def texts(place):
         found = {split: hashlib.sha256() for split in corpora.SPLITS}
 
-        def documents(documents, tokenizer, separated, folder, width):
+        def documents(documents, *others):
             for split, text in documents():
                 found[split].update(text.encode() + b"\n")
             raise KeyboardInterrupt  # what comes after does not read the bucket
