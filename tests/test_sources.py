@@ -114,6 +114,18 @@ def test_packed_lines_make_the_same_rows(packed, tmp_path, as_lines):
     assert_the_same(tmp_path / "out", manifest, as_lines)
 
 
+def test_a_link_is_read_as_its_own_name_says(tmp_path, as_lines):
+    """As in the cache of Hugging Face's hub, where names of files are links to contents without an ending."""
+    (tmp_path / "blob").write_bytes(
+        gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in WRITTEN).encode())
+    )
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/a.jsonl.gz").symlink_to(tmp_path / "blob")
+    for number, path in enumerate((tmp_path / "snapshot", tmp_path / "snapshot/a.jsonl.gz")):
+        out = tmp_path / str(number)
+        assert_the_same(out, prepare("jsonl", path, out), as_lines)
+
+
 def test_packed_files_make_the_same_rows(tmp_path, as_lines):
     (tmp_path / "in").mkdir()
     for number, (text, packed) in enumerate(zip(WRITTEN, ["", *PACKERS] * 8, strict=True)):

@@ -46,6 +46,8 @@ def ending(wanted: str) -> Callable[[str], Files]:
 def _files(wanted: str, place: str) -> Files:
     path = storage.path(place)
     if path.is_file():
+        # Not what a link leads to, because its name may not tell how it is packed (as in the cache of Hugging Face's hub).
+        path = path if storage.in_bucket(path) else Place(os.path.abspath(os.path.expanduser(place)))
         return path, [path], []
     everything = sorted(_below(path)) if path.is_dir() else []
     found = [file for file in everything if _ends(file.name, wanted) and (storage.in_bucket(file) or file.is_file())]
