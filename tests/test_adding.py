@@ -25,6 +25,7 @@ from flowlm.cli.commands import COMMANDS
 from flowlm.config import check_settings, declared, defaults
 from flowlm.data import corpora, grammar, open_dataset, tokenizers, train_tokenizers
 from flowlm.data.corpora import CORPORA, Corpus
+from flowlm.data.sources import SOURCES, Source, ending
 from flowlm.engine import build as assembly
 from flowlm.engine.build import build
 from flowlm.evaluation import judging
@@ -45,6 +46,7 @@ ADDED = {
     "a target of the flow map": "test_a_target_is_one_record",
     "a setting": "test_a_setting_is_a_field",
     "a corpus": "test_a_corpus_is_a_generator_and_a_line",
+    "a source of `flowlm prepare`": "test_a_source_is_a_function_and_a_line",
     "a grammar": "test_a_grammar_is_a_table",
     "a judge": "test_a_judge_is_a_class_and_a_line",
     "an experiment": "test_an_experiment_is_a_file",
@@ -196,6 +198,18 @@ def test_a_corpus_is_a_generator_and_a_line(monkeypatch, tmp_path):
     # Documents are laid end to end, the start token between them and in front of every row.
     assert dataset.train.rows(0, 2).tolist() == [[start, a, b, c, start], [start, a, b, c, start]]
     assert dataset.validation.text().startswith("cba")
+
+
+def test_a_source_is_a_function_and_a_line(monkeypatch, tmp_path):
+    def paragraphs(file, key):
+        yield from enumerate(file.read_text().split("\n\n"), 1)
+
+    monkeypatch.setitem(SOURCES, "paragraphs", Source("a document a paragraph", ending(".md"), paragraphs, keyed=False))
+    written = [f"paragraph {'abcdefghij'[i]}" for i in range(10)]
+    (tmp_path / "a.md").write_text("\n\n".join(written))
+    line = "--source=paragraphs", f"--path={tmp_path}", "--tokenizer=chars", "--length=6", f"--out={tmp_path / 'out'}"
+    assert "train: 8 documents" in command("prepare", *line).out
+    assert sorted(text for _, _, text in corpora.read_corpus("own_text", tmp_path / "out")) == written
 
 
 def test_a_grammar_is_a_table(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Run directories and data in a bucket: the same numbers as on the local disk, and nothing half written is taken for whole."""
 
 import csv
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -11,7 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
+from test_own_text import shards
+from test_sources import example, write_records
 from toy import run_config, train_only
 
 from flowlm.data import corpora, open_dataset, packing
@@ -256,7 +261,7 @@ def test_a_corpus_in_a_bucket_is_read_once_and_in_large_parts(corpus, tmp_path, 
     def texts(place):
         found = {split: hashlib.sha256() for split in corpora.SPLITS}
 
-        def documents(documents, tokenizer, separated, folder, width):
+        def documents(documents, *others):
             for split, text in documents():
                 found[split].update(text.encode() + b"\n")
             raise KeyboardInterrupt  # what comes after does not read the bucket
@@ -291,6 +296,31 @@ def test_own_text_that_was_copied_to_a_bucket(tmp_path, monkeypatch):
         data = config.data
         rows.append(open_dataset(data.name, data.tokenizer, data.length, data.dir).train.rows(0, 20))
     np.testing.assert_array_equal(*rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "array_record"])
+def test_text_in_a_bucket_makes_the_rows_of_the_text_on_disk(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "mirror"))
+    (tmp_path / "texts/deep").mkdir(parents=True)
+    for part, folder in enumerate(("texts", "texts/deep")):
+        rows = [f"The report of year {part}{i} was laid before both houses." for i in range(20)]
+        if kind == "parquet":
+            parquet.write_table(pa.table({"text": rows, "id": range(20)}), tmp_path / folder / "a.parquet")
+        elif kind == "jsonl":
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
+            (tmp_path / folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        else:
+            write_records(tmp_path / folder / "a.array_record", [example(text=text) for text in rows])
+    (tmp_path / "texts/notes.md").write_text("not a document")
+    there = f"{BUCKET}/{kind}"
+    storage.copy(storage.path(tmp_path / "texts"), storage.path(there))
+    made = [
+        prepare_text(kind, str(place), "sotu_bpe_512", 16, str(tmp_path / name), "")
+        for name, place in (("one", there), ("two", tmp_path / "texts"))
+    ]
+    assert [manifest["path"] for manifest in made] == [there, str(tmp_path / "texts")]
+    assert made[0] | {"path": ""} == made[1] | {"path": ""} and made[0]["left_out"]["such_as"] == ["notes.md"]
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
 
 
 def test_without_the_extra(monkeypatch):

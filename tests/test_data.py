@@ -109,7 +109,7 @@ def test_prepared_set_is_reused_and_keyed_by_tokenizer(speeches, data_dir, monke
     def no_work(*arguments):
         raise AssertionError("prepared twice")
 
-    monkeypatch.setattr(builders.PackedText, "_shard_iterators_per_split", no_work)
+    monkeypatch.setattr(builders.PackedText, "_rows", no_work)
     again = data.open_dataset("sotu", "sotu_bpe_4096", 128, data_dir)
     np.testing.assert_array_equal(again.test.rows(0, 5), speeches.test.rows(0, 5))
     with pytest.raises(AssertionError, match="prepared twice"):
@@ -117,19 +117,19 @@ def test_prepared_set_is_reused_and_keyed_by_tokenizer(speeches, data_dir, monke
 
 
 def test_interrupted_preparation_leaves_no_set(tmp_path, monkeypatch):
-    genuine = builders.GrammarRows._examples
+    genuine, written = builders._example, []
 
-    def breaks_off(self, rows, begin, end):
-        for key, example in genuine(self, rows, begin, end):
-            if key == 3:
-                raise KeyboardInterrupt
-            yield key, example
+    def breaks_off(ids):
+        written.append(ids)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        return genuine(ids)
 
     monkeypatch.setattr(builders, "GRAMMAR_ROWS", {"train": 20, "validation": 5, "test": 5})
-    monkeypatch.setattr(builders.GrammarRows, "_examples", breaks_off)
+    monkeypatch.setattr(builders, "_example", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         data.open_dataset("grammar98", "grammar98", 19, tmp_path)
-    monkeypatch.setattr(builders.GrammarRows, "_examples", genuine)
+    monkeypatch.setattr(builders, "_example", genuine)
     assert len(data.open_dataset("grammar98", "grammar98", 19, tmp_path).train) == 20
 
 
@@ -140,14 +140,14 @@ import pathlib, time
 from flowlm import data
 from flowlm.data import builders
 builders.GRAMMAR_ROWS = {{"train": 20, "validation": 5, "test": 5}}
-genuine = builders.GrammarRows._shard_iterators_per_split
-def meet(self, dl_manager):
+genuine = builders.GrammarRows._rows
+def meet(self):
     parent = pathlib.Path({str(tmp_path)!r}) / "tfds" / "grammar_rows" / self.builder_config.name
     while len(list(parent.glob("incomplete*"))) < 2 and time.time() < begin + 20:
         time.sleep(0.01)
     time.sleep(0.1)
-    return genuine(self, dl_manager)
-builders.GrammarRows._shard_iterators_per_split = meet
+    return genuine(self)
+builders.GrammarRows._rows = meet
 begin = time.time()
 dataset = data.open_dataset("grammar98", "grammar98", 19, {str(tmp_path)!r})
 print(dataset.train.rows(0, 20).sum(), time.time() - begin < 20)

@@ -303,7 +303,7 @@ def test_told_to_stop_it_leaves_nothing_half_made_and_goes_on_to_the_same_bytes(
     assert once > 5
     places = {  # what stops, at which call
         "tokenizer": (train_tokenizers, "byte_level_bpe", 1),
-        "tokens": (packing, "_append", 3),
+        "tokens": (packing, "_encode", 3),
         "shard": (packing, "framed", 2),
         "end": (prepare_module, "_write", 2),
     }
@@ -411,8 +411,9 @@ def bad(tmp_path, kind="jsonl", **changes):
 def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "texts").mkdir()
-    assert "prepare needs --path" in error_of("prepare", "--source=jsonl")
-    assert "--source=pdf: value should be one of <textfiles|jsonl>" in bad(tmp_path, "pdf")
+    line = "prepare", "--tokenizer=chars", "--length=8", f"--out={tmp_path / 'out'}"
+    assert "prepare needs --path=PATH with --source=jsonl" in error_of(*line, "--source=jsonl")
+    assert "unknown --source=pdf: choose one of textfiles, jsonl, parquet" in bad(tmp_path, "pdf")
     assert f"no *.jsonl under {tmp_path / 'texts'}" in bad(tmp_path)
     assert "unknown tokenizer 'words'" in bad(tmp_path, tokenizer="words")
     for size in ("256", "4k", "", "-1"):
@@ -427,7 +428,9 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert """under "text": its keys are ['txt']""" in (
         (tmp_path / "texts/a.jsonl").write_text('{"txt": "a"}') and bad(tmp_path)
     )
-    assert "--text_key=txt is for --source=jsonl" in bad(tmp_path, "textfiles", text_key="txt")
+    assert "--text_key=txt is for --source=jsonl, parquet, array_record, tfds, not textfiles" in bad(
+        tmp_path, "textfiles", text_key="txt"
+    )
     (tmp_path / "texts/a.txt").write_bytes(b"\xff\xfe")
     assert "a.txt is not text in UTF-8" in bad(tmp_path, "textfiles")
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines[:1] * 9 + lines[1:2]))
@@ -442,7 +445,6 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")
     assert "text is prepared on a disk; prepare it there and copy the folder" in bad(tmp_path, out="gs://b/out")
-    assert "--path=gs://b/texts: text is prepared on a disk" in bad(tmp_path, path="gs://b/texts")
     assert "nowhere has no manifest.json: make it with `flowlm prepare" in error_of(
         "train", f"{config}:nowhere", "--workdir=x"
     )

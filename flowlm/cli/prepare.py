@@ -2,9 +2,11 @@
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, choice, output, switch, text, whole
+from flowlm.cli.command import Command, output, switch, text, whole
 from flowlm.system.terminal import command
 
+# The kinds of flowlm/data/sources.py, which is not imported here, because that takes a second.
+SOURCES = "textfiles|jsonl|parquet|array_record|tfds:DIR-or-NAME[:SPLIT]"
 DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm")
 
 
@@ -13,7 +15,7 @@ def _prepare(values: FlagValues) -> None:
     from flowlm.data.round_trip import RoundTrip
 
     wanted = values.source, values.path, values.tokenizer, values.length, values.out
-    manifest = prepare_text(*wanted, values.data_dir, values.text_key, values.allow_lossy)
+    manifest = prepare_text(*wanted, values.data_dir, values.text_key, values.allow_lossy, values.workers)
     if manifest.get("left_out", {}).get("files"):
         left_out = manifest["left_out"]
         print(f"left out: {left_out['files']} other files, such as {', '.join(left_out['such_as'])}")
@@ -43,8 +45,12 @@ PREPARE = Command(
     "prepare",
     "makes data of your own text",
     [
-        choice("source", "a document a file, or a document a line", None, ["textfiles", "jsonl"]),
-        text("path", "PATH", "the file or the folder with the text"),
+        text(
+            "source",
+            SOURCES,
+            "a document a file, a line, a row or a record; or a set that tfds prepared, by its folder or name",
+        ),
+        text("path", "PATH", "the file or the folder with the text, also in a bucket; not with tfds"),
         text(
             "tokenizer",
             "NAME",
@@ -52,12 +58,13 @@ PREPARE = Command(
         ),
         whole("length", "ids in a row", None, 2),
         output("out", "the folder to make"),
-        text("text_key", "KEY", "the key of a document's text in a line of jsonl", "text"),
+        text("text_key", "KEY", "the text's key in jsonl, its column in parquet, its feature in a record", "text"),
+        whole("workers", "processes that read and tokenise; by default one a core, any number makes the same", None, 1),
         switch("allow_lossy", "take a tokenizer that changes or drops more than 1 % of the characters"),
         DATA_DIR,
     ],
     _prepare,
-    needs=("source", "path", "tokenizer", "length", "out"),
+    needs=("source", "tokenizer", "length", "out"),
     again="the same command goes on from where it was",
 )
 

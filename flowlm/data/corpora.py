@@ -185,7 +185,9 @@ _OPENWEBTEXT_HELD_OUT = 100_000
 
 
 def _openwebtext_files(sources: Path) -> list[Path]:
-    return sorted(p for p in (sources / "openwebtext").glob("*") if p.name.lower().endswith(json_lines.SUFFIXES))
+    return sorted(
+        p for p in (sources / "openwebtext").glob("*") if storage.kind_of_file(p.name).endswith(json_lines.ENDING)
+    )
 
 
 def _check_openwebtext(sources: Path) -> None:

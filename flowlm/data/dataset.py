@@ -126,7 +126,7 @@ class Dataset:
     sentences: bool = False
 
 
-def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> Dataset:
+def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path, workers: int = 1) -> Dataset:
     """Opens a corpus or a grammar under a tokenizer, in rows of `length` ids; prepares it on first use.
 
     Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. A set appears whole or not at all, so an
@@ -137,6 +137,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
       tokenizer: its name or the path of its file, as in `tokenizers.shipped`.
       length: ids in a row, the start token in front included.
       data_dir: folder (`~` is expanded) or bucket that holds all data; a set in a bucket is copied to the local disk on first use.
+      workers: processes that prepare a large set. More than one import the program that calls this, which must be safe to import.
 
     Raises:
       FileNotFoundError: files of the corpus or the tokenizer are missing.
@@ -165,7 +166,7 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
         with _less_said():  # because tfds warns that each set has a configuration of its own
             return builder_class(
                 data_dir=storage.mirror(data_dir) / "tfds",
-                config=builders.RowsConfig.of(name, vocabulary, length, data_dir),
+                config=builders.RowsConfig.of(name, vocabulary, length, data_dir, workers),
                 file_format="array_record",
             )
 

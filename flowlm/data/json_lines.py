@@ -1,4 +1,4 @@
-"""Files with one JSON object a line, plain or packed by gzip. Each object holds a document's text under one key."""
+"""Files with one JSON object a line, which may be packed (storage.py). Each object holds a document's text under one key."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flowlm.system import storage
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+ENDING = ".jsonl"
 
 
 def texts(place: os.PathLike, key: str = "text") -> Iterator[tuple[int, str]]:

@@ -5,9 +5,11 @@ stream is cut every `length - 1` tokens, and each piece gets a start token in fr
 every document in it stands between start tokens. Only the last, incomplete piece of a split is dropped.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -20,12 +22,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flowlm.data import windows
 from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import parallel
 
 SPLITS = ("train", "validation", "test")
 _RECORD = "record.json"
 # Characters handed to the tokenizer at once: enough to use all cores, and few enough to need little memory.
 _BATCH_CHARACTERS = 1_000_000
+# Characters that are tokenised before other processes are started, because starting them takes as long.
+_ALONE_CHARACTERS = 8_000_000
 
 Document = tuple[str, str]  # (split, text)
 
@@ -84,11 +90,17 @@ class Record:
 
 
 def write_streams(
-    documents: Callable[[], Iterable[Document]], tokenizer: Tokenizer, separated: bool, folder: Path, width: int
+    documents: Callable[[], Iterable[Document]],
+    tokenizer: Tokenizer,
+    separated: bool,
+    folder: Path,
+    width: int,
+    workers: int = 1,
 ) -> tuple[dict[str, np.ndarray], Record]:
     """Writes the token stream of each split under `folder`, in one pass over the documents.
 
-    Goes on where an interrupted call stopped, if the documents still begin with those that the interrupted call had written.
+    Goes on where an interrupted call stopped, if the documents still begin with those that the interrupted call had written. Any
+    number of `workers`, processes that tokenise, writes the same.
 
     Returns:
       (rows, record): the rows [num, width] by split, which are read from the disk as needed, and the record.
@@ -101,8 +113,9 @@ def write_streams(
             files[split] = stack.enter_context(_place(folder, split).open("r+b"))
             files[split].truncate(4 * record.tokens[split])
             files[split].seek(0, os.SEEK_END)
-        for batch in _batches(rest):
-            _append(batch, tokenizer, separated, files, record, digest)
+        encode = functools.partial(_encode, tokenizer, separated)
+        for batch, found in _encoded(_batches(rest), encode, workers):
+            _append(batch, found, tokenizer, files, record, digest)
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())  # now, because the record must not count tokens that a crash could lose
@@ -134,17 +147,58 @@ def _taken_up(documents: Callable[[], Iterable[Document]], folder: Path) -> tupl
     return Record(), hashlib.sha256(), stream
 
 
-def _append(batch: list[Document], tokenizer: Tokenizer, separated: bool, files: dict, record: Record, digest) -> None:
+# The ids of all texts of a batch, each with what is behind it; by text, how many these are and how often it could not be spelled.
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _encoded(
+    batches: Iterator[list[Document]], encode: Callable[[list[Document]], Encoded], workers: int
+) -> Iterator[tuple[list[Document], Encoded]]:
+    """(batch, what `encode` makes of it) of each batch, in their order."""
+    done, waiting = 0, collections.deque()
+    for batch in batches:
+        yield batch, encode(batch)
+        done += sum(len(text) for _, text in batch)
+        if workers > 1 and done >= _ALONE_CHARACTERS:
+            break
+
+    def kept() -> Iterator[list[Document]]:
+        for batch in batches:
+            waiting.append(batch)
+            yield batch
+
+    for found in parallel.ordered(encode, kept(), workers, here=_has_a_long_text):
+        yield waiting.popleft(), found
+
+
+def _encode(tokenizer: Tokenizer, separated: bool, batch: list[Document]) -> Encoded:
     found, unspelled = tokenizer.encode_counted([text for _, text in batch])
-    for (split, text), ids, count in zip(batch, found, unspelled, strict=True):
-        files[split].write(ids.astype(np.int32).tobytes())
-        if separated:
-            files[split].write(np.int32(tokenizer.start).tobytes())
-        record.tokens[split] += len(ids) + separated
-        record.unspelled[split] += count
-        if count and not record.such_as:
-            record.such_as = tokenizer.unspelled(text)
-        digest.update(_mark((split, text)))
+    behind = np.full(int(separated), tokenizer.start, np.int32)
+    lengths = np.asarray([len(ids) + separated for ids in found])
+    return (
+        np.concatenate([part for ids in found for part in (ids, behind)], dtype=np.int32),
+        lengths,
+        np.asarray(unspelled),
+    )
+
+
+def _has_a_long_text(batch: list[Document]) -> bool:
+    """Whether the windows of one text are encoded in parallel, for which one process is enough."""
+    return any(len(text) > 2 * windows.WINDOW for _, text in batch)
+
+
+def _append(batch: list[Document], found: Encoded, tokenizer: Tokenizer, files: dict, record: Record, digest) -> None:
+    ids, lengths, unspelled = found
+    sides = np.asarray([SPLITS.index(split) for split, _ in batch])
+    side_of_id = np.repeat(sides, lengths)
+    for side, split in enumerate(SPLITS):
+        files[split].write(ids[side_of_id == side].tobytes())
+        record.tokens[split] += int(lengths[sides == side].sum())
+        record.unspelled[split] += int(unspelled[sides == side].sum())
+    for place in np.flatnonzero(unspelled):
+        if not record.such_as:
+            record.such_as = tokenizer.unspelled(batch[place][1])
+    digest.update(b"".join(map(_mark, batch)))
     record.texts += len(batch)
     record.sha256 = digest.hexdigest()
 

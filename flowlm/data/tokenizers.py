@@ -28,6 +28,9 @@ class Tokenizer:
 
     json: str = dataclasses.field(repr=False)
 
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.json,)  # another process makes anew what is cached here
+
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Tokenizer":
         """Reads a tokenizer file. Raises FileNotFoundError and ValueError as `tokenizer_files.read_tokenizer` does."""

@@ -4,14 +4,17 @@ A bucket (`gs://NAME/...`) is reached by gcsfs, and by tensorstore for the array
 their writer closes them; there is no directory, no appending and no renaming, which is copying and deleting.
 """
 
+import bz2
 import contextlib
 import gzip
 import importlib.util
 import io
 import json
+import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -55,17 +58,62 @@ def in_bucket(place: str | os.PathLike) -> bool:
     return os.fspath(place).startswith(SCHEME)
 
 
+def _unpack_zst(file: BinaryIO) -> BinaryIO:
+    import pyarrow  # here, because few files are packed so
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 1 << 20)
+
+
+# {a file's ending: what unpacks the file}
+_UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _unpack_zst}
+
+
+def kind_of_file(name: str) -> str:
+    """A file's name in small letters and without the ending that tells how it is packed: what lies in it is seen by its end."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in _UNPACK if name.endswith(ending)), name)
+
+
 @contextlib.contextmanager
 def open_bytes(place: os.PathLike) -> Iterator[BinaryIO]:
-    """A file opened to be read from its beginning on, a little at a time; its bytes are unpacked if it ends in .gz."""
+    """A file opened to be read from its beginning on, a little at a time; unpacked if it ends in .gz, .bz2, .xz or .zst.
+
+    Raises:
+      ValueError: what unpacks the file finds it cut or damaged.
+    """
     place = epath.Path(place)
+    unpack = _UNPACK.get(place.suffix.lower())
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(place.open("rb"))
         if in_bucket(place):
             file = stack.enter_context(io.BufferedReader(file, READ))
-        if place.suffix.lower() == ".gz":
-            file = stack.enter_context(gzip.open(file))
-        yield file
+        if unpack is None:
+            yield file
+        else:
+            stack.enter_context(telling_damage(place))
+            yield stack.enter_context(unpack(file))
+
+
+@contextlib.contextmanager
+def telling_damage(place: os.PathLike) -> Iterator[None]:
+    """Raises ValueError that names the file where those who unpack it, each in their own way, find it cut or damaged."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's own trouble, which has a number
+            raise
+        raise ValueError(f"{place} is cut or damaged ({_line(error)}): fetch it again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def objects_below(place: epath.Path) -> Iterator[epath.Path]:
+    """All objects below a place in a bucket, by one request for each folder, where asking of each path what it is takes long."""
+    for folder, _, names in place.walk():
+        whole = SCHEME + os.fspath(folder).removeprefix(SCHEME)  # gcsfs leaves the scheme out
+        yield from (epath.Path(whole) / name for name in names)
 
 
 def lines(place: os.PathLike) -> Iterator[tuple[int, bytes]]:
