@@ -3,9 +3,9 @@
     flowlm study --study=experiments/one_step.py:lacks --workdir=DIR --results=DIR2 --parallel=2
     flowlm study --study=experiments/one_step.py:budget --workdir=DIR --results=DIR2 --parallel=2
 
-The first takes two hours on 2 CPU cores and asks whether four blocks can hold a map of one step, whether longer training finds it, and
-what matching the law does; the second, six hours, trains by matching for 1/4, 1 and 4 times the budget at 4, 8 and 12 blocks. The map
-writes .19 grammatical rows in one step: docs/results/one_step.md.
+Two hours on 2 CPU cores: can four blocks hold a map of one step, does longer training find it, what does matching the law do?
+And six hours: matching for 1/4, 1 and 4 times the budget, at 4, 8 and 12 blocks. The map writes .19 grammatical rows in one
+step: docs/results/one_step.md.
 """
 
 from flowlm.studies.study import Run, Study
