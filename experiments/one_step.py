@@ -35,6 +35,13 @@ def lacks() -> Study:
     return Study(runs, METRICS)
 
 
+def forms() -> Study:
+    """The forms of the student's loss."""
+    names = ("both", "ratio", "logit", "log", "probability")
+    settings = SHIPPED | MATCHED
+    return Study([Run(form, f"{GRAMMAR}:matched", settings | {"objective.form": form}) for form in names], METRICS)
+
+
 def budget() -> Study:
     """Distribution matching by budget and depth."""
     runs = [
@@ -50,8 +57,8 @@ def budget() -> Study:
 
 
 def get_study(arg: str = "lacks") -> Study:
-    """`arg` is `lacks` or `budget`."""
-    studies = {each.__name__: each for each in (lacks, budget)}
+    """`arg` is `lacks`, `forms` or `budget`."""
+    studies = {each.__name__: each for each in (lacks, forms, budget)}
     if arg not in studies:
         raise ValueError(f"there are the studies {', '.join(studies)}, not {arg!r}")
     return studies[arg]()
