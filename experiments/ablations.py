@@ -86,12 +86,6 @@ FLOW_MAPS = {
     "boundary": {ONE: sweep("objective.boundary", (0.0, 1 / 32, 0.25))},
     "cut": {ONE: sweep("objective.cut", ("midpoint", "uniform"))},
 }
-# From the flow map of the grammar that is in the repository, without its flow.
-SHIPPED = {"teacher": "checkpoints/grammar_fmlm", "objective.flow": "diagonal", "objective.noise_scale": 1.0}
-MATCHED = {
-    SEEDS: sweep("objective.form", ("ratio", "logit")),
-    ONE: chain(sweep("objective.form", ("probability", "log")), sweep("model.blocks", (8,))),
-}
 NAMES = (*FLOWS, "vocabulary", *FLOW_MAPS, "gamma")
 
 
@@ -101,10 +95,7 @@ def points(by_seeds: Mapping[tuple[int, ...], list[Point]], *where: object) -> l
 
 
 def get_study(arg: str = "") -> Study:
-    """`arg` is one of NAMES, with `_cpu` behind it for the small size, or `matched_cpu`."""
-    if arg == "matched_cpu":
-        settings = ONCE | SHIPPED | {"evaluation.steps": (1, 2, 4, 8)}
-        return Study(points(MATCHED, f"{CPU.experiment}:matched", settings), CPU.metrics)
+    """`arg` is one of NAMES, with `_cpu` behind it for the small size."""
     name = arg.removesuffix("_cpu")
     size = PAPER if name == arg else CPU
     if name in FLOWS:
@@ -118,7 +109,5 @@ def get_study(arg: str = "") -> Study:
         renoised = tuple(sweep("gamma", (0.4, 0.8, 1.0)))
         students = [Run("flow_map", f"{size.experiment}:flow_map", size.student, "flow", ONE, renoised)]
     else:
-        raise ValueError(
-            f"there are the ablations {', '.join(NAMES)}, each also with _cpu, and matched_cpu, not {arg!r}"
-        )
+        raise ValueError(f"there are the ablations {', '.join(NAMES)}, each also with _cpu, not {arg!r}")
     return Study([Run("flow", size.experiment, size.flow), *students], size.metrics)

@@ -24,7 +24,9 @@ from flowlm.system.settings import field_names
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
-    path for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("head_to_head", "ablations", "my_text")
+    path
+    for path in (ROOT / "experiments").glob("*.py")
+    if path.stem not in ("head_to_head", "ablations", "one_step", "my_text")
 )
 ARGUMENTS = {
     "grammar1k": ("flow_map", "residual", "autoregressive", "masked", "uniform", "sdtt", "dcd"),

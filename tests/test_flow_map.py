@@ -720,6 +720,31 @@ def test_laws_of_pairs(tau_max):
     np.testing.assert_allclose(((s == 0) & (t == 1)).mean(), 1 / 4)
 
 
+# Noise
+
+
+def test_known_noise_is_what_training_began_at():
+    """Three draws, whatever the keys; `map-known` begins at the same three, and `map` at others."""
+    flow, warp = setting("wide")
+    net, params = network(flow, warp)
+    fam = family("wide", noises=3, diagonal=0.0, boundary=1.0)
+
+    def different(z):
+        return np.unique(np.asarray(z).reshape(64, -1).round(4), axis=0)
+
+    def begun(name, seed):
+        return different(fam.samplers()[name].fresh(net, params, jax.random.key(seed), 64, 1.0))
+
+    first, second = (
+        different(fam.noised(net.embedding(params), rows(fam, flow, 64, seed), jnp.zeros(64))) for seed in (0, 1)
+    )
+    assert len(first) == 3
+    for other in (second, begun("map-known", 2)):
+        np.testing.assert_allclose(other, first, atol=2e-4)
+    fresh = begun("map", 2)
+    assert len(fresh) == 64 and np.abs(fresh[:, None] - first).max(-1).min() > 0.01
+
+
 # Sampler
 
 

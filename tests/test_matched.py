@@ -147,6 +147,18 @@ def test_ratio_is_a_bounded_step_along_log():
     assert 0.5 < far.max() <= 2 and np.abs(gradient("log", -100 * other, 100)).sum(-1).max() > 10
 
 
+def test_both_raises_a_token_that_the_student_has_dropped():
+    """The flow gives it .3, the student and so the auxiliary next to nothing; `ratio` has the student's own e^-20 as a factor."""
+    logits, flow = jnp.array([[0.0, 0.0, -20.0]]), jnp.log(jnp.array([[0.4, 0.3, 0.3]]))
+    auxiliary = jnp.log(jnp.array([[0.5, 0.49, 0.01]]))
+    gradients = {
+        form: np.asarray(jax.grad(lambda a, form=form: FORMS[form](a, auxiliary, flow, jnp.ones(1)).sum())(logits))[0]
+        for form in ("ratio", "both")
+    }
+    assert np.abs(gradients["ratio"][2]) < 1e-6
+    np.testing.assert_allclose(gradients["both"] - gradients["ratio"], [0.1, 0.19, -0.29], atol=1e-6)
+
+
 # --- The family: student, auxiliary and flow are parameters of one function, told apart by what they hold.
 
 SEQUENCES, WEIGHTS_OF_DATA = correlated_law(4, 2, 5, seed=3)

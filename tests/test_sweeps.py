@@ -78,16 +78,19 @@ def test_points_become_runs():
 
 # --- the shipped ablations ---------------------------------------------------------------------------------------
 
-ABLATIONS = runpy.run_path(str(ROOT / "experiments/ablations.py"))
+ABLATIONS, ONE_STEP = (runpy.run_path(str(ROOT / f"experiments/{name}.py")) for name in ("ablations", "one_step"))
 
 
 @pytest.mark.parametrize(
-    "ablation", [name + size for name in ABLATIONS["NAMES"] for size in ("", "_cpu")] + ["matched_cpu"]
+    ("studies", "name"),
+    [(ABLATIONS, name + size) for name in ABLATIONS["NAMES"] for size in ("", "_cpu")]
+    + [(ONE_STEP, name) for name in ("lacks", "forms", "budget")],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_shipped_ablations_build(ablation, monkeypatch):
+def test_the_shipped_studies_build(studies, name, monkeypatch):
     """Every point has real settings, and another experiment than every other point."""
     monkeypatch.chdir(ROOT)
-    ours = ABLATIONS["get_study"](ablation)
+    ours = studies["get_study"](name)
     seen, made = [], 0
     for run in ours.runs:
         path, _, argument = run.config.partition(":")
@@ -108,9 +111,11 @@ def test_the_shipped_ablations_build(ablation, monkeypatch):
 def test_an_unknown_ablation_is_named():
     with pytest.raises(
         ValueError,
-        match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, and matched_cpu, not 'warp'",
+        match=r"there are the ablations time_warp, .*, gamma, each also with _cpu, not 'warp'",
     ):
         ABLATIONS["get_study"]("warp")
+    with pytest.raises(ValueError, match="there are the studies lacks, forms, budget, not 'all'"):
+        ONE_STEP["get_study"]("all")
 
 
 # --- what they need ----------------------------------------------------------------------------------------------

@@ -56,8 +56,12 @@ class NoisePath(Family):
     def fresh(self, net: Network, params: Params, key: jax.Array, num: int, scale: float) -> jax.Array:
         """z0 [num, L, D] for a sampler; its distance from the prior's mean is multiplied by `scale`."""
         embedding, mean = net.embedding(params), self.prior.mean(net.embedding(params))
-        z0 = self.prior.draw(jax.random.split(key, num), embedding, net.geometry(params), net.length)
+        z0 = self.prior.draw(self.noise_keys(key, num), embedding, net.geometry(params), net.length)
         return mean + scale * (z0 - mean)
+
+    def noise_keys(self, key: jax.Array, num: int) -> jax.Array:
+        """Keys [num] of the noise that a sampler begins at."""
+        return jax.random.split(key, num)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,8 @@ class FlowMap(PathSampler):
       tau_max: upper end of tau_t of these other rows.
       cut: where u lies, at the `midpoint` of tau_s and tau_t or `uniform` between them.
       teacher_steps: m of the target `teacher_steps`.
+      known: whether a sampler begins at the noise that training saw, of which there are `noises` draws.
+      noises: number of draws of noise that rows begin at, again and again; 0 means that every row has fresh noise.
       teacher_temperature: the student follows the flow of softmax(logits / temperature) of the teacher.
       adaptive: exponent r of the weight sg(|q - p|^2 + c)^-r of each row; 0 means no weight.
       surgery: whether to project the off-diagonal gradient off the diagonal one where they conflict (2604.09784; engine/state.py).
@@ -78,6 +80,7 @@ class FlowMap(PathSampler):
     """
 
     teacher: bool = False
+    known: bool = False
     target: str = setting("psd", "what off-diagonal rows learn", choices=TARGETS)
     targets_from: str = setting("student", "whose delta targets are made of", choices=("student", "ema"))
     diagonal: float = setting(0.5, "share of the rows with s = t", "[0, 1)")
@@ -86,6 +89,7 @@ class FlowMap(PathSampler):
     tau_max: float = setting(1.0, "upper end of the others' tau_t", "(0, 1]")
     cut: str = setting("midpoint", "where a semigroup target cuts a jump", choices=("midpoint", "uniform"))
     teacher_steps: int = setting(4, "Euler steps of the target of that name", "[1, inf)")
+    noises: int = setting(0, "draws of noise that rows begin at, again and again", "[0, inf)", note="0: fresh ones")
     teacher_temperature: float = setting(
         1.0, "below 1 the flow of softmax(logits / temperature): less diverse and more coherent", "(0, inf)"
     )
@@ -124,9 +128,17 @@ class FlowMap(PathSampler):
         super().check(family, model)
 
     def samplers(self) -> dict[str, "FlowMap"]:
-        """`map`, which uses all of the noise, and a sampler that follows the settings if noise_scale is not 1."""
+        """`map`, which uses all of the noise; with `noises` also `map-known`, which begins at the noise that training saw; and a
+        sampler that follows the settings if noise_scale is not 1.
+        """
         scale = f"-noise{self.noise_scale:g}" if self.noise_scale != 1 else ""
-        return {"map": dataclasses.replace(self, noise_scale=1.0), f"map{scale}": self}
+        full = dataclasses.replace(self, noise_scale=1.0)
+        known = {"map-known": dataclasses.replace(full, known=True)} if self.noises else {}
+        return known | {"map": full} | {f"map{scale}": self}
+
+    def noise_keys(self, key: jax.Array, num: int) -> jax.Array:
+        """Keys [num] of the noise that a sampler begins at."""
+        return known_keys(key, num, self.noises) if self.known else super().noise_keys(key, num)
 
     @property
     def _split(self) -> Split:
@@ -162,7 +174,7 @@ class FlowMap(PathSampler):
             "tau_s": join(same, tau_s),
             "tau_u": join(same, tau_s + share * (tau_t - tau_s)),
             "tau_t": join(same, tau_t),
-            "noise": jax.random.split(keys[3], num),
+            "noise": known_keys(keys[3], num, self.noises) if self.noises else jax.random.split(keys[3], num),
         }
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
@@ -236,3 +248,9 @@ class FlowMap(PathSampler):
         if self.temperature is None:
             return prediction.argmax()
         return prediction.draw(token_key, self.temperature, self.top_p)
+
+
+def known_keys(key: jax.Array, num: int, noises: int) -> jax.Array:
+    """Keys [num] drawn from the same `noises` ones, whatever `key` is; jobs with the same PRNG have the same."""
+    first = jax.random.key(0, impl=jax.random.key_impl(key))
+    return jax.vmap(jax.random.fold_in, (None, 0))(first, jax.random.randint(key, (num,), 0, noises))

@@ -11,10 +11,12 @@ the student's sample, and fresh noise z0':
                  logit        w <l, d>                  has the natural gradient, which does not vanish where p is nearly one-hot
                  log          w <p, log p_phi - log p_T>
                  ratio        w x cross-entropy of p to q ~ p p_T / p_phi: `log` as one bounded step of exponentiated gradient
+                 both         the sum of `ratio` and `logit`
     auxiliary    cross-entropy of p_phi to x1           is updated K times for each update of the student
 
 `log` and `ratio` use p_phi / p_T because a token's own noised value can make both denoisers almost certain, so that d vanishes. In
-the ratio that evidence cancels, and only the evidence of the other tokens is left.
+the ratio that evidence cancels, and only the evidence of the other tokens is left. But `log` and `ratio` cannot raise a token to
+which p gives nothing, because their gradient has the factor p; `logit` can, and so `both` leaves out less of the flow's law.
 
 x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). If V > D, the score is a vector in the space of z, so d is
 projected on the part that z shows: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the run of the map at which the
@@ -87,7 +89,14 @@ def ratio(
     return -weight * jnp.sum(stop_gradient(jax.nn.softmax(log_p + gain)) * log_p, -1)
 
 
-FORMS = {"probability": probability, "logit": logit, "log": log, "ratio": ratio}
+def both(
+    logits: jax.Array, auxiliary: jax.Array, flow: jax.Array, weight: jax.Array, codes: jax.Array | None = None
+) -> jax.Array:
+    """`ratio` + `logit`."""
+    return ratio(logits, auxiliary, flow, weight, codes) + logit(logits, auxiliary, flow, weight, codes)
+
+
+FORMS = {"probability": probability, "logit": logit, "log": log, "ratio": ratio, "both": both}
 WEIGHTS = {"one": jnp.ones_like, "kl": lambda t: (t / (1 - t)) ** 2}
 
 
