@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "gumbel":
         config.evaluation.steps = (1,)
     if arg in MATCHED:
-        config.update(steps=1200, ema_decay=0.99)
-        config.optimizer.update(learning_rate=1e-3, b1=0.0)
-        config.evaluation.update(every=300)
+        config.update(steps=2400, ema_decay=0.99)
+        config.optimizer.update(learning_rate=5e-4 if arg == "matched" else 1e-3, b1=0.0)
+        config.evaluation.update(every=600)
     return config

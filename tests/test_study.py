@@ -274,7 +274,7 @@ def shipped(name, vocab, start):
     return steps
 
 
-MATCHED = dict.fromkeys(("matched", "matched_masked", "matched_uniform"), 1200)  # cheaper than the others' distillation
+MATCHED = dict.fromkeys(("matched", "matched_masked", "matched_uniform"), 2400)
 
 
 @pytest.mark.parametrize(

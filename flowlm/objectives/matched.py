@@ -120,7 +120,7 @@ class Matched(FlowMap):
     continues: ClassVar[bool] = True
     needs: ClassVar[dict] = dict(mask_token=False, loss_weight=False)
 
-    form: str = setting("ratio", "of the student's loss", choices=FORMS)
+    form: str = setting("both", "of the student's loss", choices=FORMS)
     output: str = setting(
         "hard", "what the student is taken to write: its distribution, or its token", choices=("soft", "hard")
     )
@@ -129,7 +129,7 @@ class Matched(FlowMap):
     taus: tuple[float, ...] = setting((0.02, 0.98), "warped times between which laws are compared", "(0, 1)")
     weight: str = setting("one", "of a time: one, or the KL's own", choices=WEIGHTS)
     auxiliary_updates: int = setting(2, "updates of the auxiliary for one of the student", "[1, inf)")
-    auxiliary_rate: float = setting(2.0, "the auxiliary's learning rate, as a multiple of the student's", "(0, inf)")
+    auxiliary_rate: float = setting(4.0, "the auxiliary's learning rate, as a multiple of the student's", "(0, inf)")
     auxiliary_times: str = setting(
         "one", "times that the auxiliary reads: of its state, or of the student too", choices=("one", "both")
     )
