@@ -41,9 +41,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config.objective.update(teacher_temperature=0.7, targets_from="ema", boundary=0.25, noise_scale=0.5)
         config.optimizer.learning_rate = 3e-3
     if arg == "matched":
-        config.update(ema_decay=0.99)
+        config.update(steps=1500, ema_decay=0.99)
         config.objective.update(teacher_temperature=0.7, noise_scale=0.5)
-        config.optimizer.update(learning_rate=1e-3, b1=0.0)
+        config.optimizer.update(learning_rate=5e-4, b1=0.0)
     if arg == "autoregressive":
         config.evaluation.steps = (8,)
     return config

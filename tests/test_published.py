@@ -34,6 +34,7 @@ def test_they_are_small():
     assert {path.name for path in PUBLISHED} == {
         "everyday",
         "everyday_map",
+        "everyday_matched",
         "grammar_dcd",
         "grammar_fmlm",
         "grammar_matched",
@@ -59,7 +60,7 @@ def test_on_the_grammar_as_grammatical_as_told(name, sampler, steps, run):
     assert abs(scores["grammatical"] - expected) < 4 * spread
 
 
-@pytest.mark.parametrize(("name", "steps"), [("everyday", 8), ("everyday_map", 1)])
+@pytest.mark.parametrize(("name", "steps"), [("everyday", 8), ("everyday_map", 1), ("everyday_matched", 1)])
 def test_sentences_are_as_diverse_as_in_the_table(name, steps):
     told = json.loads((ROOT / f"results/{name}.json").read_text())["metrics"]
     run = load_trained(ROOT / "checkpoints" / name, Layout(make_mesh()))
