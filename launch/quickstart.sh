@@ -26,7 +26,8 @@ flowlm compare "$workdir/flow" "$workdir/flow_map" --samples=8
 cat <<END
 
 Files of a run, in $workdir/flow and $workdir/flow_map:
-  samples.txt, evaluation.json, evaluation.png, curves.png, metrics.jsonl, config.json, checkpoints/
+  samples.txt, evaluation.json, evaluation.png, curves.png, metrics.jsonl,
+  config.json, checkpoints/
 Next:
   .venv/bin/flowlm sample $workdir/flow_map --steps=1 --num=20
   .venv/bin/flowlm report $workdir --out=$workdir/report

@@ -235,6 +235,13 @@ def test_what_the_readme_shows_of_the_quickstart_is_what_it_prints():
     assert not [line for line in shown.splitlines() if line not in screen]
 
 
+def test_what_the_quickstart_says_itself_fits_80_columns():
+    script = (ROOT / "launch/quickstart.sh").read_text(encoding="utf-8")
+    (said,) = re.findall(r"cat <<END\n(.*?)\nEND", script, re.DOTALL)
+    lines = said.replace("$workdir", "runs/quickstart").splitlines()
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_table_of_the_readme_is_that_of_the_study():
     assert headline.table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
