@@ -173,7 +173,7 @@ def test_settings_that_are_cut_name_their_file(data_dir, tmp_path):
 def test_settings_of_all_that_was_kept_are_known():
     files = [*ROOT.glob("checkpoints/*/config.json"), ROOT / "tests/data/run/config.json"]
     kept = [*ROOT.glob("results/**/runs/*/seed*.json")]
-    assert len(files) == 6 and len(kept) > 100
+    assert len(files) == 7 and len(kept) > 100
     for file in files:
         run_directory.settings_of(json.loads(file.read_text()), file)
     for file in kept:

@@ -57,7 +57,7 @@ LIMITS = {
     **dict.fromkeys(
         ("model.vocab_size", "checkpoint.keep_every", "evaluation.every", "optimizer.warmup_steps"), FROM_ZERO
     ),
-    **dict.fromkeys(("objective.start", "objective.curriculum_steps"), FROM_ZERO),
+    **dict.fromkeys(("objective.start", "objective.curriculum_steps", "objective.noises"), FROM_ZERO),
     **dict.fromkeys(("model.time_scale", "model.end_time_scale", "optimizer.learning_rate"), POSITIVE),
     **dict.fromkeys(("objective.teacher_temperature", "objective.curriculum_temperature"), POSITIVE),
     **dict.fromkeys(("model.gate_init", "model.attention_cap", "model.logit_cap"), NOT_NEGATIVE),
