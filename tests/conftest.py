@@ -33,8 +33,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-# Whoever starts the tests under nohup has hangups ignored, and so would every process of theirs.
+# Whoever starts the tests under nohup has hangups ignored, or in a shell's background Ctrl-C; so would every process of theirs.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SUITES = ("tpu-plan", "slurm", "gke", "browser", "torch", "hf", "mauve", "molecules", "docs")
