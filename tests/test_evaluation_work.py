@@ -413,7 +413,7 @@ def test_the_estimate_of_a_plan_is_the_sum_of_its_parts(data_dir):
     costs = evaluations.evaluation_costs(config, point, lambda rows: every(config, rows))
     followed = 2 * 3 * 2 / 32
     assert costs["often"]["device"] == pytest.approx(2 * (8 + followed) + 3 * 1 + 4 * 2 + 5 * 2)
-    judged = 16 * (4 + 3) * 19 * (evaluations.JUDGED[0] + 19 * evaluations.JUDGED[1])
+    judged = 16 * (4 + 3) * 19 * evaluations.JUDGED
     assert costs["often"]["host"] == pytest.approx(judged / 2)  # four chips to a host
     assert costs["often"]["share"] == pytest.approx((costs["often"]["device"] + costs["often"]["host"]) / 500)
     assert costs["hbm"] == 4.0

@@ -44,8 +44,10 @@ def fitted(place: epath.Path, name: str, facts: Mapping[str, Any], fit: Callable
         _keep(local, facts, arrays)
         if storage.in_bucket(home) and processes.is_first():
             storage.copy(local, home, last=MANIFEST)
-    except OSError as error:  # a set that others prepared may be read-only; all is here, so the run goes on
-        logging.warning("%s is not kept, so the next start fits it again (%s)", home, error)
+    except OSError as error:
+        # Others kept the same meanwhile, or the set is read-only. All is here, so the run goes on.
+        if _read(local, facts) is None:
+            logging.warning("%s is not kept, so the next start fits it again (%s)", home, error)
     return arrays
 
 
