@@ -80,6 +80,7 @@ class Evaluation:
         (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95), "warped times of cross-entropy", "[0, 1]"
     )
     steps: tuple[int, ...] = setting((1, 8, 64), "numbers of sampling steps", "[1, inf)")
+    loop_steps: int = setting(64, "largest of them before the last step; more are taken after it alone", "[1, inf)")
     samples: int = setting(256, "samples for each number of steps", "[1, inf)")
     final_samples: int = setting(1024, "the same after the last step", "[1, inf)")
     language_models: tuple[str, ...] = setting(

@@ -129,7 +129,7 @@ def _judge(
     """Evaluates the run after its last step. `values` are that step's numbers; there are none if it was finished already."""
     log.progress.close()
     try:
-        result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
+        result = evaluator(state.ema, config.steps, config.evaluation.final_samples, final=True)
     except processes.Stopped:
         if values:
             log.write(config.steps, values)

@@ -19,7 +19,7 @@ from test_own_text import shards
 from test_sources import example, write_records
 from toy import run_config, train_only
 
-from flowlm.data import corpora, open_dataset, packing
+from flowlm.data import corpora, fitted, open_dataset, packing
 from flowlm.data.prepare import prepare_text
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.evaluation import results
@@ -328,3 +328,18 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
     with pytest.raises(ImportError, match=r"gs:// paths need gcsfs: .*\.\[gcp\]"):
         load_trained(f"{BUCKET}/runs/flow", None)
+
+
+def test_what_is_fitted_on_a_set_in_a_bucket_is_read_by_the_next_host(monkeypatch, tmp_path):
+    place, asked, made = storage.path(f"{BUCKET}/tfds/a/1.0.0"), {"rows": 3}, []
+
+    def fit():
+        made.append(1)
+        return {"law": np.arange(5.0), "empty": np.zeros((0, 2), np.int64)}
+
+    for host in ("one", "two", "two"):
+        monkeypatch.setattr(storage, "MIRROR", str(tmp_path / host))
+        found = fitted.fitted(place, "marginals", asked, fit)
+        np.testing.assert_array_equal(found["law"], np.arange(5.0))
+        assert found["empty"].shape == (0, 2)
+    assert made == [1] and names_in(place / "fitted/marginals") == ["empty.npy", "law.npy", "manifest.json"]

@@ -49,6 +49,7 @@ LIMITS = {
     **dict.fromkeys((f"model.{key}" for key in ("width", "blocks", "heads", "cond")), COUNT),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_latest")), COUNT),
     **dict.fromkeys((f"evaluation.{key}" for key in ("held_out", "held_out_batch", "samples", "final_samples")), COUNT),
+    "evaluation.loop_steps": COUNT,
     **dict.fromkeys(("objective.teacher_steps", "objective.auxiliary_updates"), COUNT),
     "objective.auxiliary_rate": POSITIVE,
     "objective.matched": UP_TO_ONE,

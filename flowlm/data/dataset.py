@@ -10,14 +10,17 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 
 from flowlm.data import builders, corpora, grammar, marginals, tokenizers
+from flowlm.data.fitted import Arrays, fitted
 from flowlm.data.grammar import Grammar
 from flowlm.data.shards import Shards
 from flowlm.data.tokenizers import Tokenizer
@@ -25,10 +28,17 @@ from flowlm.system import storage
 
 # Rows read at once where a whole split is scanned.
 _BLOCK = 4096
-# Rows that suffice to count tokens by position.
-_MARGINAL_ROWS = 262_144
+# Rows, and tokens in them, that suffice to count tokens by position: of long rows fewer are read.
+_MARGINAL_ROWS, _MARGINAL_TOKENS = 262_144, 2**26
+# Characters at the end of a text that more of its tokens might change.
+_MARGIN = 1000
 # This file is copied to a bucket last, so a prepared set there is whole once the file exists.
 WHOLE = "dataset_info.json"
+
+
+def marginal_rows(length: int) -> int:
+    """The most rows of `length` ids that tokens are counted in by position."""
+    return max(2, min(_MARGINAL_ROWS, _MARGINAL_TOKENS // length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,30 +87,41 @@ class Split:
     def log_marginals(self, vocab_size: int) -> np.ndarray:
         """Logs float32 [length, vocab_size] of the law of tokens by position, in nats (see marginals.py).
 
-        Of a split with more than 262,144 rows, at most so many are counted, evenly spaced.
+        Of a split with more than `marginal_rows(length)` rows, at most so many are counted, evenly spaced.
 
         Raises:
           ValueError: the vocabulary is smaller than the tokenizer's.
         """
         if vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size}")
-        counts = np.zeros((self.length, vocab_size), np.int64)
-        positions = np.arange(self.length)
-        numbers = range(0, len(self), -(-len(self) // _MARGINAL_ROWS))
+        counts = np.zeros(self.length * vocab_size, np.int32)
+        before = vocab_size * np.arange(self.length)
+        numbers = range(0, len(self), -(-len(self) // marginal_rows(self.length)))
         for begin in range(0, len(numbers), _BLOCK):
-            np.add.at(counts, (positions, self._read(list(numbers[begin : begin + _BLOCK]))), 1)
-        return marginals.log_marginals(counts)
+            np.add.at(counts, before + self._read(list(numbers[begin : begin + _BLOCK])), 1)
+        return marginals.log_marginals(counts.reshape(self.length, vocab_size))
 
     def text(self, num_chars: int | None = None) -> str:
         """The split's first characters (all if None), as its tokenizer decodes them, a space between documents.
 
         The whole text and its tokens are held in memory.
         """
-        num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
+        if num_chars is None:
+            return self._text(len(self))
+        # A token has some letters, as many as in the first rows, so that far fewer rows are read than there are characters.
+        num_rows = min(len(self), _BLOCK // 16)
+        while True:
+            text = self._text(num_rows)
+            if num_rows == len(self) or len(text) >= num_chars + _MARGIN:
+                return text[:num_chars]
+            num_rows = min(len(self), int(1.05 * num_rows * (num_chars + _MARGIN) / max(len(text), 1)) + 1)
+
+    def _text(self, num_rows: int) -> str:
+        """The first rows as one text."""
         # A packed row has start tokens between its documents. Sentences have none inside, so the one in front of each row is kept.
         stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
-        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
+        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +135,7 @@ class Dataset:
       unspelled: empty if the tokenizer could spell all of the text. Otherwise "count" is how often it could not, by split
         (`Tokenizer.encode_counted`), and "such_as" lists some of what it could not spell.
       sentences: whether each row is a text of its own, padded.
+      place: where the prepared set lies, maybe in a bucket; None of one that is in memory only.
     """
 
     tokenizer: Tokenizer
@@ -124,6 +146,11 @@ class Dataset:
     test: Split
     unspelled: dict = dataclasses.field(default_factory=dict)
     sentences: bool = False
+    place: epath.Path | None = None
+
+    def fitted(self, name: str, facts: Mapping[str, Any], fit: Callable[[], Arrays]) -> Arrays:
+        """What `fit` makes of this data, kept beside it (fitted.py). facts: all that it depends on beside the data."""
+        return fit() if self.place is None else fitted(self.place, name, facts, fit)
 
 
 def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path, workers: int = 1) -> Dataset:
@@ -171,9 +198,9 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
             )
 
     builder = make()
+    # Rows are read from the local disk because array_record cannot read a bucket. The bucket shares what one host prepared.
+    shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
     if not builder.data_path.exists():
-        # Rows are read from the local disk because array_record cannot read a bucket. The bucket shares what one host prepared.
-        shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
         if (shared / WHOLE).exists():
             storage.fetch(shared)
         else:
@@ -184,7 +211,8 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
                 storage.copy(builder.data_path, shared, last=WHOLE)
         builder = make()
     splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
+    unspelled = dict(builder.info.metadata or {})
+    return Dataset(vocabulary, length, law, **splits, unspelled=unspelled, sentences=sentences, place=shared)
 
 
 def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
