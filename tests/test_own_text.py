@@ -428,7 +428,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert """under "text": its keys are ['txt']""" in (
         (tmp_path / "texts/a.jsonl").write_text('{"txt": "a"}') and bad(tmp_path)
     )
-    assert "--text_key=txt is for --source=jsonl, parquet, array_record, tfds, not textfiles" in bad(
+    assert "--text_key=txt is for --source=jsonl, parquet, array_record, tfds, hf, not textfiles" in bad(
         tmp_path, "textfiles", text_key="txt"
     )
     (tmp_path / "texts/a.txt").write_bytes(b"\xff\xfe")
@@ -444,7 +444,6 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     config = "--config=experiments/my_text.py"
     assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")
-    assert "text is prepared on a disk; prepare it there and copy the folder" in bad(tmp_path, out="gs://b/out")
     assert "nowhere has no manifest.json: make it with `flowlm prepare" in error_of(
         "train", f"{config}:nowhere", "--workdir=x"
     )
