@@ -47,7 +47,7 @@ def _evaluate(values: FlagValues) -> None:
         print(f"the data in {data.dir} is not what {values.checkpoint} was trained on", file=sys.stderr)
     # The run's own tokenizer, since the one that its settings name may have moved with the data.
     own = str(storage.path(values.checkpoint) / "tokenizer.json")
-    dataset = open_dataset(data.name, own, data.length, data.dir)
+    dataset = open_dataset(data.name, own, data.length, data.dir, copy=data.copy)
     counts = asked or list(settings.steps)
     evaluator = Evaluator(
         run.experiment, dataset, model.layout, run.config.seed, settings, data.dir, counts, values.samples_only
