@@ -75,6 +75,9 @@ def test_prepared_from_files(folder, tmp_path, monkeypatch):
     truth = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.txt")}
     assert {source["file"]: source["sha256"] for source in manifest["sources"]} == truth
     assert manifest["distinct_documents"] == 60 and sum(manifest["documents"].values()) == 62
+    assert manifest["duplicates"] == 2
+    packing_told = {"rows": "concatenated", "between_documents": "<|start|>", "last_incomplete_row": "dropped"}
+    assert manifest["packing"] == packing_told
 
     sides = by_split(out)
     assert sorted(text for side in sides.values() for text in side) == sorted([*texts(60), texts(60)[3], texts(60)[50]])
@@ -382,6 +385,7 @@ def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=bpe:300", "--length=8"]
     printed = flowlm(*line, f"--out={tmp_path / 'data'}").out
+    assert "documents: 62, of which 2 are copies of others\n" in printed
     assert "tokenizer: 300 ids; 0 % of the characters change or are dropped" in printed
     assert f"flowlm train --config=experiments/my_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
     get_config = runpy.run_path("experiments/my_text.py")["get_config"]
