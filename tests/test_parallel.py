@@ -258,3 +258,15 @@ def test_where_the_disk_takes_no_more_one_line_says_so_and_what_is_finished_stay
         )
     assert prepare_text(*arguments, str(out), "", workers=1) == whole
     assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_shard_on_a_full_disk_is_no_shard(tmp_path):
+    shard = builders._Shard("train", "a.array_record-00000-of-00001", 0, 3000)
+    (tmp_path / f"{shard.name}-{os.getpid()}").symlink_to("/dev/full")
+    rows = {"train": lambda: np.random.default_rng(0).integers(0, 10**6, (3000, 15)).astype(np.int32)}
+    with pytest.raises(
+        OSError, match=f"^{tmp_path}/a.array_record.* cannot be written .*No space left on device.*: make room"
+    ):
+        builders._write_shard(rows, 0, tmp_path, str(tmp_path / "out"), shard)
+    assert not (tmp_path / "out").exists()
