@@ -21,6 +21,10 @@ class Data:
     tokenizer: str = setting("sotu_bpe_512", "a tokenizer that is shipped, or the path of a tokenizer.json")
     length: int = setting(32, "ids in a row", "[2, inf)")
     dir: str = setting("~/.cache/flowlm", "where prepared corpora lie")
+    copy: bool = setting(True, "copy a set in a bucket to the disk; False: read each row from there when it is wanted")
+    mixture: tuple[str, ...] = setting(
+        (), "FOLDER:SHARE of other sets that `flowlm prepare` made, to train on their rows too"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

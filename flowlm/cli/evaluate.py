@@ -94,7 +94,7 @@ def _evaluator(values: FlagValues, run: "Trained", layout: "Layout", asked: list
         print(f"the data in {data.dir} is not what {values.checkpoint} was trained on", file=sys.stderr)
     # The run's own tokenizer, since the one that its settings name may have moved with the data.
     own = str(storage.path(values.checkpoint) / "tokenizer.json")
-    dataset = open_dataset(data.name, own, data.length, data.dir)
+    dataset = open_dataset(data.name, own, data.length, data.dir, copy=data.copy)
     return Evaluator(
         run.experiment, dataset, layout, run.config.seed, settings, data.dir, asked or None, values.samples_only
     )
