@@ -15,9 +15,10 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 def _evaluate(values: FlagValues) -> None:
     objective, asked = changed_objective(values), step_counts(values, [])
-    if (objective or values.samples_only) and not values.results:
+    if (objective or values.samples_only or values.prompted) and not values.results:
         raise ValueError(
-            "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
+            "--objective, --samples_only and --prompted change what is evaluated: give --results=DIR, so that the run keeps its "
+            "own results"
         )
 
     import flowlm
@@ -50,7 +51,15 @@ def _evaluate(values: FlagValues) -> None:
     dataset = open_dataset(data.name, own, data.length, data.dir)
     counts = asked or list(settings.steps)
     evaluator = Evaluator(
-        run.experiment, dataset, model.layout, run.config.seed, settings, data.dir, counts, values.samples_only
+        run.experiment,
+        dataset,
+        model.layout,
+        run.config.seed,
+        settings,
+        data.dir,
+        counts,
+        values.samples_only,
+        values.prompted,
     )
     result = evaluator(run.params, run.step, values.num or settings.final_samples)
     if place is not None:
@@ -78,6 +87,7 @@ EVALUATE = Command(
         whole("num", "samples for each number of steps; the experiment's number if none is given", None, 1),
         OBJECTIVE,
         switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
+        switch("prompted", "the same of texts that go on from parts of held-out rows, instead"),
         output(
             "results",
             "where the results go, in place of the run's directory (never written: checkpoints/)",

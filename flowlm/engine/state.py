@@ -11,10 +11,11 @@ import optax
 from flowlm.engine.optimizers import update_ema
 from flowlm.engine.sharding import Layout
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Family, Teacher
 
 # What a step draws randomness for. Every key is a function of (seed, step, purpose); none is stored.
-BATCH, DROPOUT, INIT, SAMPLE, EVALUATION = range(5)
+BATCH, DROPOUT, INIT, SAMPLE, EVALUATION, PROMPTS = range(6)
 
 
 class TrainState(NamedTuple):
@@ -124,6 +125,8 @@ def make_step(
 
     def step(state: TrainState, ids: jax.Array, teacher=None):
         batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
+        if family.prompts > 0:
+            batch["given"] = prompts.drawn(purpose_key(seed, state.step, PROMPTS), ids, family.prompts)
         if dropout:
             batch["dropout"] = jax.random.split(purpose_key(seed, state.step, DROPOUT), ids.shape[0])
         if layout is not None:

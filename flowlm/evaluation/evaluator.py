@@ -4,6 +4,7 @@ Metrics are one flat dict:
     held_out/cross_entropy@TAU, held_out/context_free@TAU   nats per token at a fixed grid of warped time, and their means
     held_out/bound_nats_per_token, held_out/bound_bits_per_token   the likelihood bound, over the tokens after the start token
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
+    samples/SAMPLER-prompted@STEPS/METRIC                   of samples that go on from parts of held-out rows, if asked for
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
     samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
@@ -22,15 +23,18 @@ from flowlm.data import Dataset
 from flowlm.engine.build import Experiment
 from flowlm.engine.sampling import Sampler, in_parts, on_rows
 from flowlm.engine.sharding import Layout
-from flowlm.engine.state import EVALUATION, SAMPLE, purpose_key
+from flowlm.engine.state import EVALUATION, PROMPTS, SAMPLE, purpose_key
 from flowlm.evaluation import naive
 from flowlm.evaluation.judging import MAX_ROWS, Panel
 from flowlm.evaluation.results import Evaluation
+from flowlm.judges.base import mean_with_stderr
+from flowlm.objectives.prompts import UNKNOWN, drawn
 from flowlm.runs.metrics import held_out_key, row_name, sample_key
 from flowlm.system import progress
 from flowlm.system.processes import check_stopped, gathered
 
 MEANINGS = {"seconds_per_100": "what drawing 100 samples took, without compiling"}
+OF_PROMPTS = {"recovered": "share of the tokens not given that are the held-out row's own"}
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
@@ -49,6 +53,8 @@ class Evaluator:
       data_dir: `data.dir`.
       only_steps: numbers of sampling steps instead of `settings.steps`.
       samples_only: judge the sampler as it is set, and nothing else: no plain sampler, no likelihood, no rows of reference.
+      prompted: the same of texts that go on from parts of held-out rows, drawn as for training with prompts; their sampler's
+        name ends in "-prompted", and `recovered` is among their metrics.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as `Panel`, of which nothing is left to the first call.
@@ -64,23 +70,33 @@ class Evaluator:
         data_dir: str,
         only_steps: Sequence[int] | None = None,
         samples_only: bool = False,
+        prompted: bool = False,
     ):
         net, family = experiment.net, experiment.family
-        self._net, self._dataset, self._seed, self._samples_only = net, dataset, seed, samples_only
+        self._net, self._dataset, self._seed = net, dataset, seed
+        self._samples_only, self._prompted = samples_only or prompted, prompted
         self._settings = settings
         steps = settings.steps if only_steps is None else only_steps
         chosen = family.samplers()
-        if samples_only:
+        if self._samples_only:
             chosen = dict([*chosen.items()][-1:])
         self._samplers = {
-            (name, n): Sampler(net, variant, n, layout) for n in steps for name, variant in chosen.items()
+            (name + "-prompted" * prompted, n): Sampler(net, variant, n, layout, prompted=prompted)
+            for n in steps
+            for name, variant in chosen.items()
         }
         key = jax.random.key(0)
         for sampler in self._samplers.values():
             sampler.check(jax.eval_shape(net.init, key), key)
         self._panel = Panel(dataset, settings.language_models, data_dir, layout)
-        self._told = self._panel.notes, self._panel.main, self._panel.meanings | MEANINGS
-        if samples_only:
+        more = OF_PROMPTS if prompted else {}
+        self._told = (
+            self._panel.notes,
+            (*self._panel.main[:1], *more, *self._panel.main[1:]),
+            self._panel.meanings | MEANINGS | more,
+        )
+        self._prefixes = family.conditions == "prefix"
+        if self._samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
         followed = sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
@@ -115,10 +131,14 @@ class Evaluator:
     def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
         texts = {}
+        rows, given = self._given(num_samples) if self._prompted else (None, None)
         for (name, taken), sampler in self._samplers.items():
             about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == 1 else 's'}")
-            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about)
+            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about, given)
             texts[row_name(name, taken)], scores = self._panel.judge(ids, about)
+            if self._prompted:
+                asked = given == UNKNOWN
+                scores |= mean_with_stderr("recovered", ((ids == rows) & asked).sum(1), asked.sum(1))
             scores["seconds_per_100"] = sampler.seconds
             metrics |= {sample_key(name, taken, k): v for k, v in scores.items()}
         notes, *more = self._told
@@ -137,6 +157,15 @@ class Evaluator:
                 f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
             )
         return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
+
+    def _given(self, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """(held-out rows of ids [num, L], what a prompt gives of each); to autoregression as many tokens, as a prefix."""
+        rows = np.resize(self._reference_rows(num), (num, self._net.length))
+        given = np.asarray(drawn(purpose_key(self._seed, 0, PROMPTS), jnp.asarray(rows), 1.0))
+        if self._prefixes:
+            count = (given != UNKNOWN).sum(1, keepdims=True)
+            given = np.where(np.arange(self._net.length) < count, rows, UNKNOWN).astype(np.int32)
+        return rows, given
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key = purpose_key(self._seed, step, SAMPLE)
