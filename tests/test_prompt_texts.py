@@ -2,19 +2,27 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from command_line import error_of
 from command_line import flowlm as command
-from test_trained import make_run
+from test_trained import SMALL, make_run
+from toy import run_config
 
 import flowlm
+from flowlm.data import open_dataset
+from flowlm.data.grammar import Grammar
 from flowlm.data.tokenizers import shipped
+from flowlm.engine import build as assembly
+from flowlm.engine import sampling
+from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.objectives.prompts import UNKNOWN
 from flowlm.runs.prompts import given_rows
+from flowlm.runs.trained import load_origin, load_teacher
 
 GRAMMAR, EVERYDAY, CHARS, PIECES = map(shipped, ("grammar98", "everyday_1000", "chars", "sotu_bpe_512"))
-PAD = int(GRAMMAR.encode("_")[0]) if GRAMMAR.pad is None else GRAMMAR.pad
+PAD = Grammar.load("grammar98").pad
 GAP = [UNKNOWN]
 
 
@@ -61,8 +69,20 @@ def test_a_blank_goes_with_the_word_behind_it_or_is_a_token_of_its_own():
     size = len(union) + 1 + len(is_strong)
     assert found[:size] == union + GAP + is_strong and set(found[size:]) == {UNKNOWN}
     assert row("the union ...", PIECES, 32, None) == row("the union...", PIECES, 32, None)
-    letters = row("a ___:2 b ...", CHARS, 12, None)
-    assert letters == [*CHARS.encode("a "), *GAP, *GAP, *CHARS.encode(" b "), *[UNKNOWN] * 4]
+    a, blank, b = CHARS.encode("a b").tolist()
+    assert row("a ___:2 b ___ ...", CHARS, 12, None) == [
+        a,
+        blank,
+        *2 * GAP,
+        blank,
+        b,
+        blank,
+        *GAP,
+        blank,
+        UNKNOWN,
+        UNKNOWN,
+    ]
+    assert row("a___ ___ b", CHARS, 12, None) == [a, *GAP, blank, *GAP, blank, b, *[UNKNOWN] * 5]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +94,7 @@ def test_a_blank_goes_with_the_word_behind_it_or_is_a_token_of_its_own():
         ),
         ("the cat ___:17", r"has 19 tokens, 17 of them to be written: a row of this run has 18"),
         ("___:1000000 cat", r"has 1000001 tokens, 1000000 of them to be written: a row"),
-        ("the zebra ___ .", r"'the zebra ___ \.'.*'the zebra '.* has words outside the vocabulary"),
+        ("the zebra ___ .", "has what the run's tokenizer does not know: 'zebra'; write other words"),
         ("the ___:0 cat .", "has a gap of no token: write `___:N` with N of at least 1"),
         ("the ... cat .", r"has `\.\.\.` before its end, .*: write `___:N` for N"),
         ("the cat eats .", r"leaves nothing to write: put `___` where a token is wanted, or `\.\.\.` at the end"),
@@ -89,9 +109,7 @@ def test_a_prompt_that_cannot_be_followed_is_named(prompt, message):
 
 
 def test_words_that_become_the_unknown_token_are_named():
-    with pytest.raises(
-        ValueError, match="what the run's tokenizer does not know, such as 'zeppelin': spell it otherwise"
-    ):
+    with pytest.raises(ValueError, match="what the run's tokenizer does not know: 'zeppelin'; write other words"):
         row("Tom saw a zeppelin ...", EVERYDAY, 9, EVERYDAY.pad)
     with pytest.raises(ValueError, match="there is no prompt: give at least one"):
         given_rows([], EVERYDAY, 9, None)
@@ -179,30 +197,24 @@ def test_what_is_wrong_is_said_before_parameters_are_read(runs, tmp_path, monkey
 # --- teachers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_without_prompts_cannot_teach_them(runs, tmp_path, data_dir):
-    from toy import run_config, train_only
+def test_a_teacher_without_prompts_cannot_teach_them(runs, data_dir):
+    changes = SMALL | {"model.input": "raw"}
+    layout, tokenizer = Layout(make_mesh(data=1)), shipped("grammar98")
 
-    changes = {
-        "model.blocks": 1,
-        "model.width": 16,
-        "model.heads": 2,
-        "model.cond": 16,
-        "model.learned_positions": True,
-    }
-    changes |= {"objective.prompts": 0.5, "model.input": "raw"}
-    student = run_config(data_dir, "flow_map", **changes, teacher=str(runs["flow"]))
-    with pytest.raises(ValueError, match="was trained without prompts, .* or set --config.objective.prompts=0"):
-        train_only(student, tmp_path / "student")
-    # One that was can, and it can teach a student that is not to learn them.
-    for share in (0.5, 0.0):
-        changes["objective.prompts"] = share
-        config = run_config(data_dir, "flow_map", **changes, teacher=str(runs["trained"]), steps=1)
-        train_only(config, tmp_path / str(share))
-    # A run without prompts can be taught them: it begins as what it is.
-    config = run_config(
-        data_dir, "flow", **(changes | {"objective.prompts": 0.5}), init_from=str(runs["flow"]), steps=1
-    )
-    train_only(config, tmp_path / "taught")
+    def experiment(family, share, **more):
+        config = run_config(data_dir, family, **changes, **{"objective.prompts": share}, **more)
+        return config, tokenizer, assembly.build(config, tokenizer.vocab_size, tokenizer.start), layout
+
+    with pytest.raises(ValueError, match=r"was trained without prompts, .* or set --config.objective.prompts=0"):
+        load_teacher(*experiment("flow_map", 0.5, teacher=str(runs["flow"])))
+    # One that was can; and it can teach a student that is not to learn them.
+    assert "mark" in load_teacher(*experiment("flow_map", 0.5, teacher=str(runs["trained"]))).flow
+    assert "mark" not in load_teacher(*experiment("flow_map", 0.0, teacher=str(runs["trained"]))).flow
+    # A run without prompts can be taught them: the mark begins at zero, and so as the same function of clean tokens.
+    _, _, made, _ = arguments = experiment("flow", 0.5, init_from=str(runs["flow"]))
+    origin = load_origin(*arguments)
+    begun = made.family.start(made.net, made.net.init(jax.random.key(0)), None, origin)
+    assert not begun["mark"].any() and {name for name in begun if name not in origin} == {"mark"}
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
@@ -211,11 +223,8 @@ def test_a_teacher_without_prompts_cannot_teach_them(runs, tmp_path, data_dir):
 @pytest.mark.parametrize(("name", "steps"), [("trained", 2), ("autoregressive", 18)])
 def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, runs, tmp_path, data_dir, monkeypatch):
     """What is drawn is put in place of by the held-out rows, but for every second one: half of what was asked is recovered."""
-    from flowlm.data import open_dataset
-    from flowlm.engine import sampling
-
-    held_out = open_dataset("grammar98", "grammar98", 19, data_dir).test.rows(0, 10**6)
-    seen = []
+    test = open_dataset("grammar98", "grammar98", 19, data_dir).test
+    held_out, seen = test.rows(0, len(test)), []
 
     def draw(self, params, key, num, begin, given):
         fits = [((held_out == gift) | (gift == UNKNOWN)).all(1) for gift in given]
@@ -231,7 +240,7 @@ def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, ru
     assert ended.status == 0, ended.err
     (given,) = seen
     known = given != UNKNOWN
-    assert known[:, 0].all() and not known.all(1).any() and len({tuple(row) for row in known.tolist()}) > 20
+    assert known[:, 0].all() and not known.all(1).any() and len({tuple(row) for row in known.tolist()}) > 15
     if name == "autoregressive":
         assert (known[:, 1:] <= known[:, :-1]).all()
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]

@@ -72,7 +72,7 @@ class Masked(Discrete):
         target = self.two_steps(net, aux.teacher.flow, noised, batch["r"], batch["noise"])
         live = self._see(net, params, noised, keys)
         divergence = self.apart(target, live)
-        masked = (noised == net.vocab) & prompts.rest(batch)
+        masked = prompts.asked(noised == net.vocab, batch)
         count = jnp.maximum(masked.sum(-1), 1)
         return {"sdtt": jnp.where(masked, divergence, 0.0).sum(-1) / count}, {}
 

@@ -73,17 +73,17 @@ def prompted(net: Network, batch: Batch) -> Network:
     return Shown(net, batch["given"]) if "given" in batch else net
 
 
-def rest(batch: Batch) -> jax.Array:
-    """bool [B, L]: the tokens that the rows of `batch` do not give."""
-    return batch["given"] == UNKNOWN if "given" in batch else jnp.ones(batch["ids"].shape, bool)
+def asked(tokens: jax.Array, batch: Batch) -> jax.Array:
+    """bool [B, L]: those of `tokens` that the rows of `batch` do not give."""
+    return tokens & (batch["given"] == UNKNOWN) if "given" in batch else tokens
 
 
 def mean(values: jax.Array, batch: Batch) -> jax.Array:
     """The mean [B] of values [B, L] over the tokens that a row of `batch` does not give."""
     if "given" not in batch:
         return values.mean(-1)
-    asked = rest(batch)
-    return jnp.where(asked, values, 0).sum(-1) / jnp.maximum(asked.sum(-1), 1)
+    rest = batch["given"] == UNKNOWN
+    return jnp.where(rest, values, 0).sum(-1) / jnp.maximum(rest.sum(-1), 1)
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------

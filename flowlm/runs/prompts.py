@@ -66,15 +66,20 @@ def _row(prompt: str, tokenizer: Tokenizer, room: int, pad: int | None) -> np.nd
 
 def _ids(text: str, is_open: bool, tokenizer: Tokenizer, shown: str) -> list[int]:
     """The ids of a prompt up to its end, with UNKNOWN in its gaps."""
-    *gapped, last = _pieces(text)
-    own_blank = _blank_is_a_token(tokenizer)
-    ids = []
-    for piece, count in gapped:
-        if count < 1:
+    pieces, blank, ids = _pieces(text), _blank(tokenizer), []
+    for number, (piece, count) in enumerate(pieces):
+        is_last = number == len(pieces) - 1
+        if count < 1 and not is_last:
             raise ValueError(f"the prompt {shown} has a gap of no token: write `___:N` with N of at least 1")
-        ids += [*_encoded(piece if own_blank else piece.rstrip(), tokenizer, shown), *[UNKNOWN] * count]
-    text = last[0]
-    return ids + _encoded(text.rstrip() if is_open and not own_blank else text, tokenizer, shown)
+        ends_in_gap = is_open or not is_last
+        if blank is None:
+            ids += _encoded(piece.rstrip() if ends_in_gap else piece, tokenizer, shown)
+        else:
+            before = number > 0 and piece[:1].isspace()
+            behind = ends_in_gap and piece[-1:].isspace() and piece.strip() != ""
+            ids += [blank] * before + _encoded(piece.strip(), tokenizer, shown) + [blank] * behind
+        ids += [UNKNOWN] * count
+    return ids
 
 
 def _pieces(text: str) -> list[tuple[str, int]]:
@@ -83,23 +88,30 @@ def _pieces(text: str) -> list[tuple[str, int]]:
     return [(piece, 1 if count is None else int(count)) for piece, count in zip(parts[::2], [*parts[1::2], "0"])]
 
 
-def _blank_is_a_token(tokenizer: Tokenizer) -> bool:
-    """Whether a blank is a token of its own, as where tokens are letters, or belongs to the word behind it."""
+def _blank(tokenizer: Tokenizer) -> int | None:
+    """The id of a blank that is a token of its own, as where tokens are letters; None where it goes with a word, or is no token."""
     try:
-        blank, word, both = (ids.tolist() for ids in tokenizer.encode_batch([" ", "a", " a"]))
-    except ValueError:  # tokens are words, and the blanks between them no tokens
-        return False
-    return bool(blank) and both == blank + word
+        word, words = (ids.tolist() for ids in tokenizer.encode_batch(["a", "a a"]))
+    except ValueError:  # there is no such word
+        return None
+    return words[len(word)] if len(words) == 2 * len(word) + 1 else None
 
 
 def _encoded(piece: str, tokenizer: Tokenizer, shown: str) -> list[int]:
     try:
         (ids,), (count,) = tokenizer.encode_counted([piece])
-    except ValueError as error:
-        raise ValueError(f"the prompt {shown}: {error}") from error
-    if count:
-        unknown = ", ".join(map(repr, tokenizer.unspelled(piece)))
-        raise ValueError(
-            f"the prompt {shown} has what the run's tokenizer does not know, such as {unknown}: spell it otherwise"
-        )
+        unknown = tokenizer.unspelled(piece) if count else []
+    except ValueError:
+        unknown = [word for word in piece.split() if not _is_known(word, tokenizer)]
+    if unknown:
+        parts = ", ".join(map(repr, unknown))
+        raise ValueError(f"the prompt {shown} has what the run's tokenizer does not know: {parts}; write other words")
     return ids.tolist()
+
+
+def _is_known(word: str, tokenizer: Tokenizer) -> bool:
+    try:
+        tokenizer.encode(word)
+    except ValueError:
+        return False
+    return True
