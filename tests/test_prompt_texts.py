@@ -138,8 +138,8 @@ def runs(tmp_path_factory):
     ("name", "steps", "prompt", "how"),
     [
         ("trained", 2, PROMPT, "trained"),
-        ("flow", 2, PROMPT, "replacement"),
-        ("masked", 2, PROMPT, "shown"),
+        pytest.param("flow", 2, PROMPT, "replacement", marks=pytest.mark.slow),
+        pytest.param("masked", 2, PROMPT, "shown", marks=pytest.mark.slow),
         ("autoregressive", 18, "the old ...", "prefix"),
     ],
 )
@@ -220,7 +220,9 @@ def test_a_teacher_without_prompts_cannot_teach_them(runs, data_dir):
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "steps"), [("trained", 2), ("autoregressive", 18)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [pytest.param("trained", 2, marks=pytest.mark.slow), ("autoregressive", 18)]
+)
 def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, runs, tmp_path, data_dir, monkeypatch):
     """What is drawn is put in place of by the held-out rows, but for every second one: half of what was asked is recovered."""
     test = open_dataset("grammar98", "grammar98", 19, data_dir).test
