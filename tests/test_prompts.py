@@ -375,21 +375,21 @@ def test_one_step_with_a_prompt_costs_what_one_without_does(family):
 
 @pytest.mark.slow
 def test_a_tiny_network_learns_the_conditional_laws():
-    """By the real step, and comes nearer to them in 64 steps than the exact unconditional denoiser does by replacement."""
-    steps, batch_size, width = 2000, 128, 32
+    """By the real step, and comes nearer to them than the exact unconditional denoiser does by replacement."""
+    steps, batch_size, width, num = 2500, 128, 32, 2000
+    sequences, weights = oracle.correlated_law(V, L, 12, 0)
+    first = int(np.bincount(sequences[:, 0]).argmax())
+    last = int(np.bincount(sequences[sequences[:, 0] == first, -1]).argmax())
+    gifts = np.array([[first, *[UNKNOWN] * 3], [first, UNKNOWN, UNKNOWN, last]])
+    laws = [conditional(given, sequences, weights) for given in gifts]
+    assert all(len(law) > 1 for _, law in laws)
     warp = TimeWarp("gaussian", "ambient", V, width)
     family = Flow(Gaussian(), warp, prompts=0.5)
     net = toy.network(V, L, width=width, input="both", time_scale=1000.0, learned_positions=True, prompts=True)
-    optimizer = make_optimizer(
-        make_schedule(3e-3, "cosine", 50, steps),
-        b1=0.9,
-        b2=0.99,
-        weight_decay=0.0,
-        decay_pattern="kernel$",
-        clip_norm=1.0,
-    )
+    schedule = make_schedule(3e-3, "cosine", 50, steps)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.99, weight_decay=0.0, decay_pattern="kernel$", clip_norm=1.0)
     step = make_step(net, family, optimizer, seed=0, ema_decay=0.99, accumulation=1, dropout=False)
-    table, logits = jnp.asarray(SEQUENCES), jnp.log(jnp.asarray(WEIGHTS))
+    table, logits = jnp.asarray(sequences), jnp.log(jnp.asarray(weights))
 
     @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def train(state):
@@ -398,9 +398,15 @@ def test_a_tiny_network_learns_the_conditional_laws():
 
         return jax.lax.fori_loop(0, steps, lambda number, state: step(state, batch(number))[0], state)
 
+    def distance(family, net, params):
+        given = jnp.asarray(np.repeat(gifts, num, 0))
+        draw = jax.jit(lambda params, key: prompts.sample(family, net, params, key, given, 32))
+        rows = np.asarray(draw(params, jax.random.key(0))).reshape(len(gifts), num, L)
+        return np.array([oracle.total_variation(ids, *law) for ids, law in zip(rows, laws)])
+
     params = train(jax.jit(lambda: init_state(net, family, optimizer, seed=0))()).ema
-    first = PROMPTS[:, 0] != UNKNOWN  # training gives a row's first token always
-    learnt = distances(written(family, net, params, 32))[first]
-    exact, theirs = exact_flow()
-    told = distances(written(Flow(Gaussian(), WARP), exact, theirs, 64))[first]
-    assert (learnt < 0.1).all() and learnt.mean() < 0.5 * told.mean()
+    learnt = distance(family, net, params)
+    exact, theirs = oracle.oracle(sequences, weights, np.asarray(params["embedding"]), warp)
+    told = distance(Flow(Gaussian(), warp), exact, theirs)
+    print("learnt", learnt, "told", told, [law for _, law in laws])
+    assert (learnt < 0.1).all() and learnt.mean() < 0.7 * told.mean()
