@@ -408,5 +408,4 @@ def test_a_tiny_network_learns_the_conditional_laws():
     learnt = distance(family, net, params)
     exact, theirs = oracle.oracle(sequences, weights, np.asarray(params["embedding"]), warp)
     told = distance(Flow(Gaussian(), warp), exact, theirs)
-    print("learnt", learnt, "told", told, [law for _, law in laws])
     assert (learnt < 0.1).all() and learnt.mean() < 0.7 * told.mean()
