@@ -32,7 +32,7 @@ def log_prob_head(hidden):
 def oracle(
     sequences: np.ndarray, weights: np.ndarray, embedding: np.ndarray, warp: TimeWarp, tilt=None
 ) -> tuple[FunctionNetwork, dict]:
-    """(net, params): net's logits are log D_t(z_t) + tilt [V], the optimum at tilt = 0."""
+    """(net, params): net's logits are log D_t(z_t) + tilt [V], the optimum at tilt = 0; also where tokens are given."""
     vocab, width = embedding.shape
     length = sequences.shape[1]
     exact = np.asarray(embedding, np.float64)
@@ -43,11 +43,14 @@ def oracle(
     tilt = jnp.zeros(vocab) if tilt is None else jnp.asarray(tilt)
 
     def apply(params, z, tau_s, tau_t=None, keys=None):
-        t = warp.t(tau_s)[:, None]
+        t = warp.t(tau_s)[:, None, None]
         scores = jnp.matmul(z, inverse, precision="highest")  # [B, L, V]
         x = jnp.take_along_axis(scores[:, None], sequences[None, :, :, None], -1)[..., 0]  # [B, K, L]
-        exponent = t * x.sum(-1) - t**2 / 2 * norms[sequences].sum(-1)
-        posterior = jax.nn.softmax(log_weights + exponent / (1 - t) ** 2)
+        terms = (t * x - t**2 / 2 * norms[sequences]) / (1 - t) ** 2
+        if "known" in params:  # as what is given is shown: the clean token, whatever the time is
+            near = jnp.argmin(jnp.sum((z[:, :, None] - params["embedding"]) ** 2, -1), -1)
+            terms = jnp.where(params["known"][:, None], jnp.where(sequences == near[:, None], 0, -1e9), terms)
+        posterior = jax.nn.softmax(log_weights + terms.sum(-1))
         one_hot = jax.nn.one_hot(sequences, vocab)
         return jnp.log(jnp.einsum("bk,klv->blv", posterior, one_hot) + 1e-30) + tilt
 

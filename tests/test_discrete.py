@@ -88,6 +88,8 @@ def exact(sequences, weights, kind):
         else:
             alpha = alpha[:, None, None]
             like = jnp.log(jnp.maximum(alpha * same + (1 - alpha) / V, 1e-30))
+        if "known" in params:
+            like = jnp.where(params["known"][:, None], jnp.where(same, 0.0, -1e4), like)
         # The optimum of the uniform loss is what the other tokens say; a mask says nothing of itself anyway.
         others = like.sum(-1, keepdims=True) - like
         posterior = jax.nn.softmax(jnp.log(jnp.asarray(weights))[:, None] + others, 1)

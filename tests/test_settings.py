@@ -54,6 +54,7 @@ LIMITS = {
     "objective.auxiliary_rate": POSITIVE,
     "objective.matched": UP_TO_ONE,
     "objective.tie": NOT_NEGATIVE,
+    "objective.prompts": SHARE,
     "objective.taus": (((0.02, 0.98), (0.5,)), ((0.0, 0.5), (0.5, 1.0), (-0.1, 0.5), ("a",))),
     **dict.fromkeys(
         ("model.vocab_size", "checkpoint.keep_every", "evaluation.every", "optimizer.warmup_steps"), FROM_ZERO
@@ -168,7 +169,7 @@ def test_the_defaults_that_an_error_tells_are_in_range():
             "objective.family",
             "residual",
             "the family residual does not go with this experiment's objective (boundary, eta, guidance, loss, noise_scale, "
-            "pairs, temperature): choose an experiment of that family",
+            "pairs, prompts, temperature): choose an experiment of that family",
         ),
     ],
 )

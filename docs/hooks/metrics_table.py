@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 
 from flowlm import judges
-from flowlm.evaluation.evaluator import MEANINGS
+from flowlm.evaluation.evaluator import MEANINGS, OF_PROMPTS
 from tables import markdown
 
 
@@ -17,7 +17,7 @@ def meanings() -> Iterator[tuple[str, str]]:
         for _, judge in inspect.getmembers(module, inspect.isclass):
             if judge.__module__ == module.__name__ and isinstance(getattr(judge, "meanings", None), Mapping):
                 yield from judge.meanings.items()
-    yield from MEANINGS.items()
+    yield from (MEANINGS | OF_PROMPTS).items()
 
 
 def table(of: str) -> str:

@@ -21,9 +21,10 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints"
 
 def _evaluate(values: FlagValues) -> None:
     objective, asked = changed_objective(values), step_counts(values, [])
-    if (objective or values.samples_only) and not values.results:
+    if (objective or values.samples_only or values.prompted) and not values.results:
         raise ValueError(
-            "--objective and --samples_only change what is evaluated: give --results=DIR, so that the run keeps its own results"
+            "--objective, --samples_only and --prompted change what is evaluated: give --results=DIR, so that the run keeps its "
+            "own results"
         )
     if values.follow and _is_shipped(values.checkpoint):
         raise ValueError(f"{values.checkpoint} is the repository's, which nobody trains: leave out --follow")
@@ -96,7 +97,15 @@ def _evaluator(values: FlagValues, run: "Trained", layout: "Layout", asked: list
     own = str(storage.path(values.checkpoint) / "tokenizer.json")
     dataset = open_dataset(data.name, own, data.length, data.dir, copy=data.copy)
     return Evaluator(
-        run.experiment, dataset, layout, run.config.seed, settings, data.dir, asked or None, values.samples_only
+        run.experiment,
+        dataset,
+        layout,
+        run.config.seed,
+        settings,
+        data.dir,
+        asked or None,
+        values.samples_only,
+        values.prompted,
     )
 
 
@@ -120,6 +129,7 @@ EVALUATE = Command(
         OBJECTIVE,
         switch("follow", "every checkpoint of a run in training, as it comes, into DIR/evaluations/STEP"),
         switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
+        switch("prompted", "the same of texts that go on from parts of held-out rows, instead"),
         output(
             "results",
             "where the results go, in place of the run's directory (never written: checkpoints/)",

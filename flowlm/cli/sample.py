@@ -15,6 +15,8 @@ def _sample(values: FlagValues) -> None:
     if values.json and values.delimiter is not None:
         raise ValueError("--json writes an object a line, so nothing stands between texts: leave out --delimiter")
 
+    prompt = _prompts(values)
+
     import flowlm
     from flowlm.runs.model import check_drawing
     from flowlm.system import storage
@@ -22,11 +24,13 @@ def _sample(values: FlagValues) -> None:
     out = None if values.out is None else storage.path(values.out)
     if out is not None:
         storage.check_writable_file(out)
-    check_drawing(values.checkpoint, counts, values.sampler, **objective)
+    check_drawing(values.checkpoint, counts, values.sampler, prompt, **objective)
     model = flowlm.load(values.checkpoint, **objective)
+    if prompt and model.follows_prompts == "replacement":
+        _tell("trained without prompts: followed by replacement, an approximation that one step knows nothing of")
     written = []
     for steps in counts:
-        drawn = model.draw(values.num, steps, values.seed, values.sampler)
+        drawn = model.draw(values.num, steps, values.seed, values.sampler, prompt)
         _tell(f"{drawn.sampler}, {_number(steps, 'step')}, seed {drawn.seed}")
         for line in _json_lines(drawn) if values.json else _lines(drawn.texts, values.delimiter):
             if out is None:
@@ -35,11 +39,26 @@ def _sample(values: FlagValues) -> None:
                 written.append(f"{line}\n")
         sys.stdout.flush()  # so that the texts come before what standard error says of them
         _tell(
-            f"{_number(values.num, 'text')} in {drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
+            f"{_number(len(drawn.texts), 'text')} in {drawn.seconds:.2f} s, after {drawn.compile_seconds:.1f} s of compiling"
         )
     if out is not None:
         out.write_text("".join(written), encoding="utf-8")
         _tell(f"in {out}")
+
+
+def _prompts(values: FlagValues) -> list[str] | None:
+    """What texts go on from, or None. Raises ValueError: both flags are given, or the file cannot be read."""
+    if values.prompt is not None and values.prompts is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    if values.prompts is None:
+        return None if values.prompt is None else [values.prompt]
+    from flowlm.data import json_lines
+    from flowlm.system import storage
+
+    place = storage.path(values.prompts)
+    if not place.is_file():
+        raise ValueError(f'there is no file {place}: --prompts takes one with {{"prompt": TEXT}} a line')
+    return [prompt for _, prompt in json_lines.texts(place, "prompt")]
 
 
 def _tell(words: str) -> None:
@@ -54,7 +73,8 @@ def _json_lines(drawn) -> Iterator[str]:
     """A JSON object for each text of a flowlm.runs.model.Samples."""
     for index, written in enumerate(drawn.texts):
         facts = {"sampler": drawn.sampler, "steps": drawn.steps, "seed": drawn.seed, "index": index}
-        yield json.dumps({"text": written} | facts)
+        prompt = {"prompt": drawn.prompts[index]} if drawn.prompts else {}
+        yield json.dumps({"text": written} | facts | prompt)
 
 
 def _lines(texts: list[str], delimiter: str | None) -> Iterator[str]:
@@ -77,10 +97,12 @@ SAMPLE = Command(
         CHECKPOINT,
         words("steps", "N,N,...", "network calls, or several numbers of them (default: 64)"),
         whole("num", "how many samples", 8, 1),
+        text("prompt", "TEXT", "what texts go on from: `___` is a token to write, `___:3` three, `...` the rest"),
+        text("prompts", "FILE", 'several: {"prompt": TEXT} a line, --num texts of each'),
         SAMPLER,
         SEED,
         OBJECTIVE,
-        switch("json", "a JSON object a line: text, sampler, steps, seed and index"),
+        switch("json", "a JSON object a line: text, sampler, steps, seed, index and prompt"),
         text("out", "FILE", "where the texts go, in place of standard output"),
         text("delimiter", "WORDS", "a line behind each text; `---` where a text has line breaks and none is given"),
     ],

@@ -58,6 +58,7 @@ def build(config: ConfigDict, vocab_size: int, start: int | None = None, trained
     warp = TimeWarp(config.prior, config.time_warp, vocab_size, config.model.width)
     net = Transformer(length=config.data.length, warp=warp, **model)
     family = make_family(warp=warp, teacher=bool(config.teacher), **config.objective.to_dict())
+    net = dataclasses.replace(net, prompts=family.prompts > 0)
     family.check(config.objective.family, model)
     settings = config.optimizer.to_dict()
     schedule = make_schedule(

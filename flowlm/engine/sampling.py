@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flowlm.engine.sharding import Layout
 from flowlm.models.network import Network, Params
-from flowlm.objectives import Family
+from flowlm.objectives import Family, prompts
 from flowlm.objectives.base import check_steps
 from flowlm.system.processes import check_stopped, gathered
 
@@ -43,6 +44,7 @@ class Sampler:
 
     Args:
       rows: samples of one call; rounded up to a multiple of the mesh's devices.
+      prompted: whether rows go on from prompts, which are then an argument of the program.
 
     Attributes:
       rows: what one call draws.
@@ -51,28 +53,35 @@ class Sampler:
       seconds: what 100 samples took in it, compilation apart.
     """
 
-    def __init__(self, net: Network, family: Family, layout: Layout, rows: int = ROWS):
+    def __init__(self, net: Network, family: Family, layout: Layout, rows: int = ROWS, prompted: bool = False):
         self.rows = -(-rows // layout.devices) * layout.devices
         self._net, self._family, self._layout = net, family, layout
+        self._given = (jax.ShapeDtypeStruct((self.rows, net.length), jnp.int32),) if prompted else ()
         self._prepare = jax.jit(net.prepared) if family.continuous else lambda params: params
         self._compiled: dict[int | None, Callable] = {}
 
     def _program(self, steps: int | None) -> Callable:
-        """jit of the program for `steps`, or for a number of them that comes as a third argument where that is None."""
+        """jit of the program for `steps`, or for a number of them that comes as the last argument where that is None.
 
-        def sample(params, key, *traced):
-            taken = traced[0] if steps is None else steps
-            return self._family.sample(self._net, params, key, self.rows, taken)
+        Its arguments are prepared params, a key, and, where rows go on from prompts, given [rows, L].
+        """
+
+        def sample(params, key, *more):
+            taken = more[-1] if steps is None else steps
+            if not self._given:
+                return self._family.sample(self._net, params, key, self.rows, taken)
+            given = jax.lax.with_sharding_constraint(more[0], self._layout.rows)
+            return prompts.sample(self._family, self._net, params, key, given, taken)
 
         return self._layout.jit(sample, out_shardings=self._layout.rows)
 
     def trace(self, params: Params, key: jax.Array, steps: int) -> jax.stages.Traced:
         """The program for this number of steps alone, of prepared parameters, which may be shapes."""
-        return self._program(steps).trace(params, key)
+        return self._program(steps).trace(params, key, *self._given)
 
     def check(self, params: Params, key: jax.Array, steps: int) -> None:
         """Raises ValueError where the family cannot sample so. Of the parameters only shapes are read, and nothing is compiled."""
-        jax.eval_shape(self._program(steps), jax.eval_shape(self._prepare, params), key)
+        jax.eval_shape(self._program(steps), jax.eval_shape(self._prepare, params), key, *self._given)
 
     def calls(self, num: int) -> int:
         """How many calls draw `num` samples."""
@@ -85,11 +94,13 @@ class Sampler:
         num: int,
         steps: int,
         begin: Callable[[str], None] = lambda what: None,
+        given: np.ndarray | None = None,
     ) -> np.ndarray:
         """ids int32 [num, L]; the first rows do not depend on num. Raises processes.Stopped between two calls.
 
         Args:
           begin: is told before each call what comes next.
+          given: ids [num, L] of prompts, with prompts.UNKNOWN where a token is to be written; for a sampler that is `prompted`.
         """
         begin("sampling")  # compiling is part of the first call
         asked = time.perf_counter()
@@ -97,15 +108,18 @@ class Sampler:
         check_steps(steps)  # of a traced number nothing is known
         which, traced = (None, (np.int32(steps),)) if self._family.any_steps else (steps, ())
         if which not in self._compiled:
-            self._compiled[which] = self._program(which).lower(params, key, *traced).compile()
+            self._compiled[which] = self._program(which).lower(params, key, *self._given, *traced).compile()
         draw, calls = self._compiled[which], self.calls(num)
+        if given is not None:
+            given = np.pad(given, ((0, calls * self.rows - num), (0, 0)), mode="edge").reshape(calls, self.rows, -1)
         start = time.perf_counter()
         parts = []
         for i in range(calls):
             check_stopped()
             if i:
                 begin("sampling")
-            parts.append(gathered(draw(params, jax.random.fold_in(key, i), *traced)))
+            told = () if given is None else (given[i],)
+            parts.append(gathered(draw(params, jax.random.fold_in(key, i), *told, *traced)))
         self.compile_seconds, self.draw_seconds = start - asked, time.perf_counter() - start
         self.seconds = 100 * self.draw_seconds / (calls * self.rows)
         return np.concatenate(parts)[:num]

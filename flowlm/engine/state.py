@@ -11,10 +11,11 @@ import optax
 from flowlm.engine.optimizers import update_ema
 from flowlm.engine.sharding import Layout
 from flowlm.models.network import Network, Params
-from flowlm.objectives.base import Auxiliary, Family, Teacher
+from flowlm.objectives import prompts
+from flowlm.objectives.base import Auxiliary, Batch, Family, Teacher
 
 # What a step draws randomness for. Every key is a function of (seed, step, purpose); none is stored.
-BATCH, DROPOUT, INIT, SAMPLE, EVALUATION = range(5)
+BATCH, DROPOUT, INIT, SAMPLE, EVALUATION, PROMPTS = range(6)
 
 
 class TrainState(NamedTuple):
@@ -56,6 +57,16 @@ def _project(gradient, other):
 
     against = jnp.minimum(dot(gradient, other), 0) / jnp.maximum(dot(other, other), 1e-30)
     return jax.tree.map(lambda g, o: g - against * o, gradient, other)
+
+
+def _batch(family: Family, seed: int, step: jax.Array, ids: jax.Array, dropout: bool) -> Batch:
+    """Rows ids [B, L] with all that a step draws for them."""
+    batch = {"ids": ids, **family.draw(purpose_key(seed, step, BATCH), ids.shape[0])}
+    if family.prompts > 0:
+        batch["given"] = prompts.drawn(purpose_key(seed, step, PROMPTS), ids, family.prompts)
+    if dropout:
+        batch["dropout"] = jax.random.split(purpose_key(seed, step, DROPOUT), ids.shape[0])
+    return batch
 
 
 def make_step(
@@ -123,9 +134,7 @@ def make_step(
     compute = alone if layout is None else layout.on_rows(accumulated, net, names)
 
     def step(state: TrainState, ids: jax.Array, teacher=None):
-        batch = {"ids": ids, **family.draw(purpose_key(seed, state.step, BATCH), ids.shape[0])}
-        if dropout:
-            batch["dropout"] = jax.random.split(purpose_key(seed, state.step, DROPOUT), ids.shape[0])
+        batch = _batch(family, seed, state.step, ids, dropout)
         if layout is not None:
             batch = jax.lax.with_sharding_constraint(batch, layout.rows)
         metrics, grads = compute(state.params, Auxiliary(teacher, state.ema, state.step), batch)

@@ -4,6 +4,7 @@ Metrics are one flat dict:
     held_out/cross_entropy@TAU, held_out/context_free@TAU   nats per token at a fixed grid of warped time, and their means
     held_out/bound_nats_per_token, held_out/bound_bits_per_token   the likelihood bound, over the tokens after the start token
     samples/SAMPLER@STEPS/METRIC                            the judges' metrics of samples
+    samples/SAMPLER-prompted@STEPS/METRIC                   of samples that go on from parts of held-out rows, if asked for
     samples/held_out/METRIC                                 the same judges on held-out rows: the line to reach
     samples/unigram/METRIC, samples/trigram/METRIC          on tokens without a model (data/naive.py): what no judge should like
     samples/bigram/METRIC, samples/4-gram/METRIC            beside the trigram's where rows are sentences
@@ -23,16 +24,19 @@ from flowlm.data.dataset import marginal_rows
 from flowlm.engine.build import Experiment
 from flowlm.engine.sampling import Sampler, in_parts, on_rows
 from flowlm.engine.sharding import Layout
-from flowlm.engine.state import EVALUATION, SAMPLE, purpose_key
+from flowlm.engine.state import EVALUATION, PROMPTS, SAMPLE, purpose_key
 from flowlm.evaluation import naive
 from flowlm.evaluation.judging import FITTED, Panel, counted_rows
 from flowlm.evaluation.results import Evaluation
+from flowlm.judges.base import mean_with_stderr
 from flowlm.objectives import Family
+from flowlm.objectives.prompts import UNKNOWN, drawn
 from flowlm.runs.metrics import held_out_key, parse_row, row_name, sample_key
 from flowlm.system import progress
 from flowlm.system.processes import check_stopped, gathered
 
 MEANINGS = {"seconds_per_100": "what drawing 100 samples took, without compiling"}
+OF_PROMPTS = {"recovered": "share of the tokens not given that are the held-out row's own"}
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
@@ -58,6 +62,8 @@ class Evaluator:
       data_dir: `data.dir`.
       only_steps: numbers of sampling steps, whenever it is called, instead of `settings.steps`.
       samples_only: judge the sampler as it is set, and nothing else: no plain sampler, no likelihood, no rows of reference.
+      prompted: the same of texts that go on from parts of held-out rows, drawn as for training with prompts; their sampler's
+        name ends in "-prompted", and `recovered` is among their metrics.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as `Panel`, of which nothing is left to the first call.
@@ -73,22 +79,33 @@ class Evaluator:
         data_dir: str,
         only_steps: Sequence[int] | None = None,
         samples_only: bool = False,
+        prompted: bool = False,
     ):
         net, family = experiment.net, experiment.family
-        self._net, self._dataset, self._seed, self._samples_only = net, dataset, seed, samples_only
+        self._net, self._dataset, self._seed = net, dataset, seed
+        self._samples_only, self._prompted = samples_only or prompted, prompted
         self._settings = settings
         self._steps = {final: only_steps or sampling_steps(settings, family, final) for final in (False, True)}
         chosen = family.samplers()
-        if samples_only:
+        if self._samples_only:
             chosen = dict([*chosen.items()][-1:])
-        self._samplers = {name: Sampler(net, variant, layout) for name, variant in chosen.items()}
+        self._samplers = {
+            name + "-prompted" * prompted: Sampler(net, variant, layout, prompted=prompted)
+            for name, variant in chosen.items()
+        }
         key = jax.random.key(0)
         for sampler in self._samplers.values():
             for n in self._steps[True]:
                 sampler.check(jax.eval_shape(net.init, key), key, n)
         self._panel = Panel(dataset, settings.language_models, data_dir, layout)
-        self._told = self._panel.notes, self._panel.main, self._panel.meanings | MEANINGS
-        if samples_only:
+        more = OF_PROMPTS if prompted else {}
+        self._told = (
+            self._panel.notes,
+            (*self._panel.main[:1], *more, *self._panel.main[1:]),
+            self._panel.meanings | MEANINGS | more,
+        )
+        self._prefixes = family.conditions == "prefix"
+        if self._samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
         followed = followed_steps(self._steps[False])
@@ -157,7 +174,8 @@ class Evaluator:
         self, params, step: int, num: int, steps: Sequence[int], begin: Callable[[str], None]
     ) -> tuple[dict[str, list[str]], dict[str, float]]:
         """({sampler@steps: texts}, metrics of them): all are drawn first, so that processes can divide the judging of all."""
-        key, drawn, seconds = purpose_key(self._seed, step, SAMPLE), {}, {}
+        key, written, seconds = purpose_key(self._seed, step, SAMPLE), {}, {}
+        rows, given = self._given(num) if self._prompted else (None, None)
 
         def about(taken: int) -> str:
             return f"{num:,} rows at {taken} step{'' if taken == 1 else 's'}"
@@ -165,14 +183,17 @@ class Evaluator:
         for taken in steps:
             for name, sampler in self._samplers.items():
                 row = row_name(name, taken)
-                drawn[row] = sampler(
-                    params, key, num, taken, lambda what, taken=taken: begin(f"{about(taken)}: {what}")
+                written[row] = sampler(
+                    params, key, num, taken, lambda what, taken=taken: begin(f"{about(taken)}: {what}"), given
                 )
                 seconds[row] = sampler.seconds
-        texts, scores = self._panel.judge(drawn, lambda row, what: begin(f"{about(parse_row(row)[1])}: {what}"))
+        texts, scores = self._panel.judge(written, lambda row, what: begin(f"{about(parse_row(row)[1])}: {what}"))
         metrics = {}
         for row, found in scores.items():
             found = found | {"seconds_per_100": seconds[row]}
+            if self._prompted:
+                asked = given == UNKNOWN
+                found |= mean_with_stderr("recovered", ((written[row] == rows) & asked).sum(1), asked.sum(1))
             metrics |= {sample_key(*parse_row(row), k): v for k, v in found.items()}
         return texts, metrics
 
@@ -188,6 +209,15 @@ class Evaluator:
 
         texts, scores = self._panel.judge(sets, judging)
         return texts, {sample_key(name, None, k): v for name, found in scores.items() for k, v in found.items()}
+
+    def _given(self, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """(held-out rows of ids [num, L], what a prompt gives of each); to autoregression as many tokens, as a prefix."""
+        rows = np.resize(self._reference_rows(num), (num, self._net.length))
+        given = np.asarray(drawn(purpose_key(self._seed, 0, PROMPTS), jnp.asarray(rows), 1.0))
+        if self._prefixes:
+            count = (given != UNKNOWN).sum(1, keepdims=True)
+            given = np.where(np.arange(self._net.length) < count, rows, UNKNOWN).astype(np.int32)
+        return rows, given
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key = purpose_key(self._seed, step, SAMPLE)

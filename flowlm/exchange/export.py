@@ -135,7 +135,8 @@ def _safetensors(run: Trained, params, dtype: str) -> dict[str, bytes]:
         for name, a in reference.to_reference(params).items()
     }
     model = run.config.model
-    more = ", ".join(f"`{key}: {model[key]}`" for key, bare in reference.BARE.items() if model[key] != bare)
+    more = [f"`{key}: {model[key]}`" for key, bare in reference.BARE.items() if model[key] != bare]
+    more = ", ".join(more + ["a mark of given tokens"] * ("mark" in params))
     facts = _facts(run, params, dtype) | {"count": sum(a.size for a in arrays.values()), "data": run.config.data.name}
     steps = run.config.data.length - 1 if model.causal else 1 if model.time_embeddings == 2 else 64
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)

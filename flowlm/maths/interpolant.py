@@ -40,14 +40,19 @@ def ancestral_step(
     return t_next * mean + (1 - t_next) * noise
 
 
+def over_states(t: jax.Array) -> jax.Array:
+    """t [B], or [B, L] of every position, in a shape that broadcasts against states [B, L, D]."""
+    return t[:, None, None] if t.ndim == 1 else t[..., None]
+
+
 # What a token's own position says of it. In white coordinates w = z @ whiten and codes e_v the noise is N(0, I), so
 #     log p(z_l | y_l = v) = t w.e_v / (1 - t)^2 - t^2 |e_v|^2 / (2 (1 - t)^2) + const
 # is one product of features [.., R + 1] with a matrix [R + 1, V] (gaussian prior).
 
 
 def own_position_features(geo: Geometry, z: jax.Array, t: jax.Array) -> jax.Array:
-    """[B, L, R + 1] features of the state z [B, L, D] at times t [B]; gradients flow through z alone."""
-    t = t[:, None, None]
+    """[B, L, R + 1] features of the state z [B, L, D] at times t [B] or [B, L]; gradients flow through z alone."""
+    t = over_states(t)
     noise = jnp.maximum(1 - t, MIN_NOISE)
     white = jnp.matmul(z.astype(jnp.float32), geo.whiten, precision=HIGHEST)
     return jnp.concatenate([white * (t / noise**2), jnp.broadcast_to(t**2 / (2 * noise**2), (*z.shape[:-1], 1))], -1)

@@ -34,7 +34,7 @@ from jax.lax import stop_gradient
 from jax.tree_util import Partial
 
 from flowlm.maths import vocab
-from flowlm.maths.interpolant import MIN_NOISE, own_position_features, own_position_matrix
+from flowlm.maths.interpolant import MIN_NOISE, over_states, own_position_features, own_position_matrix
 from flowlm.maths.prior import HIGHEST, Geometry, geometry
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.maths.vocab import Head
@@ -112,7 +112,7 @@ class Network:
         blocks has k - 1 behind each of the teacher's that add nothing yet. Raises ValueError where shapes or names differ.
         """
         mine, theirs = flatten_dict(params, sep="/"), flatten_dict(teacher, sep="/")
-        theirs = {k: v for k, v in theirs.items() if not k.startswith("loss_weight/")}
+        theirs = {k: v for k, v in theirs.items() if not k.startswith("loss_weight/") and (k != "mark" or k in mine)}
         theirs = {k: _grown(k, v, mine[k].shape[0]) if k in mine else v for k, v in theirs.items()}
         for name, value in theirs.items():
             if name not in mine or mine[name].shape != value.shape:
@@ -160,6 +160,7 @@ class Transformer(Network):
     Attributes:
       length: L, ids in a row.
       warp: warped time.
+      prompts: whether it has the learnt vector that marks given tokens (objectives/prompts.py).
       whole: what a block calls to all-gather its stored parameters (sharding.py), or None where they are stored whole.
       vocab_size: V.
       width: D.
@@ -207,6 +208,7 @@ class Transformer(Network):
         "float32", "of products only; parameters, norms and losses stay float32", choices=("float32", "bfloat16")
     )
     loss_weight: bool = setting(False, "learn exp(-w) loss + w with w a function of the times")
+    prompts: bool = False
     whole: Callable | None = None
 
     def __post_init__(self):
@@ -254,6 +256,8 @@ class Transformer(Network):
         params = self._module.clone(attention="xla").init(key, z, extra, tau, tau)["params"]
         if self.input == "white":
             params["log_prior"] = jnp.zeros((self.vocab_size,))
+        if self.prompts:
+            params["mark"] = jnp.zeros((self.width,))
         if self.loss_weight:
             params["loss_weight"] = LossWeight().init(key, tau, tau)["params"]
         return params
@@ -278,7 +282,9 @@ class Transformer(Network):
 
     def _apply(self, module: DiT, params, z, tau_s, tau_t, keys) -> jax.Array:
         embedding = params["embedding"]
-        t, extra, features = self.warp.t(tau_s), (), None
+        t, extra, features, known = self.warp.t(tau_s), (), None, params.get("known")
+        if known is not None:  # bool [B, L]: the state is clean there, as at t = 1
+            t = jnp.where(known, 1.0, t[:, None])
         if self._knows_noise:
             geo = self.geometry(params)
             features = own_position_features(geo, z, t)
@@ -296,6 +302,8 @@ class Transformer(Network):
         if self.preview:
             ahead = own_position_features(geo, z, jnp.maximum(t, self.warp.t(self.preview_time)))
             extra += (vocab.softmax_embed(posterior, ahead, embedding),)
+        if known is not None and self.prompts:
+            x = x + jnp.where(known[..., None], params["mark"], 0)
         hidden = module.apply({"params": params}, x, extra, tau_s, tau_s if tau_t is None else tau_t, keys)
         if self.output == "early_skip":
             features = features * jnp.maximum(0.0, 1 - (tau_s / self.early_until) ** 2)[:, None, None]
@@ -304,12 +312,12 @@ class Transformer(Network):
     def _scaled(self, embedding, z, t):
         """z at about unit size. The size of the embedding takes no gradient, since it is only a unit."""
         energy = jnp.sum(stop_gradient(embedding) ** 2) / self.width  # tr(G) / D
-        t = t[:, None, None]
+        t = over_states(t)
         noise = jnp.maximum(1 - t, MIN_NOISE)
         return z / jnp.sqrt(t**2 * energy / self.vocab_size + noise**2 * energy)
 
     def _white(self, geo: Geometry, z, t):
-        t = t[:, None, None]
+        t = over_states(t)
         noise = jnp.maximum(1 - t, MIN_NOISE)
         return jnp.matmul(z, geo.whiten, precision=HIGHEST) / jnp.sqrt(t**2 / self.vocab_size + noise**2)
 

@@ -1,7 +1,7 @@
 """The autoregressive model: it writes one token with each network call, and its likelihood is exact.
 
 loss    -log p(token | tokens before it)
-sample  begins at the start token; one call for each token, with a cache of keys and values
+sample  begins at the start token; one call for each token, with a cache of keys and values; a prefix that is given is read as it is
 
 The network is causal, reads no time, and predicts at every position the next token.
 """
@@ -36,6 +36,7 @@ class Autoregressive(Family):
 
     distils: ClassVar[bool] = False
     needs: ClassVar[dict] = dict(input="raw", causal=True, time_embeddings=0)
+    conditions: ClassVar[str] = "prefix"
 
     start_token: int = setting(
         0, "the tokenizer's start token: a check, as model.vocab_size is", "[0, inf)", key="start"

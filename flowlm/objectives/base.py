@@ -68,6 +68,9 @@ class Family(abc.ABC):
       taught_by: the family of its teachers, if these keep a network of their own; None if they have the student's.
       continues: whether the student starts at the run `config.teacher` and follows that run's own teacher.
       any_steps: whether samplers take any number of steps, which may then be traced, so that one program serves all numbers.
+      prompts: share of the rows of training that show a part of their text (prompts.py); 0 where a family cannot be trained so.
+      conditions: what a prompt is to a network that was not trained with prompts: `shown` where it sees clean tokens among noised
+        ones anyway, `prefix` in autoregression; otherwise `replacement`, an approximation.
       updates: how each of several networks that are trained together is updated, by their names; {} for a single network.
     """
 
@@ -81,6 +84,8 @@ class Family(abc.ABC):
     taught_by: ClassVar["type[Family] | None"] = None
     continues: ClassVar[bool] = False
     any_steps: ClassVar[bool] = False
+    prompts: float = 0.0
+    conditions: ClassVar[str] = "replacement"
 
     @property
     def updates(self) -> Mapping[str, Update]:

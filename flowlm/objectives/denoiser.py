@@ -23,6 +23,7 @@ from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
 from flowlm.objectives.base import Batch, Family, check_steps
 from flowlm.objectives.guidance import Predictor
+from flowlm.objectives.prompts import Prompted
 from flowlm.system.settings import setting
 
 # Embedded warped time of t_max, at which the bound's integral ends and its decoder term is taken.
@@ -127,7 +128,7 @@ class Denoiser(NoisePath):
 
 
 @dataclasses.dataclass(frozen=True)
-class PathSampler(Denoiser):
+class PathSampler(Denoiser, Prompted):
     """A denoiser that writes text: `steps` network calls move noise along the path, on a uniform grid of tau.
 
     Attributes:

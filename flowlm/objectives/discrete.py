@@ -17,14 +17,15 @@ import jax.numpy as jnp
 
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
-from flowlm.objectives.base import Batch, Family
+from flowlm.objectives.base import Batch
+from flowlm.objectives.prompts import Prompted
 from flowlm.system.settings import setting
 
 EPS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Discrete(Family):
+class Discrete(Prompted):
     """A discrete diffusion, or its student.
 
     Attributes:

@@ -15,6 +15,7 @@ from flowlm.maths import vocab
 from flowlm.maths.interpolant import MIN_NOISE, ancestral_step
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
@@ -73,9 +74,10 @@ class Flow(PathSampler):
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({loss_kind: [B]}, {}); the cross-entropy is in nats per token."""
         del aux
+        net = prompts.prompted(net, batch)
         t = self.warp.t(batch["tau"])
         hidden = net.apply(params, self.noised(net.embedding(params), batch, t), batch["tau"], keys=keys)
-        per_row = LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"]).mean(-1)
+        per_row = prompts.mean(LOSSES[self.loss_kind](net.head(params), hidden, batch["ids"]), batch)
         if self.loss_kind == "velocity":
             per_row = per_row / jnp.maximum(1 - t, MIN_NOISE) ** 2
         loss = net.weighted(params, per_row, batch["tau"], batch["tau"])

@@ -25,6 +25,7 @@ same states. With `train_embedding` each sees the same x_t through its own embed
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from flowlm.maths import vocab
 from flowlm.maths.identities import Match, transport
 from flowlm.maths.time_sampling import PAIRS, pairs, stratified
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses
 from flowlm.objectives.denoiser import PathSampler
 from flowlm.objectives.guidance import Predictor
@@ -188,38 +190,43 @@ class FlowMap(PathSampler):
         if joint:
             embedding = jnp.concatenate([embedding, stop_gradient(net.embedding(aux.teacher.flow))], 1)
 
-        def delta(params, side) -> Delta:
-            return Delta(lambda z, *args: net.apply(params, z[..., side], *args), net.head(params))
-
-        mine = slice(0, width)
-        model = delta(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
-
-        def frozen(params):
-            return delta(params, slice(-width, None))
-
-        flow = frozen(aux.teacher.flow).tempered(self.teacher_temperature) if self.teacher else model
-        residual = frozen(aux.teacher.residual) if self.target == "residual" else None
-        nets = Networks(delta(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
-
         on, off = self._split.apart(batch)
         on_keys, off_keys = self._split.apart(keys)
-        losses = {}
+        losses, networks = {}, partial(self._networks, net, params, aux, embedding, width)
         if self.diagonal > 0:
+            nets = networks(on)
             z = self.noised(embedding, on, self.warp.t(on["tau_s"]), joint)
             live = nets.live.see(z, on["tau_s"], on["tau_s"], on_keys)
             if self.teacher:
                 match = vocab.over_logits(flow_map.diagonal, (live, nets.flow.see(z, on["tau_s"], on["tau_s"])))
-                loss = self._adapted(match, 1e-2)
+                loss = self._adapted(match, on, 1e-2)
             else:
-                loss = vocab.cross_entropy(*live, on["ids"]).mean(-1)
+                loss = prompts.mean(vocab.cross_entropy(*live, on["ids"]), on)
             losses["diagonal"] = net.weighted(params, loss, on["tau_s"], on["tau_s"])
         z = self.noised(embedding, off, self.warp.t(off["tau_s"]), joint)
-        match = TARGETS[self.target].match(self, nets, z, off, off_keys)
-        losses[self.target] = net.weighted(params, self._adapted(match, 1e-6), off["tau_s"], off["tau_t"])
-        return losses, {"distance": match.distance.mean(-1), "clamped": match.clamped.mean(-1)}
+        match = TARGETS[self.target].match(self, networks(off), z, off, off_keys)
+        losses[self.target] = net.weighted(params, self._adapted(match, off, 1e-6), off["tau_s"], off["tau_t"])
+        return losses, {"distance": prompts.mean(match.distance, off), "clamped": prompts.mean(match.clamped, off)}
 
-    def _adapted(self, match: Match, floor: float) -> jax.Array:
-        return match.loss.mean(-1) * (match.distance.mean(-1) + floor) ** -self.adaptive
+    def _networks(self, net, params, aux, embedding, width, rows) -> Networks:
+        """What targets are computed from; every one of the networks sees what the rows give."""
+        net = prompts.prompted(net, rows)
+
+        def delta(params, side) -> Delta:
+            return Delta(lambda z, *args: net.apply(params, z[..., side], *args), net.head(params))
+
+        def frozen(params):
+            return delta(params, slice(-width, None))
+
+        mine = slice(0, width)
+        model = delta(stop_gradient(params) if self.targets_from == "student" else aux.ema, mine)
+        flow = frozen(aux.teacher.flow).tempered(self.teacher_temperature) if self.teacher else model
+        residual = frozen(aux.teacher.residual) if self.target == "residual" else None
+        return Networks(delta(params, mine), model, flow, residual, stop_gradient(embedding), self.warp)
+
+    def _adapted(self, match: Match, rows: Batch, floor: float) -> jax.Array:
+        distance = prompts.mean(match.distance, rows)
+        return prompts.mean(match.loss, rows) * (distance + floor) ** -self.adaptive
 
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
         """A jump to a time beyond tau_next, where only the share of old noise that is kept remains; then gamma of fresh noise."""

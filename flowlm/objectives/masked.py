@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
 from flowlm.objectives.discrete import Discrete, rows
 
@@ -47,6 +48,7 @@ class Masked(Discrete):
 
     needs: ClassVar[dict] = dict(input="raw", causal=False, time_embeddings=0, mask_token=True)
     may: ClassVar[dict] = dict(time_embeddings=1)  # because the reference code's networks read a time, always 0
+    conditions: ClassVar[str] = "shown"
 
     def _see(self, net, params, ids, keys=None):
         """(head, hidden) of the network at ids [B, L], tokens and masks."""
@@ -63,13 +65,14 @@ class Masked(Discrete):
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diffusion or sdtt: [B]}, {}), nats per token."""
+        net = prompts.prompted(net, batch)
         if not self.teacher:
-            return {"diffusion": self._diffusion(net, params, batch, keys).mean(-1)}, {}
+            return {"diffusion": prompts.mean(self._diffusion(net, params, batch, keys), batch)}, {}
         noised = self.noised(net, batch)
         target = self.two_steps(net, aux.teacher.flow, noised, batch["r"], batch["noise"])
         live = self._see(net, params, noised, keys)
         divergence = self.apart(target, live)
-        masked = noised == net.vocab
+        masked = prompts.asked(noised == net.vocab, batch)
         count = jnp.maximum(masked.sum(-1), 1)
         return {"sdtt": jnp.where(masked, divergence, 0.0).sum(-1) / count}, {}
 

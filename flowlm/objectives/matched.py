@@ -40,6 +40,7 @@ from flowlm.maths.interpolant import interpolate
 from flowlm.maths.prior import HIGHEST, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher, Update
 from flowlm.objectives.flow_map import FlowMap
 from flowlm.objectives.rows import Split, split_of
@@ -224,6 +225,7 @@ class Matched(FlowMap):
         return self._matching(net, params, aux, on, on_keys) | losses, metrics
 
     def _matching(self, net, params, aux, rows, keys):
+        net = prompts.prompted(net, rows)
         embedding = stop_gradient(net.embedding(params["student"]))
         student, auxiliary, flow = (
             net.with_embedding(tree, embedding) for tree in (params["student"], params["auxiliary"], aux.teacher.flow)
@@ -255,8 +257,8 @@ class Matched(FlowMap):
                 return FORMS[self.form](*args, codes)
 
             readouts = write(student), stop_gradient(follows), stop_gradient(wanted.see(z_t, tau))
-            return vocab.over_logits(form, readouts, (WEIGHTS[self.weight](t),)).mean(-1)
+            return prompts.mean(vocab.over_logits(form, readouts, (WEIGHTS[self.weight](t),)), rows)
 
         moves = aux.step % self.auxiliary_updates == self.auxiliary_updates - 1
         matching = jax.lax.cond(moves, match, lambda: jnp.zeros_like(tau))
-        return {"matching": matching, "auxiliary": following.mean(-1)}
+        return {"matching": matching, "auxiliary": prompts.mean(following, rows)}

@@ -22,6 +22,7 @@ from jax.lax import stop_gradient
 from flowlm.maths import identities, vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses, Teacher, Update
 from flowlm.objectives.discrete import EPS, Discrete
 from flowlm.objectives.masked import Masked
@@ -78,6 +79,7 @@ class MatchedDiscrete(Discrete):
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({matching: [B], auxiliary: [B]}, {}). In steps in which the student does not move, `matching` is 0."""
+        net = prompts.prompted(net, batch)
         student, auxiliary, r, r_next = params["student"], params["auxiliary"], batch["r"], batch["r_next"]
         first, second, third = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(batch["noise"]), 1, 0)
         y = self._hide(net, batch["ids"], r, first)
@@ -85,11 +87,11 @@ class MatchedDiscrete(Discrete):
         y_next = self._hide(net, ids, r_next, third)
         follows = self._shown(net, auxiliary, y_next, r_next)
         wanted = stop_gradient(self._shown(net, aux.teacher.flow, y_next, r_next))
-        following = self._nats(net, follows, ids, y_next, r_next).mean(-1)
+        following = prompts.mean(self._nats(net, follows, ids, y_next, r_next), batch)
         if self.tie > 0:
             unknown = self._unknown(net, y_next)
             tied = vocab.over_logits(identities.diagonal, (follows, wanted)).loss
-            following += self.tie * jnp.where(unknown, tied, 0.0).mean(-1)
+            following += self.tie * prompts.mean(jnp.where(unknown, tied, 0.0), batch)
 
         def form(logits, phi, teacher, y, r, weight):
             return log(self._prediction(logits, y, r), phi, teacher, weight)
@@ -97,7 +99,8 @@ class MatchedDiscrete(Discrete):
         def match():
             live = self._shown(net, student, y, r, keys)
             arrays = y, r, self._weight(net, y, y_next, r_next)
-            return vocab.over_logits(form, (live, stop_gradient(follows), wanted), arrays).mean(-1)
+            matched = vocab.over_logits(form, (live, stop_gradient(follows), wanted), arrays)
+            return prompts.mean(matched, batch)
 
         moves = aux.step % self.auxiliary_updates == self.auxiliary_updates - 1
         matching = jax.lax.cond(moves, match, lambda: jnp.zeros_like(r))

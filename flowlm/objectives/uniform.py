@@ -26,6 +26,7 @@ from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
+from flowlm.objectives import prompts
 from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
 from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.system.settings import setting
@@ -111,9 +112,10 @@ class Uniform(Discrete):
 
     def loss(self, net: Network, params: Params, aux: Auxiliary, batch: Batch, keys: jax.Array | None) -> Losses:
         """({diffusion or dcd: [B]}, {}), nats per token."""
+        net = prompts.prompted(net, batch)
         ids, r, noise = batch["ids"], batch["r"], batch["noise"]
         if self.teacher:
-            return {"dcd": self._consistency(net, params, aux.teacher.flow, batch, keys).mean(-1)}, {}
+            return {"dcd": prompts.mean(self._consistency(net, params, aux.teacher.flow, batch, keys), batch)}, {}
         embedding, slope = net.embedding(params), jnp.full(r.shape, EPS - 1)
 
         def hard():
@@ -129,7 +131,7 @@ class Uniform(Discrete):
             return y, z, alpha, slope
 
         shown = hard() if self.curriculum_steps == 0 else jax.lax.cond(aux.step < self.curriculum_steps, soft, hard)
-        return {"diffusion": self._diffusion(net, params, batch, *shown, keys).mean(-1)}, {}
+        return {"diffusion": prompts.mean(self._diffusion(net, params, batch, *shown, keys), batch)}, {}
 
     def _consistency(self, net, params, teacher, batch, keys):
         alpha, alpha_next = alpha_of(batch["r"]), alpha_of(jnp.maximum(batch["r"] - self.jump, 0))

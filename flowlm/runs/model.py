@@ -16,6 +16,9 @@ from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine import sampling
 from flowlm.engine.sampling import ROWS, named_sampler, on_rows
 from flowlm.engine.sharding import Layout, make_mesh
+from flowlm.objectives import Family
+from flowlm.objectives.prompts import check
+from flowlm.runs.prompts import given_rows
 from flowlm.runs.trained import Trained, load_settings, load_trained
 
 _SHOWN = 5  # texts that an error names
@@ -27,6 +30,7 @@ class Samples(NamedTuple):
     Attributes:
       texts: num of them.
       ids: the same as int32 [num, L], each row with its start token.
+      prompts: of each text the prompt that it goes on from; [] without one.
       sampler: the name of the sampler that drew them.
       steps: how many it took.
       seed: of the noise.
@@ -36,6 +40,7 @@ class Samples(NamedTuple):
 
     texts: list[str]
     ids: np.ndarray
+    prompts: list[str]
     sampler: str
     steps: int
     seed: int
@@ -78,7 +83,23 @@ class Model:
         """Names of its samplers; the last is set as the run says, and taken where none is named."""
         return tuple(self.run.experiment.family.samplers())
 
-    def sample(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> list[str]:
+    @property
+    def follows_prompts(self) -> str:
+        """How it follows a prompt (docs/concepts/prompts.md).
+
+        `trained` with prompts, and without them `shown` or `prefix`, which are exact, or `replacement`, an approximation.
+        """
+        family = self.run.experiment.family
+        return "trained" if family.prompts > 0 else family.conditions
+
+    def sample(
+        self,
+        num: int = 8,
+        steps: int = 1,
+        seed: int = 0,
+        sampler: str | None = None,
+        prompt: str | Sequence[str] | None = None,
+    ) -> list[str]:
         """Writes `num` texts by `steps` network calls each.
 
         The same seed writes the same texts on the same devices, and the first of them whatever `num` is, as long as no two tokens
@@ -87,17 +108,34 @@ class Model:
         Args:
           seed: from 0 to 2^32 - 1.
           sampler: one of `samplers`; the last of them by default.
+          prompt: a text with gaps, as runs/prompts.py reads it, such as "the old ___ feeds ...", or several: `num` texts of each.
+            What it gives is in every text; `follows_prompts` says how well the rest goes with it.
 
         Raises:
-          ValueError: there is no such sampler, the family does not sample in so many steps, or a number is out of its range.
+          ValueError: there is no such sampler, the family does not sample in so many steps, a number is out of its range, or a
+            prompt does not fit a row.
         """
-        return self.draw(num, steps, seed, sampler).texts
+        return self.draw(num, steps, seed, sampler, prompt).texts
 
-    def sample_ids(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> np.ndarray:
+    def sample_ids(
+        self,
+        num: int = 8,
+        steps: int = 1,
+        seed: int = 0,
+        sampler: str | None = None,
+        prompt: str | Sequence[str] | None = None,
+    ) -> np.ndarray:
         """`sample` as token ids int32 [num, L], each row with its start token."""
-        return self.draw(num, steps, seed, sampler).ids
+        return self.draw(num, steps, seed, sampler, prompt).ids
 
-    def draw(self, num: int = 8, steps: int = 1, seed: int = 0, sampler: str | None = None) -> Samples:
+    def draw(
+        self,
+        num: int = 8,
+        steps: int = 1,
+        seed: int = 0,
+        sampler: str | None = None,
+        prompt: str | Sequence[str] | None = None,
+    ) -> Samples:
         """`sample`, with the ids, the sampler's name and the time.
 
         As many rows are computed as are asked for, rounded up to a multiple of the devices; above sampling.ROWS in calls of that
@@ -106,13 +144,19 @@ class Model:
         num, steps = _whole("num", num, 1), _whole("steps", steps, 1)
         seed = _whole("seed", seed, 0, 2**32 - 1)
         name, family = named_sampler(self.run.experiment.family, sampler)
-        kind = name, min(num, ROWS)
+        prompts = [prompt] if isinstance(prompt, str) else [] if prompt is None else list(prompt)
+        given = None
+        if prompt is not None:
+            given = np.repeat(_given(prompts, self.run.config, self.tokenizer, family), num, 0)
+            prompts, num = [each for each in prompts for _ in range(num)], len(given)
+        kind = name, min(num, ROWS), given is not None
         if kind not in self._drawing:
-            self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, self.layout, min(num, ROWS))
+            net, rows = self.run.experiment.net, min(num, ROWS)
+            self._drawing[kind] = sampling.Sampler(net, family, self.layout, rows, given is not None)
         draw = self._drawing[kind]
-        ids = draw(self.run.params, jax.random.key(seed), num, steps)
+        ids = draw(self.run.params, jax.random.key(seed), num, steps, given=given)
         texts = self.tokenizer.decode_batch(ids)
-        return Samples(texts, ids, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
+        return Samples(texts, ids, prompts, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
 
     def log_prob_bound(self, texts: Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
         """An upper bound on -log p of each text, in nats, given the start token: float32 [num].
@@ -158,7 +202,7 @@ class Model:
         if wrong := [i for i, (_, (count,)) in enumerate(spelled) if count]:
             parts = ", ".join(map(repr, self.tokenizer.unspelled(texts[wrong[0]])))
             raise ValueError(f"{_named(wrong)} cannot be spelled by the run's tokenizer, such as {parts}")
-        pad, room = self._pad, length - 1
+        pad, room = _pad(self.config, self.tokenizer), length - 1
         if wrong := [i for i, ids in enumerate(found) if len(ids) > room or (len(ids) < room and pad is None)]:
             sizes = ", ".join(str(len(found[i])) for i in wrong[:_SHOWN])
             raise ValueError(
@@ -169,14 +213,6 @@ class Model:
             row[: len(ids)] = ids
         return framed(rows, self.tokenizer.start)
 
-    @property
-    def _pad(self) -> int | None:
-        """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
-        name = self.config.data.name
-        if name in shipped_names():
-            return Grammar.load(name).pad
-        return self.tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
-
 
 def load_model(directory: str | os.PathLike, **objective: Any) -> Model:
     """Loads a trained run; see `flowlm.load`."""
@@ -185,22 +221,45 @@ def load_model(directory: str | os.PathLike, **objective: Any) -> Model:
 
 
 def check_drawing(
-    directory: str | os.PathLike, steps: Sequence[int], sampler: str | None = None, **objective: Any
+    directory: str | os.PathLike,
+    steps: Sequence[int],
+    sampler: str | None = None,
+    prompt: Sequence[str] | None = None,
+    **objective: Any,
 ) -> None:
     """Says of the settings of a run alone what `Model.draw` would say when all parameters are read, which may take minutes.
 
     Args:
+      prompt: what texts are to go on from, or None.
       objective: as `flowlm.load` takes them.
 
     Raises:
-      ValueError: there is no such sampler, the family does not sample in one of these numbers of steps, or as `flowlm.load`.
+      ValueError: there is no such sampler, the family does not sample in one of these numbers of steps, a prompt does not fit a
+        row, or as `flowlm.load`.
     """
     layout = Layout(make_mesh(), fsdp=True)
-    _, _, (net, family, *_) = load_settings(directory, layout, objective)
+    config, tokenizer, (net, family, *_) = load_settings(directory, layout, objective)
     _, family = named_sampler(family, sampler)
+    if prompt is not None:
+        _given(prompt, config, tokenizer, family)
     key = jax.random.key(0)
     for count in steps:
         sampling.Sampler(net, family, layout, 1).check(jax.eval_shape(net.init, key), key, count)
+
+
+def _pad(config: ConfigDict, tokenizer: Tokenizer) -> int | None:
+    """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
+    name = config.data.name
+    if name in shipped_names():
+        return Grammar.load(name).pad
+    return tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
+
+
+def _given(prompts: Sequence[str], config: ConfigDict, tokenizer: Tokenizer, family: Family) -> np.ndarray:
+    """Rows of ids int32 [number of prompts, L] that texts of this run go on from."""
+    given = given_rows(prompts, tokenizer, config.data.length, _pad(config, tokenizer))
+    check(family, given)
+    return given
 
 
 def _named(numbers: Sequence[int]) -> str:

@@ -111,6 +111,15 @@ def load_teacher(config: ConfigDict, tokenizer: Tokenizer, experiment: Experimen
         return Teacher(run.params, net=run.experiment.net)
     if differ := _differences(theirs, config, ("prior", "time_warp", "data.length", *_network(config))):
         raise ValueError(f"the teacher {config.teacher} is another network: {differ}")
+    if (
+        experiment.family.prompts > 0
+        and run.experiment.family.prompts == 0
+        and run.experiment.family.conditions != "shown"
+    ):
+        raise ValueError(
+            f"the teacher {config.teacher} was trained without prompts, so it cannot teach them: give one that was trained with "
+            "objective.prompts, or set --config.objective.prompts=0"
+        )
     wanted = "residual" if config.objective.to_dict().get("target") == "residual" else "flow"
     if (theirs.objective.family == "residual") != (wanted == "residual"):
         raise ValueError(
@@ -172,6 +181,8 @@ def load_settings(
     run_directory.check_is_run(directory)
     config, tokenizer = run_directory.load_workdir(directory)
     for key, value in (objective or {}).items():
+        if key == "prompts":
+            raise ValueError(f"objective.prompts is of the training of {directory} alone: leave it out")
         if key not in config.objective:
             raise ValueError(
                 f"the objective of {directory} has no {key!r}: it has {', '.join(sorted(config.objective))}"
