@@ -473,4 +473,5 @@ def test_what_is_fitted_on_a_set_in_a_bucket_is_read_by_the_next_host(monkeypatc
         found = fitted.fitted(place, "marginals", asked, fit)
         np.testing.assert_array_equal(found["law"], np.arange(5.0))
         assert found["empty"].shape == (0, 2)
-    assert made == [1] and names_in(place / "fitted/marginals") == ["empty.npy", "law.npy", "manifest.json"]
+    assert made == [1] and names_in(f"{place}_fitted/marginals") == ["empty.npy", "law.npy", "manifest.json"]
+    assert not storage.mirror(place).exists()  # a folder there would be taken for a copy of the set

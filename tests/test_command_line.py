@@ -179,7 +179,7 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, *arguments):
+        def __call__(self, *arguments, final):
             return self
 
         def save(self, place, run):

@@ -113,7 +113,7 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
         def __init__(self, experiment, dataset, *arguments):
             opened.append(dataset.train.text(24))
 
-        def __call__(self, *arguments):
+        def __call__(self, *arguments, final):
             return evaluation.Evaluation(5, {}, {})
 
     monkeypatch.setattr(evaluation, "Evaluator", Looks)

@@ -3,7 +3,8 @@
     SET/fitted/NAME/ARRAY.npy        plain arrays, mapped into memory when they are read
     SET/fitted/NAME/manifest.json    what they were fitted by, and the sha256 of each file
 
-They lie within the set, so that whoever removes it and makes another has them fitted anew.
+They lie within the set, so that whoever removes it and makes another has them fitted anew; of a set in a bucket beside it, in
+SET_fitted.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ def fitted(place: epath.Path, name: str, facts: Mapping[str, Any], fit: Callable
       name: of what is fitted.
       facts: all that it depends on beside the set, as JSON has it.
     """
-    home = place / "fitted" / name
+    # Of a set in a bucket it lies beside the set, because a folder in the set's place on this disk would pass for its copy.
+    home = (place.parent / f"{place.name}_fitted" if storage.in_bucket(place) else place / "fitted") / name
     if storage.in_bucket(home) and (home / MANIFEST).exists():
         storage.fetch(home)
     local = storage.mirror(home)
