@@ -187,6 +187,15 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
     return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
 
 
+def is_prepared(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> bool:
+    """Whether the set lies whole where `open_dataset` would find it. Raises FileNotFoundError: the tokenizer is missing."""
+    data_dir = storage.path(data_dir)
+    config = builders.RowsConfig.of(name, tokenizers.shipped(tokenizer, data_dir), length, data_dir)
+    kinds = (data_dir / "tfds").iterdir() if (data_dir / "tfds").exists() else ()
+    sets = (kind / config.name for kind in kinds)
+    return any((version / WHOLE).exists() for found in sets if found.exists() for version in found.iterdir())
+
+
 def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
     return Shards(builder.as_data_source(split), np.cumsum(builder.info.splits[split].shard_lengths))
 
