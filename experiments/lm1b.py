@@ -1,10 +1,11 @@
 """The One Billion Word benchmark with the paper's settings (2602.16813): bert-base-uncased tokens, 128 at a time.
 
+    flowlm prepare data --config=experiments/lm1b.py
     flowlm train --config=experiments/lm1b.py --workdir=DIR
     flowlm train --config=experiments/lm1b.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 139M parameters
-for 1M steps at a global batch of 512, and distils the flow map for 100k to 1M. Not run here, so no figures are given.
+Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where, before the first line. The
+paper trains 139M parameters for 1M steps at a global batch of 512, and distils the flow map for 100k to 1M. Not run here.
 """
 
 from ml_collections import ConfigDict

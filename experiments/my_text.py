@@ -13,34 +13,21 @@ from ml_collections import ConfigDict
 from flowlm import config as settings
 from flowlm.data import own_text
 from flowlm.data.tokenizers import Tokenizer
-from flowlm.system import storage
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is a folder that `flowlm prepare` made, or its copy in a bucket; with `:flow_map` behind it, to distil a run on it."""
-    name = arg.removesuffix(":flow_map")
-    family = "" if name == arg else "flow_map"
-    if not name:
+    folder, family = own_text.argument(arg)
+    if not folder:
         raise ValueError(
             f"my_text takes DATA or DATA:flow_map, DATA being a folder that `flowlm prepare` made, not {arg!r}"
-        )
-    folder = storage.path(name)
-    if not (folder / own_text.MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} has no {own_text.MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
-        )
-    manifest = own_text.load_manifest(folder)
-    if manifest["rows"] is None:
-        raise ValueError(
-            f"the preparation of {folder} was cut: run the same `flowlm prepare` again, it goes on where it was"
         )
     config = settings.defaults(family or "flow")
     config.update(steps=2000, batch_size=64)
     config.optimizer.update(learning_rate=2e-3, b2=0.99)
-    tokenizer = folder / "tokenizer.json"
-    config.data.update(name="own_text", tokenizer=str(tokenizer), length=manifest["length"], dir=str(folder))
+    config.data.update(own_text.settings(folder))
     config.model.update(
-        vocab_size=Tokenizer.load(tokenizer).vocab_size,
+        vocab_size=Tokenizer.load(config.data.tokenizer).vocab_size,
         time_scale=1000.0,
         gate_init=1.0,
         learned_positions=True,

@@ -1,10 +1,11 @@
 """OpenWebText with the paper's settings (2602.16813): GPT-2 tokens, 1,024 at a time.
 
+    flowlm prepare data --config=experiments/openwebtext.py
     flowlm train --config=experiments/openwebtext.py --workdir=DIR
     flowlm train --config=experiments/openwebtext.py:flow_map --config.teacher=DIR --workdir=DIR2
 
-Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where. The paper trains 170M parameters
-for 1M steps at a global batch of 512. Not run here, so no figures are given; docs/results/plan.md has what it needs of TPUs.
+Corpus and tokenizer are not shipped: docs/reference/experiments.md says which files to put where, before the first line. The
+paper trains 170M parameters for 1M steps at a global batch of 512. Not run here; docs/results/plan.md has what it needs of TPUs.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
 """text8 at the reference's size: characters (27 and a start token), 256 at a time.
 
+    flowlm prepare data --config=experiments/text8.py
     flowlm train --config=experiments/text8.py --workdir=DIR
 
 Needs text8 itself, which is not shipped: put the file `text8` (100,000,000 characters, http://mattmahoney.net/dc/text8.zip,

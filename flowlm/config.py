@@ -21,6 +21,10 @@ class Data:
     tokenizer: str = setting("sotu_bpe_512", "a tokenizer that is shipped, or the path of a tokenizer.json")
     length: int = setting(32, "ids in a row", "[2, inf)")
     dir: str = setting("~/.cache/flowlm", "where prepared corpora lie")
+    copy: bool = setting(True, "copy a set in a bucket to the disk; False: read each row from there when it is wanted")
+    mixture: tuple[str, ...] = setting(
+        (), "FOLDER:SHARE of other sets that `flowlm prepare` made, to train on their rows too"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Evaluation:
         (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95), "warped times of cross-entropy", "[0, 1]"
     )
     steps: tuple[int, ...] = setting((1, 8, 64), "numbers of sampling steps", "[1, inf)")
+    loop_steps: int = setting(64, "largest of them before the last step; more are taken after it alone", "[1, inf)")
     samples: int = setting(256, "samples for each number of steps", "[1, inf)")
     final_samples: int = setting(1024, "the same after the last step", "[1, inf)")
     language_models: tuple[str, ...] = setting(

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm.data import open_dataset, tokenizers
+from flowlm.data import mixture, open_dataset, tokenizers
 from flowlm.engine import sharding
 from flowlm.engine import state as train_state
 from flowlm.engine.build import Experiment, abstract_state, build, jit_step
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
     _say_begun(state, layout, config.steps)
 
     step_fn = jit_step(config, experiment, layout, abstract)
-    rows = dataset.train.shuffled(config.seed)
+    rows = mixture.shuffled(dataset, config.data.mixture, config.seed, config.data.copy)
     judged = _is_judged(workdir, first)
     log = _Log(config, workdir, first, config.batch_size * dataset.length)
     profiler = Profiler(profile_steps, storage.path(workdir) / "profile")
@@ -129,7 +129,7 @@ def _judge(
     """Evaluates the run after its last step. `values` are that step's numbers; there are none if it was finished already."""
     log.progress.close()
     try:
-        result = evaluator(state.ema, config.steps, config.evaluation.final_samples)
+        result = evaluator(state.ema, config.steps, config.evaluation.final_samples, final=True)
     except processes.Stopped:
         if values:
             log.write(config.steps, values)
@@ -207,6 +207,7 @@ def _prepare(config: ConfigDict, workdir: str):
     data = config.data
     tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
+    mixture.check_folders(data.mixture, tokenizer.sha256, data.length)
     layout = sharding.make_layout(config)
     processes.check_mesh(layout.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, experiment.family.group, layout.devices)
@@ -218,7 +219,7 @@ def _prepare(config: ConfigDict, workdir: str):
     if has_params(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours
-    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)
+    dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir, copy=data.copy)
     run_directory.prepare_workdir(workdir, config, dataset.tokenizer)
     evaluator = evaluation.Evaluator(experiment, dataset, layout, config.seed, config.evaluation, data.dir)
     return experiment, layout, dataset, evaluator, teacher, origin

@@ -34,7 +34,8 @@ def check_buckets(jobs: Sequence[Job], zone: str = "") -> None:
       RuntimeError: a bucket cannot be reached, or not be written.
     """
     wanted = [settings(job) for job in jobs]
-    read = {place for config in wanted for place in (config.data.dir, config.teacher, config.init_from) if place}
+    settled = [(each.data.dir, each.teacher, each.init_from, *each.data.mixture) for each in wanted]
+    read = {place for places in settled for place in places if place}
     for bucket in sorted(
         {_bucket(place) for place in [*read, *(job.workdir for job in jobs)] if storage.in_bucket(place)}
     ):
@@ -116,6 +117,8 @@ def _check_writable(workdir: str) -> None:
 def _check_data(data: ConfigDict) -> None:
     """Raises ValueError where each machine would prepare the whole of the data, or has nothing to prepare it from."""
     _check_seen("data.tokenizer", data.tokenizer)
+    for each in data.mixture:
+        _check_seen("data.mixture", each)
     if _comes_along(data.name):
         return
     if not storage.in_bucket(data.dir):

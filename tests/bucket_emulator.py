@@ -19,14 +19,17 @@ class Traffic:
 
     Attributes:
       requests: all of them. contents: those for what is in an object. read: bytes that were sent for any.
+      written: bytes that came with requests. read_only: whether writing is refused, as without the permission to.
     """
 
     requests: int = 0
     contents: int = 0
     read: int = 0
+    written: int = 0
+    read_only: bool = False
 
     def reset(self):
-        self.requests = self.contents = self.read = 0
+        self.requests = self.contents = self.read = self.written = 0
 
 
 TRAFFIC = Traffic()
@@ -74,6 +77,7 @@ class _Handler(server.RequestHandler):
         TRAFFIC.contents += self.command == "GET" and "alt=media" in self.path
         stream = self.rfile
         self._body = stream.read(int(self.headers.get("Content-Length") or 0))
+        TRAFFIC.written += len(self._body)
         self.rfile = io.BytesIO(self._body)
         try:
             self._answer_body()
@@ -82,7 +86,7 @@ class _Handler(server.RequestHandler):
 
     def _answer_body(self):
         generation, query = self._asked()
-        refused = None
+        refused = 403 if TRAFFIC.read_only and self.command in ("POST", "PUT") else None
         if generation is not None and query.get("ifGenerationMatch", generation) != generation:
             refused = 412
         elif generation is not None and query.get("ifGenerationNotMatch") == generation:

@@ -33,11 +33,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-# Whoever starts the tests under nohup has hangups ignored, and so would every process of theirs.
+# Whoever starts the tests under nohup has hangups ignored, or in a shell's background Ctrl-C; so would every process of theirs.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SUITES = ("tpu-plan", "slurm", "gke", "sky", "browser", "torch", "hf", "mauve", "molecules", "docs")
+SUITES = ("tpu-plan", "slurm", "gke", "sky", "browser", "torch", "hf", "datasets", "mauve", "molecules", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
@@ -50,6 +51,7 @@ AVAILABLE = {
         all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")),
         "no transformers and torch: pip install -e .[hf]",
     ),
+    "datasets": (importlib.util.find_spec("datasets") is not None, "no datasets: pip install -e .[hf]"),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
     "molecules": (importlib.util.find_spec("rdkit") is not None, "no rdkit: pip install -e .[molecules]"),
     "docs": (

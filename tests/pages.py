@@ -27,7 +27,7 @@ STANDS_FOR = {
     ":NAME_cpu": ":target_cpu",
 }
 # Its folder exists on the reader's machine alone.
-OWN_TEXT = re.compile(r"experiments/my_text\.py:DATA")
+OWN_TEXT = re.compile(r"experiments/(my_text|fineweb_edu|tinystories)\.py:DATA")
 
 
 class Said(NamedTuple):

@@ -8,4 +8,4 @@ bash launch/setup.sh "${EXTRAS:-dev}"
 .venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | paste -sd " "
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest -q -n 2 --durations=10 "$@"
+.venv/bin/python -m pytest -q -n 2 --dist=worksteal --durations=10 "$@"

@@ -249,12 +249,12 @@ def test_a_judge_is_a_class_and_a_line(monkeypatch, data_dir):
     ids = np.full((2, 19), dataset.tokenizer.start)
     ids[:, 1:8] = dataset.grammar.words.index("goat"), *[dataset.grammar.words.index("_")] * 6
     ids[1, 2:4] = dataset.grammar.words.index("eats"), dataset.grammar.words.index(".")
-    texts, scores = panel.judge(ids)
-    assert texts == ["goat", "goat eats ."]
-    assert scores["blanks"] == 1.0 and scores["blanks_stderr"] == 1.0
+    texts, scores = panel.judge({"rows": ids})
+    assert texts == {"rows": ["goat", "goat eats ."]}
+    assert scores["rows"]["blanks"] == 1.0 and scores["rows"]["blanks_stderr"] == 1.0
     # The data's own judge is read first, and the new one is known to tables.
     assert panel.main[0] == "grammatical" and panel.main[-1] == "blanks" and panel.meanings["blanks"]
-    assert len(panel) == 4
+    assert panel.parts(2) == 2 * 4
 
 
 def test_an_experiment_is_a_file(tmp_path):

@@ -138,10 +138,14 @@ def test_a_new_machine_has_only_what_comes_with_the_package(place):
         checked(*ROWS, f"--config.data.dir={place}")
 
 
-@pytest.mark.parametrize("setting", ["data.tokenizer", "teacher", "init_from"])
+@pytest.mark.parametrize("setting", ["data.tokenizer", "data.mixture", "teacher", "init_from"])
 def test_what_is_on_this_disk_alone_is_not_seen_by_machines(setting, tmp_path):
-    with pytest.raises(ValueError, match=f"the machines cannot see {setting}={tmp_path}/a.json: copy it to a bucket"):
-        checked(f"--config.{setting}={tmp_path}/a.json")
+    with pytest.raises(ValueError, match=f"the machines cannot see {setting}={tmp_path}/a[:1]*: copy it to a bucket"):
+        checked(
+            f"--config.{setting}=('{tmp_path}/a:1',)"
+            if setting == "data.mixture"
+            else f"--config.{setting}={tmp_path}/a"
+        )
 
 
 def test_a_teacher_is_a_run_in_a_bucket_or_of_the_commit():

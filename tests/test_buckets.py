@@ -1,9 +1,11 @@
 """Run directories and data in a bucket: the same numbers as on the local disk, and nothing half written is taken for whole."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import runpy
 import shutil
@@ -14,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from command_line import error_of, flowlm
 from pyarrow import parquet
-from test_own_text import shards
+from test_hosts import together
+from test_own_text import shards, texts
 from test_sources import example, write_records
 from toy import run_config, train_only
 
-from flowlm.data import corpora, open_dataset, packing
+from flowlm.data import builders, corpora, fitted, open_dataset, own_text, packing, ranges
 from flowlm.data.prepare import prepare_text
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.evaluation import results
@@ -27,7 +31,7 @@ from flowlm.runs.checkpoint import Checkpoints
 from flowlm.runs.metrics import MetricWriter, read_metrics
 from flowlm.runs.trained import load_trained
 from flowlm.studies import report
-from flowlm.system import storage
+from flowlm.system import hosts, storage
 from flowlm.training import train
 
 # Not imported: gcsfs reads its environment when it is, and the emulator has to be there first.
@@ -323,8 +327,150 @@ def test_text_in_a_bucket_makes_the_rows_of_the_text_on_disk(kind, tmp_path, mon
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
 
 
+def in_folder(place, without=()):
+    """{name: content} of all files below a place; of what tfds writes of itself, without where it was made."""
+    place = storage.path(place)
+    found = {}
+    every = storage.objects_below(place) if storage.in_bucket(place) else Path(place).rglob("*")
+    for file in (each for each in every if each.is_file()):
+        name = str(file).partition(f"{place.name}/")[2]
+        found[name] = file.read_bytes().replace(str(place).encode(), b"PLACE")
+    return found
+
+
+def test_text_is_prepared_straight_into_a_bucket(tmp_path, monkeypatch):
+    """Every shard is sent once and kept nowhere else; what failed is gone on with, and what is finished stays."""
+    from bucket_emulator import TRAFFIC
+
+    monkeypatch.setattr(builders, "SHARD_ROWS", 50)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(60)))
+    arguments = "jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 16
+    there, here, mirror = f"{BUCKET}/straight/data", tmp_path / "data", Path(storage.MIRROR)
+    whole = prepare_text(*arguments, str(here), "")
+    put, sent, most = storage.put, [], []
+
+    def counted(file, target):
+        most.append(len(list((mirror / "bucket/straight").rglob("*.array_record*"))))
+        if len(sent) == 3:
+            raise OSError("the network is gone")
+        put(file, target)
+        sent.append(target.name)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
+        patch.setattr(storage, "put", counted)
+        prepare_text(*arguments, there, "")
+    assert own_text.load_manifest(storage.path(there))["rows"] is None and max(most) == 1
+    before, shards_of = len(sent), [name for name in in_folder(here) if "array_record" in name]
+    monkeypatch.setattr(storage, "put", lambda file, target: put(file, target) or sent.append(target.name))
+    TRAFFIC.reset()
+    assert prepare_text(*arguments, there, "") == whole
+    names = [name for name in sent if "array_record" in name]
+    assert before == 3 and sorted(names) == sorted(Path(name).name for name in shards_of)
+    assert in_folder(there) == in_folder(here)
+    rest = sum(len(content) for name, content in in_folder(here).items() if Path(name).name not in names[:3])
+    assert rest <= TRAFFIC.written <= 1.1 * rest + 20_000  # with the forms of the requests
+    assert not [path for path in (mirror / "bucket/straight").rglob("*") if path.is_file()]
+    rows = [
+        open_dataset("own_text", f"{place}/tokenizer.json", 16, place).train.rows(0, 100) for place in (there, here)
+    ]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_rows_are_read_from_a_bucket_by_range(tmp_path, monkeypatch):
+    """The rows of the same set on the disk, of which its own reader is the truth; each is asked for once and nothing is copied."""
+    from bucket_emulator import TRAFFIC
+
+    monkeypatch.setattr(builders, "SHARD_ROWS", 1000)
+    monkeypatch.setattr(storage, "MIRROR", str(tmp_path / "mirror"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(2000)))
+    arguments = "jsonl", str(tmp_path / "a.jsonl"), "sotu_bpe_512", 128
+    there, here = f"{BUCKET}/ranges", str(tmp_path / "data")
+    for place in (there, here):
+        prepare_text(*arguments, place, "", workers=1)
+    far, near = (open_dataset("own_text", f"{place}/tokenizer.json", 128, place, copy=False) for place in (there, here))
+    files = {file.name: file.stat().st_size for file in Path(here).rglob("*train.array_record*")}
+    assert len(files) > 1 and min(files.values()) > 2 * ranges.BLOCK and len(far.train) == len(near.train)
+
+    TRAFFIC.reset()
+    stream = far.train.shuffled(5)
+    np.testing.assert_array_equal(stream(0, 64), near.train.shuffled(5)(0, 64))
+    at_first = dataclasses.replace(TRAFFIC)
+    assert at_first.read <= len(files) * ranges._END + 64 * 400 and at_first.requests <= len(files) + 64 + 2
+    TRAFFIC.reset()
+    np.testing.assert_array_equal(stream(64, 128), near.train.shuffled(5)(64, 128))
+    assert TRAFFIC.requests == TRAFFIC.contents <= 64 and TRAFFIC.read < 64 * 600
+    TRAFFIC.reset()
+    for split in corpora.SPLITS:
+        rows = getattr(near, split).rows(0, len(getattr(near, split)))
+        np.testing.assert_array_equal(getattr(far, split).rows(0, len(rows)), rows)
+    assert TRAFFIC.contents <= len(files) + 4 and TRAFFIC.read <= 1.2 * sum(
+        file.stat().st_size for file in Path(here).rglob("*.array_record*")
+    )
+    assert not list((tmp_path / "mirror").rglob("*.array_record*"))
+
+
+@pytest.mark.parametrize("sizes", [[3], [65_000, 40, 200_000, 0, 7]], ids=str)
+def test_records_of_any_size_are_found_by_their_offsets(sizes, tmp_path):
+    """Also those that lie across several blocks of a file, and bytes that cannot be packed."""
+    written = [np.random.default_rng(size).bytes(size) for size in sizes]
+    write_records(tmp_path / "a", written)
+    content = (tmp_path / "a").read_bytes()
+    footer = ranges.footer_at(content[-ranges.BLOCK :])
+    begins = ranges.chunks(ranges.records(ranges.unblocked(content[footer : -ranges.BLOCK], footer)))
+    found = [ranges.records(ranges.unblocked(content[a:b], a)) for a, b in itertools.pairwise([*begins, footer])]
+    assert found == [[record] for record in written]
+    for cut in (content[: begins[0] + 50], b"x" * 100):
+        with pytest.raises(ValueError, match="no chunk of array_record"):
+            ranges.records(ranges.unblocked(cut[begins[0] if len(cut) != 100 else 0 :], begins[0]))
+
+
+def test_hosts_share_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "POLL_SECONDS", 0.01)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts(20)):
+        (tmp_path / f"texts/{number:02d}.txt").write_text(text)
+    arguments = "textfiles", str(tmp_path / "texts"), "sotu_bpe_512", 16
+    whole = prepare_text(*arguments, str(tmp_path / "one"), "")
+    made = together(2, lambda host: prepare_text(*arguments, f"{BUCKET}/shared", "", host=host))
+    assert made[0] == whole
+    rows = [
+        open_dataset("own_text", f"{place}/tokenizer.json", 16, place).train.rows(0, whole["rows"]["train"])
+        for place in (f"{BUCKET}/shared", tmp_path / "one")
+    ]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_a_bucket_that_refuses_what_is_written_is_one_line(tmp_path):
+    from bucket_emulator import TRAFFIC
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(20)))
+    line = "--source=jsonl", f"--path={tmp_path / 'a.jsonl'}", "--tokenizer=sotu_bpe_512", "--length=16"
+    TRAFFIC.read_only = True
+    try:
+        said = error_of("prepare", *line, f"--out={BUCKET}/refused", "--workers=1")
+    finally:
+        TRAFFIC.read_only = False
+    assert "\n" not in said and f"{BUCKET}/refused/tokenizer.json cannot be written (Forbidden: " in said
+    assert flowlm("prepare", *line, f"--out={BUCKET}/refused", "--workers=1").status == 0
+
+
 def test_without_the_extra(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
     with pytest.raises(ImportError, match=r"gs:// paths need gcsfs: .*\.\[gcp\]"):
         load_trained(f"{BUCKET}/runs/flow", None)
+
+
+def test_what_is_fitted_on_a_set_in_a_bucket_is_read_by_the_next_host(monkeypatch, tmp_path):
+    place, asked, made = storage.path(f"{BUCKET}/tfds/a/1.0.0"), {"rows": 3}, []
+
+    def fit():
+        made.append(1)
+        return {"law": np.arange(5.0), "empty": np.zeros((0, 2), np.int64)}
+
+    for host in ("one", "two", "two"):
+        monkeypatch.setattr(storage, "MIRROR", str(tmp_path / host))
+        found = fitted.fitted(place, "marginals", asked, fit)
+        np.testing.assert_array_equal(found["law"], np.arange(5.0))
+        assert found["empty"].shape == (0, 2)
+    assert made == [1] and names_in(place / "fitted/marginals") == ["empty.npy", "law.npy", "manifest.json"]

@@ -24,6 +24,7 @@ NAMES = [command.name for command in COMMANDS]
 # What each takes, written down a second time, by hand.
 OF_COMMANDS = {
     "train": {"config", "config.KEY", "workdir", "profile_steps", "compile_cache", "distributed"},
+    "prepare data": {"config", "config.KEY", "workers"},
     "prepare judge": {"data_dir"},
     "prepare qm9": {"data_dir"},
     "inspect": {"checkpoint", "weights"},
@@ -191,7 +192,7 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
     shipped = ROOT / "checkpoints/grammar_fmlm"
     run = Trained(*run_directory.load_workdir(shipped), SimpleNamespace(), None, 0)
     monkeypatch.setattr("flowlm.runs.trained.load_trained", lambda *arguments: run)
-    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
+    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments, **named: None)
     (tmp_path / "link").symlink_to(shipped)
     for place in (shipped, tmp_path / "link"):
         ended = flowlm("evaluate", place)

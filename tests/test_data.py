@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import flowlm
 
 from flowlm import data
 from flowlm.data import builders, corpora, marginals, packing, tokenizers
@@ -63,7 +65,7 @@ def test_batches_of_documents_do_not_matter(tmp_path, monkeypatch):
     tokenizer = tokenizers.shipped("chars")
     documents = [("train", "abc"), ("test", "xy"), ("train", ""), ("train", "de"), ("test", "z"), ("train", "f")]
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 4)
-    rows, record = packing.write_streams(lambda: iter(documents), tokenizer, True, tmp_path, 2)
+    rows, _, record = packing.write_streams(lambda: iter(documents), tokenizer, True, tmp_path, 2)
     assert rows["train"].reshape(-1).tolist() == [0, 1, 2, 27, 27, 3, 4, 27, 5, 27]
     assert rows["test"].reshape(-1).tolist() == [23, 24, 27, 25] and len(rows["validation"]) == 0
     assert record.tokens == {"train": 10, "validation": 0, "test": 5}
@@ -109,11 +111,24 @@ def test_prepared_set_is_reused_and_keyed_by_tokenizer(speeches, data_dir, monke
     def no_work(*arguments):
         raise AssertionError("prepared twice")
 
-    monkeypatch.setattr(builders.PackedText, "_rows", no_work)
+    monkeypatch.setattr(builders.PackedText, "_content", no_work)
     again = data.open_dataset("sotu", "sotu_bpe_4096", 128, data_dir)
     np.testing.assert_array_equal(again.test.rows(0, 5), speeches.test.rows(0, 5))
     with pytest.raises(AssertionError, match="prepared twice"):
         data.open_dataset("sotu", "sotu_bpe_512", 128, data_dir)
+
+
+def test_the_data_of_an_experiment_are_made_by_one_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources/text8").write_text("the quick brown fox " * 5000)
+    settings = f"--config.data.dir={tmp_path}", "--config.data.length=32"
+    printed = flowlm("prepare", "data", "--config=experiments/text8.py", *settings, "--workers=1").out
+    monkeypatch.setattr("flowlm.data.dataset._prepare", None)  # nothing is left to do
+    dataset = data.open_dataset("text8", "chars", 32, tmp_path)
+    assert printed.splitlines() == [
+        f"{split}: {len(getattr(dataset, split))} rows of 32" for split in ("train", "validation", "test")
+    ]
 
 
 def test_interrupted_preparation_leaves_no_set(tmp_path, monkeypatch):
@@ -134,7 +149,7 @@ def test_interrupted_preparation_leaves_no_set(tmp_path, monkeypatch):
 
 
 def test_two_processes_prepare_at_once(tmp_path):
-    """Each waits inside preparation for the other, so both get to the final rename."""
+    """Each waits inside preparation for the other, so both write all shards."""
     program = f"""
 import pathlib, time
 from flowlm import data
@@ -142,8 +157,8 @@ from flowlm.data import builders
 builders.GRAMMAR_ROWS = {{"train": 20, "validation": 5, "test": 5}}
 genuine = builders.GrammarRows._rows
 def meet(self):
-    parent = pathlib.Path({str(tmp_path)!r}) / "tfds" / "grammar_rows" / self.builder_config.name
-    while len(list(parent.glob("incomplete*"))) < 2 and time.time() < begin + 20:
+    parent = pathlib.Path({str(tmp_path)!r}) / "tokens"
+    while len(list(parent.iterdir())) < 2 and time.time() < begin + 20:
         time.sleep(0.01)
     time.sleep(0.1)
     return genuine(self)
@@ -156,7 +171,7 @@ print(dataset.train.rows(0, 20).sum(), time.time() - begin < 20)
     printed = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert printed[0] == printed[1] and printed[0].endswith("True")
-    assert not list(tmp_path.glob("tfds/**/incomplete*"))
+    assert not list((tmp_path / "tokens").iterdir())
 
 
 MANY_SHARDS = """

@@ -75,7 +75,9 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
     data = opened(config)
     splits = {name: Rows(getattr(data, name), token) for token, name in enumerate(("train", "validation", "test"), 3)}
     dataset = SimpleNamespace(
-        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")}, **splits
+        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")},
+        **splits,
+        fitted=lambda name, facts, fit: fit(),
     )
     word = {name: data.tokenizer.decode([token]) for token, name in enumerate(("train", "validation", "test"), 3)}
     assert len(set(word.values())) == 3
@@ -89,9 +91,10 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
             return {}
 
     class Counting(panel.NGrams):
-        def __init__(self, reference, start, pad):
-            referred["ngrams"] = set(reference[:, 1:].ravel().tolist())
-            super().__init__(reference, start, pad)
+        @classmethod
+        def fit(cls, rows, start, pad):
+            referred["ngrams"] = set(rows[:, 1:].ravel().tolist())
+            return super().fit(rows, start, pad)
 
     def language_models(names, length, data_dir, layout, dataset):
         referred["mauve"] = {token for text in panel.reference_texts(dataset, 5) for token in text.split()}
@@ -129,7 +132,7 @@ def averaged(tmp_path_factory, data_dir):
         def __init__(self, *args):
             pass
 
-        def __call__(self, params, step, num_samples):
+        def __call__(self, params, step, num_samples, final=False):
             shown.append((step, jax.tree.map(np.asarray, params)))
             return Evaluation(step, {}, {})
 
@@ -161,14 +164,14 @@ def test_a_run_is_judged_only_at_its_end_where_evaluation_every_is_zero(data_dir
     judged = []
 
     class Counting(NoEvaluation):
-        def __call__(self, params, step, num_samples):
-            judged.append(step)
+        def __call__(self, params, step, num_samples, final=False):
+            judged.append((step, final))
             return super().__call__(params, step, num_samples)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "Evaluator", Counting)
         train(run_config(data_dir, steps=3, **{"checkpoint.every": 1, "evaluation.every": 0}), tmp_path / "run")
-    assert judged == [3]
+    assert judged == [(3, True)]
 
 
 def test_the_average_is_sampled_and_exported(averaged, tmp_path):
@@ -353,7 +356,7 @@ class Recorder:
     def __init__(self, *args):
         pass
 
-    def __call__(self, params, step, num_samples):
+    def __call__(self, params, step, num_samples, final=False):
         Recorder.events.append(("evaluate", step))
         if step in Recorder.stops:
             Recorder.stops.remove(step)
@@ -438,10 +441,10 @@ def test_an_evaluation_asks_between_samplers_and_judges(data_dir, monkeypatch):
     assert len(asked) == 2 * 2 + 1 + 2 * 2 + 3 * (2 + 3) + 2
     # Before each of them the bar is told what comes.
     assert totals == [len(asked)] == [len(begun)]
-    assert begun[4:10] == [
+    assert begun[4:15] == [
         "16 held-out rows: likelihood",
-        *["300 rows at 1 step: sampling"] * 2,
-        *(f"300 rows at 1 step: judge {i} of 3" for i in (1, 2, 3)),
+        *["300 rows at 1 step: sampling"] * 4,
+        *(f"300 rows at 1 step: judge {i} of 3" for i in (1, 2, 3, 1, 2, 3)),
     ]
     assert begun[-5:] == [
         *(f"300 held-out rows: judge {i} of 3" for i in (1, 2, 3)),

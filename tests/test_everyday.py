@@ -174,8 +174,8 @@ def test_pads_are_no_text_to_what_counts():
     rng = np.random.default_rng(0)
     rows = np.concatenate([np.zeros((30, 1), int), rng.integers(2, 9, (30, 12))], 1)
     more = np.pad(rows, ((0, 0), (0, 5)), constant_values=1)
-    for judge in (Statistics(None, 0, pad=1), NGrams(more, 0, pad=1)):
-        bare = Statistics(None, 0) if isinstance(judge, Statistics) else NGrams(rows, 0)
+    for judge in (Statistics(None, 0, pad=1), NGrams.fit(more, 0, pad=1)):
+        bare = Statistics(None, 0) if isinstance(judge, Statistics) else NGrams.fit(rows, 0)
         assert judge.score(more, [""] * 30) == pytest.approx(bare.score(rows, [""] * 30))
 
 

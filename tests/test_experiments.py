@@ -38,6 +38,8 @@ ARGUMENTS = {
     "lm1b": ("flow_map",),
     "lm1b_gpu": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "openwebtext": ("flow_map",),
+    "fineweb_edu": ("flow_map",),
+    "tinystories": ("flow_map",),
     "quickstart": ("flow_map", "matched", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
     "speeches": ("flow_map", "autoregressive", "masked", "uniform", "sdtt", "dcd"),
 }

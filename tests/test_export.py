@@ -146,8 +146,8 @@ def test_programs_write_the_same_elsewhere(runs, mesh, tmp_path):
         export(path, out, mesh, format="jax", steps=steps, dtype=dtype)
         run = load_trained(path, mesh)
         params = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype).astype("float32"), run.params)
-        draw = Sampler(run.experiment.net, list(run.experiment.family.samplers().values())[-1], steps, mesh)
-        wanted[str(out)] = draw(params, jax.random.key(7), 5)
+        draw = Sampler(run.experiment.net, list(run.experiment.family.samplers().values())[-1], mesh)
+        wanted[str(out)] = draw(params, jax.random.key(7), 5, steps)
         folders[family] = out
     command = [sys.executable, "-c", FRESH, str(ROOT / "examples" / "run_exported.py"), *wanted]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -68,8 +68,8 @@ def test_fixtures_compute_what_the_reference_did(name, tmp_path):
         elif output == "logits":
             capped = io["log_probs_capped30"][..., :tokens]
             np.testing.assert_allclose(jax.nn.log_softmax(logits), jax.nn.log_softmax(capped), atol=1e-4)
-    draw = sampling.Sampler(net, run.experiment.family, 11, Layout(make_mesh(data=1)))
-    ids = draw(params, jax.random.key(0), 4)
+    draw = sampling.Sampler(net, run.experiment.family, Layout(make_mesh(data=1)))
+    ids = draw(params, jax.random.key(0), 4, 11)
     assert ids.shape == (4, 12) and ids.max() < tokens and len(np.unique(ids)) > 5
 
 

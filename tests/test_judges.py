@@ -58,7 +58,7 @@ def test_every_metric_says_what_it_is_in_one_line_and_the_main_ones_are_metrics(
     judges = [
         (Statistics(frozenset(["bbb"]), START), ("entropy", "distinct_rows", "distinct_2")),
         (KneserNey.fit(TEXT), ("nats_per_char",)),
-        (NGrams(rows, START), ("ngram_distance_2",)),
+        (NGrams.fit(rows, START), ("ngram_distance_2",)),
         (Sentences(rows[:1], rows[1:], START, 0), ("found", "copied")),
         (GrammarJudge(Coins(), START), ("grammatical", "nll_minus_entropy")),
         (

@@ -101,10 +101,10 @@ def test_only_pretrained_judges_read_where_a_document_ends(data_dir, monkeypatch
     monkeypatch.setattr(panel, "make_judges", lambda dataset: [Judge("counting")])
     monkeypatch.setattr(panel, "make_language_models", lambda *arguments: [Judge("pretrained")])
     judges = panel.Panel(dataset, ("x",), "", None)
-    texts, scores = judges.judge(row[None])
-    assert texts == seen["counting"][-1] == [dataset.tokenizer.decode(row)]
+    texts, scores = judges.judge({"row": row[None]})
+    assert texts["row"] == seen["counting"][-1] == [dataset.tokenizer.decode(row)]
     assert seen["pretrained"][-1][0].split(BREAK)[:2] == list(parts)
-    assert scores == {"counting": 0.0, "pretrained": 0.0}
+    assert scores == {"row": {"counting": 0.0, "pretrained": 0.0}}
 
 
 CONFIG = {"heads": 6, "key_heads": 2, "base": 100.0, "epsilon": 1e-5}

@@ -289,6 +289,7 @@ def test_bad_settings_are_refused():
         (dict(taus=(0.9, 0.1)), "earlier"),
         (dict(matched=0.3333), "fraction"),
         (dict(surgery=True), "surgery"),
+        (dict(noises=64), "noises 64"),
         (dict(teacher=False), "teacher"),
         (dict(form="logits"), "form"),
     ):

@@ -169,7 +169,7 @@ def test_without_rdkit_a_run_ends_before_training_and_the_usual_judges_go_on(dat
         train(config, str(tmp_path / "run"))
     panel = judging.Panel(dataset, (), "", None)
     assert isinstance(judging.make_judges(dataset)[0], Sentences)
-    _, scores = panel.judge(dataset.validation.rows(0, 5))
+    scores = panel.judge({"rows": dataset.validation.rows(0, 5)})[1]["rows"]
     assert scores["found"] == 1 and scores["copied"] == 0
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_computed_is_nan(judged):
 def test_the_panel_reads_what_is_valid_first(dataset):
     panel = judging.Panel(dataset, ("rdkit",), "", None)
     assert panel.main[:2] == ("valid", "unique")
-    _, scores = panel.judge(dataset.test.rows(0, len(dataset.test)))
+    scores = panel.judge({"rows": dataset.test.rows(0, len(dataset.test))})[1]["rows"]
     assert scores["valid"] == 1 and scores["molecules_found"] == pytest.approx(scores["found"], abs=0.5)
     assert set(panel.meanings) >= {"valid", "unique", "found", "molecules_found", "logp_distance"}
 

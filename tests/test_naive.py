@@ -21,7 +21,7 @@ def test_distance_is_the_total_variation_of_counters(size):
     rng = np.random.default_rng(0)
     pool = rng.integers(1, size, 4)
     a, b = (np.concatenate([np.zeros((n, 1), int), rng.choice(pool, (n, 9))], 1) for n in (40, 70))
-    scores = NGrams(b, start=0).score(a, [""] * 40)
+    scores = NGrams.fit(b, start=0).score(a, [""] * 40)
     assert list(scores) == [f"ngram_distance_{n}" for n in range(1, 6)]
     for n in range(1, 6):
         p, q = law(a[:, 1:], n), law(b[:, 1:], n)
@@ -35,7 +35,7 @@ def test_the_reference_is_counted_once_and_every_digit_stays(monkeypatch):
     for trial in range(60):
         length, pool = rng.integers(1, 12), rng.integers(0, rng.choice([3, 60_000]), rng.choice([2, 4, 50]))
         a, b = (rng.choice(pool, (rng.integers(1, 40), length)) for _ in range(2))
-        judge = NGrams(b, start=int(pool[0]))
+        judge = NGrams.fit(b, start=int(pool[0]))
         with monkeypatch.context() as patch:
             patch.setattr("flowlm.judges.ngrams.tables", None)  # what counts the reference
             scores = judge.score(a, [""] * len(a))
@@ -52,7 +52,9 @@ def test_the_reference_is_counted_once_and_every_digit_stays(monkeypatch):
 def test_of_the_same_rows_it_is_zero_and_of_others_one():
     a = np.arange(40).reshape(4, 10)
     for reference, expected in ((a, 0), (a + 100, 1)):
-        np.testing.assert_allclose(list(NGrams(reference, start=-5).score(a, [""] * 4).values()), expected, atol=1e-12)
+        np.testing.assert_allclose(
+            list(NGrams.fit(reference, start=-5).score(a, [""] * 4).values()), expected, atol=1e-12
+        )
 
 
 def grammar(num, seed):
@@ -67,7 +69,7 @@ def grammar(num, seed):
 
 def test_naive_samplers_have_the_laws_they_are_named_for_and_no_more():
     rows, held = grammar(4000, 0), grammar(4000, 1)
-    judge = NGrams(held, start=0)
+    judge = NGrams.fit(held, start=0)
     real = judge.score(grammar(2000, 2), [""] * 2000)
     words, chain = (judge.score(f(rows, 2000, 3), [""] * 2000) for f in (naive.unigram, naive.trigram))
     assert words["ngram_distance_1"] < real["ngram_distance_1"] + 0.01

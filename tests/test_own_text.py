@@ -75,6 +75,9 @@ def test_prepared_from_files(folder, tmp_path, monkeypatch):
     truth = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.txt")}
     assert {source["file"]: source["sha256"] for source in manifest["sources"]} == truth
     assert manifest["distinct_documents"] == 60 and sum(manifest["documents"].values()) == 62
+    assert manifest["duplicates"] == 2
+    packing_told = {"rows": "concatenated", "between_documents": "<|start|>", "last_incomplete_row": "dropped"}
+    assert manifest["packing"] == packing_told
 
     sides = by_split(out)
     assert sorted(text for side in sides.values() for text in side) == sorted([*texts(60), texts(60)[3], texts(60)[50]])
@@ -382,6 +385,7 @@ def test_the_command_and_the_experiment(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = ["prepare", "--source=textfiles", f"--path={folder}", "--tokenizer=bpe:300", "--length=8"]
     printed = flowlm(*line, f"--out={tmp_path / 'data'}").out
+    assert "documents: 62, of which 2 are copies of others\n" in printed
     assert "tokenizer: 300 ids; 0 % of the characters change or are dropped" in printed
     assert f"flowlm train --config=experiments/my_text.py:{tmp_path / 'data'} --workdir=DIR" in printed
     get_config = runpy.run_path("experiments/my_text.py")["get_config"]
@@ -428,7 +432,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     assert """under "text": its keys are ['txt']""" in (
         (tmp_path / "texts/a.jsonl").write_text('{"txt": "a"}') and bad(tmp_path)
     )
-    assert "--text_key=txt is for --source=jsonl, parquet, array_record, tfds, not textfiles" in bad(
+    assert "--text_key=txt is for --source=jsonl, parquet, array_record, tfds, hf, not textfiles" in bad(
         tmp_path, "textfiles", text_key="txt"
     )
     (tmp_path / "texts/a.txt").write_bytes(b"\xff\xfe")
@@ -444,7 +448,6 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     config = "--config=experiments/my_text.py"
     assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")
-    assert "text is prepared on a disk; prepare it there and copy the folder" in bad(tmp_path, out="gs://b/out")
     assert "nowhere has no manifest.json: make it with `flowlm prepare" in error_of(
         "train", f"{config}:nowhere", "--workdir=x"
     )

@@ -2,12 +2,14 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
@@ -139,3 +141,132 @@ def test_killed_among_its_workers_it_goes_on_to_the_same_bytes_and_leaves_no_pro
         for name in ("killed", "whole")
     ]
     assert made[0] == made[1] and tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+KILLED_AMONG_SHARDS = """
+import os, signal, sys
+from flowlm.data import builders
+from flowlm.data.prepare import prepare_text
+builders.SHARD_ROWS = 50
+genuine, calls = builders._write_shard, []
+def dies(*given):
+    calls.append(0)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return genuine(*given)
+builders._write_shard = dies
+prepare_text("textfiles", sys.argv[1], "sotu_bpe_512", 16, sys.argv[2], "", workers=1)
+"""
+
+
+def test_killed_among_its_shards_it_writes_only_those_that_are_missing(small, tmp_path, monkeypatch):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AMONG_SHARDS, str(small), str(tmp_path / "killed")], timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL
+    written, write = [], builders._write_shard
+    monkeypatch.setattr(builders, "_write_shard", lambda *given: written.append(given[-1].name) or write(*given))
+    monkeypatch.setattr(packing, "_encode", lambda *given: 1 / 0)  # nor is any text tokenised again
+    (folder,) = {path.parent for path in (tmp_path / "killed").rglob("*.array_record*") if path.parent.name == "1.0.0"}
+    (folder / "packed_text-train.array_record-00000-of-00099").touch()  # of a call for other rows
+    arguments = "textfiles", str(small), "sotu_bpe_512", 16
+    made = prepare_text(*arguments, str(tmp_path / "killed"), "", workers=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(builders, "SHARD_ROWS", 50)
+    assert made == prepare_text(*arguments, str(tmp_path / "whole"), "", workers=1)
+    whole = tree(tmp_path / "whole")
+    assert tree(tmp_path / "killed") == whole
+    assert len(written) == len(set(written)) == sum("array_record" in name for name in whole) - 3
+    left = tmp_path / "killed/tokens" / folder.parent.name  # as of a call that was killed when all was done
+    left.mkdir()
+    assert made == prepare_text(*arguments, str(tmp_path / "killed"), "", workers=1)
+    assert tree(tmp_path / "killed") == whole and not left.exists()
+
+
+ALL_THE_TIME = """
+import sys
+from flowlm.data import builders, own_text, packing
+from flowlm.data.prepare import prepare_text
+own_text._FEW_BYTES = packing._ALONE_CHARACTERS = builders._MANY_IDS = 0
+packing._BATCH_CHARACTERS, builders.SHARD_ROWS = 4000, 50
+if __name__ == "__main__":
+    print("begun", flush=True)
+    prepare_text("textfiles", sys.argv[1], "bpe:300", 16, sys.argv[2], "", workers=4)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_makes_the_same_bytes(tmp_path):
+    """Reading, making the tokenizer, measuring, tokenising and writing, by four workers; each call goes on where one was killed."""
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts(600)):
+        (tmp_path / f"texts/{number:03d}.txt").write_text(text)
+
+    def begun(out):
+        line = [sys.executable, "-c", ALL_THE_TIME, str(tmp_path / "texts"), str(out)]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout.readline() == "begun\n"
+        return process, time.monotonic()
+
+    process, since = begun(tmp_path / "whole")
+    assert process.wait(300) == 0
+    lasts, whole = time.monotonic() - since, tree(tmp_path / "whole")
+    rng, killed, out = np.random.default_rng(0), 0, tmp_path / "killed"
+    while killed < 10:
+        process, _ = begun(out)
+        try:
+            process.wait(rng.uniform(0, lasts))
+            assert tree(out) == whole  # it was faster than the signal
+            shutil.rmtree(out)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+    process, _ = begun(out)
+    assert process.wait(300) == 0 and tree(out) == whole
+
+
+FULL = """
+import resource, sys
+from flowlm.data import builders
+from flowlm import main
+from flowlm.system import processes
+builders.SHARD_ROWS = 50
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+main.run()
+"""
+
+
+def test_where_the_disk_takes_no_more_one_line_says_so_and_what_is_finished_stays(small, tmp_path):
+    """Files that may not grow any further stand for a full disk: while tokens are written, and in a shard."""
+    out = tmp_path / "out"
+    line = ["prepare", "--source=textfiles", f"--path={small}", "--tokenizer=sotu_bpe_512", "--length=16"]
+    line += [f"--out={out}", "--workers=1"]
+    arguments = "textfiles", str(small), "sotu_bpe_512", 16
+    whole = prepare_text(*arguments, str(tmp_path / "whole"), "", workers=1)
+    (tokens,) = [len(content) for name, content in tree(tmp_path / "whole").items() if name == "tokenizer.json"]
+    for most in (tokens + 1000,):
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(most), *line], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        told = [each for each in done.stderr.splitlines() if each.startswith("flowlm: ")]
+        assert (
+            len(told) == 1
+            and f"flowlm: {out}" in told[0]
+            and "cannot be written (File too large): make room" in told[0]
+        )
+    assert prepare_text(*arguments, str(out), "", workers=1) == whole
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_shard_on_a_full_disk_is_no_shard(tmp_path):
+    shard = builders._Shard("train", "a.array_record-00000-of-00001", 0, 3000)
+    (tmp_path / f"{shard.name}-{os.getpid()}").symlink_to("/dev/full")
+    rows = {"train": lambda: np.random.default_rng(0).integers(0, 10**6, (3000, 15)).astype(np.int32)}
+    with pytest.raises(
+        OSError, match=f"^{tmp_path}/a.array_record.* cannot be written .*No space left on device.*: make room"
+    ):
+        builders._write_shard(rows, 0, tmp_path, str(tmp_path / "out"), shard)
+    assert not (tmp_path / "out").exists()

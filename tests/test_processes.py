@@ -97,6 +97,10 @@ def losses(workdir):
     return np.array([line["loss"] for line in lines])
 
 
+def noted(path):
+    return [*map(int, path.read_text().split())]
+
+
 def saved_steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
@@ -111,8 +115,9 @@ def assert_same_checkpoint(ours, theirs, step):
 
 
 def test_two_processes_are_one(start, tmp_path, data_dir):
-    """Losses, checkpoints, evaluation; and one writer of what all know."""
+    """Losses, checkpoints, evaluation, of whose work each does half; and one writer of what all know."""
     two, one = tmp_path / "two", tmp_path / "one"
+    (tmp_path / "count").touch()
     started = start(two, 2, 4, "--profile_steps=2:4", evaluate=True, steps=5, **ALL)
     train(run_config(data_dir, steps=5, **ALL), one)
     assert ended(started) == [0, 0], told(two) + told(two, 1)
@@ -125,6 +130,11 @@ def test_two_processes_are_one(start, tmp_path, data_dir):
     for name in ours:
         if name.startswith("held_out/"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
+        elif not name.endswith("seconds_per_100"):
+            assert ours[name] == theirs[name], name
+    # Both try all judges on two rows. Then 16 rows of two samplers and three references go before three judges, once each.
+    assert [noted(tmp_path / f"judged.{index}") for index in (0, 1)] == [[2, *[16] * 8], [2, *[16] * 7]]
+    assert [noted(tmp_path / f"drawn.{index}") for index in (0, 1)] == [[128] * 2] * 2  # of 256 rows in a call
     assert (two / "samples.txt").read_text() == (one / "samples.txt").read_text()
     assert "in 2 processes" in told(two) and "Held-out nats / token" in told(two)
     assert "step" not in told(two, 1) and "nats" not in told(two, 1)

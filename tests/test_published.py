@@ -26,7 +26,7 @@ def draw(name, sampler, steps, num):
     layout = Layout(make_mesh())
     run = load_trained(ROOT / "checkpoints" / name, layout)
     family = run.experiment.family.samplers()[sampler]
-    return run, Sampler(run.experiment.net, family, steps, layout)(run.params, jax.random.key(0), num)
+    return run, Sampler(run.experiment.net, family, layout)(run.params, jax.random.key(0), num, steps)
 
 
 def test_they_are_small():

@@ -120,7 +120,7 @@ def test_data_that_moved_are_the_same_data(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(evaluation.Evaluation, "show", lambda self, wide: None)
     monkeypatch.setattr(evaluation.Evaluation, "save", lambda self, *places: None)
 
-    assert "manifest.json is missing" in error_of("evaluate", run)
+    assert "has no manifest.json: make it with" in error_of("evaluate", run)
     assert flowlm("evaluate", run, f"--data_dir={tmp_path / 'moved'}").status == 0
     assert opened[0].startswith("The report")
 

@@ -49,6 +49,7 @@ LIMITS = {
     **dict.fromkeys((f"model.{key}" for key in ("width", "blocks", "heads", "cond")), COUNT),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_latest")), COUNT),
     **dict.fromkeys((f"evaluation.{key}" for key in ("held_out", "held_out_batch", "samples", "final_samples")), COUNT),
+    "evaluation.loop_steps": COUNT,
     **dict.fromkeys(("objective.teacher_steps", "objective.auxiliary_updates"), COUNT),
     "objective.auxiliary_rate": POSITIVE,
     "objective.matched": UP_TO_ONE,
@@ -251,6 +252,9 @@ def test_the_last_flag_of_a_setting_is_its_value():
     flags = ["--config.evaluation.steps=(1,8)", "--config.evaluation.taus=0.1,0.2", "--config.steps=3"]
     config = parsed(*flags, "--config.evaluation.steps=(4,)", "--config.evaluation.taus=0.5", "--config.steps=7")
     assert (config.evaluation.steps, config.evaluation.taus, config.steps) == ((4,), (0.5,), 7)
+    named = parsed("--config.evaluation.language_models=smollm2,rdkit,run:a/b-1")
+    assert named.evaluation.language_models == ("smollm2", "rdkit", "run:a/b-1")
+    assert parsed("--config.evaluation.language_models=smollm2,").evaluation.language_models == ("smollm2",)
     judges = parsed("--config.evaluation.language_models=smollm2", "--config.evaluation.language_models=run:a/b")
     assert judges.evaluation.language_models == ("run:a/b",)
 

@@ -174,4 +174,10 @@ run()
 
 
 def test_commands_that_go_on_where_they_were():
-    assert {command.name for command in COMMANDS if command.again} == {"train", "prepare", "evaluate", "study"}
+    assert {command.name for command in COMMANDS if command.again} == {
+        "train",
+        "prepare",
+        "prepare data",
+        "evaluate",
+        "study",
+    }

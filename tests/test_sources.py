@@ -265,7 +265,7 @@ def test_what_is_wrong_with_a_set_of_tfds_is_named(prepared_set, tmp_path, monke
     for name in ("lm1b", str(home), str(tmp_path / "nowhere")):
         said = wrong(tmp_path, f"tfds:{name}")
         assert f"--source=tfds:{name}: neither a folder with dataset_info.json nor a set in {home}" in said
-    assert "give --source=tfds:DIR-or-NAME[:SPLIT]" in wrong(tmp_path, "tfds")
+    assert "give --source=tfds:SET" in wrong(tmp_path, "tfds")
     assert f"--path={tmp_path} is not for --source=tfds:lm1b" in wrong(tmp_path, "tfds:lm1b", tmp_path)
     told = (folder / "dataset_info.json").read_text()
     (tmp_path / "set").mkdir()

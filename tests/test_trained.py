@@ -57,7 +57,7 @@ def test_it_writes_what_the_sampler_of_evaluations_draws(family, models):
     """The first of that sampler's 256 rows, from eleven rows of its own."""
     model, steps, run = models[family], STEPS[family], models[family].run
     name, last = list(run.experiment.family.samplers().items())[-1]
-    wanted = Sampler(run.experiment.net, last, steps, model.layout)(run.params, jax.random.key(7), 11)
+    wanted = Sampler(run.experiment.net, last, model.layout)(run.params, jax.random.key(7), 11, steps)
     assert len(np.unique(wanted, axis=0)) > 5
     drawn = model.draw(11, steps, seed=7)
     np.testing.assert_array_equal(drawn.ids, wanted)
@@ -90,7 +90,7 @@ def test_a_sampler_is_named_and_settings_are_replaced(models, tmp_path):
     model = flowlm.load(run, noise_scale=0.25, temperature=None)
     assert model.samplers == ("map", "map-noise0.25") and model.config.objective.temperature is None
     family = trained.load_trained(run, model.layout, {"noise_scale": 1.0, "temperature": None}).experiment.family
-    plain = Sampler(model.run.experiment.net, family, 2, model.layout)(model.run.params, jax.random.key(0), 4)
+    plain = Sampler(model.run.experiment.net, family, model.layout)(model.run.params, jax.random.key(0), 4, 2)
     np.testing.assert_array_equal(model.sample_ids(4, 2, sampler="map"), plain)
     assert not np.array_equal(model.sample_ids(4, 2), plain)
     with pytest.raises(ValueError, match="no sampler 'mop': there are map, map-noise0.25; did you mean map"):

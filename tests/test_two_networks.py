@@ -102,6 +102,7 @@ def test_eight_devices_and_microbatches_match_as_one(matched):
             np.testing.assert_allclose(*ours, rtol=2e-5, atol=2e-6, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_rows_of_both_kinds_train_together(matched):
     lines = read_metrics(matched("both", **{"objective.matched": 0.5}))
     assert {"matching", "auxiliary", "diagonal", "psd"} <= lines[-1].keys()
@@ -166,7 +167,8 @@ def test_three_networks_are_three_networks_to_the_plan(data_dir):
     assert abs(two["opt_state"] - 2 * one["opt_state"]) < 10  # counters
 
 
-@pytest.mark.parametrize("kind", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
 def test_discrete_diffusion_is_matched_by_the_same_loop(kind, data_dir, tmp_path):
     """Its student begins as its teacher, resumes bitwise in the middle of a round, and is what is averaged."""
     train_only(run_config(data_dir, kind, steps=2), tmp_path / "teacher")

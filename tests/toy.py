@@ -120,7 +120,7 @@ class NoEvaluation:
     def __init__(self, *args):
         pass
 
-    def __call__(self, params, step, num_samples):
+    def __call__(self, params, step, num_samples, final=False):
         return evaluation.Evaluation(step, {}, {})
 
 
@@ -132,12 +132,14 @@ def train_only(config, workdir):
 
 
 # For tests that interrupt it: the steps of an experiment file wait a little while the file `slow` is beside it, and its judges
-# as many seconds as the file `judge_for` says, after they have made the file `judging`. No evaluation unless asked for.
+# as many seconds as the file `judge_for` says, after they have made the file `judging`. No evaluation unless asked for. Where the
+# file `count` is there, each process writes beside it how many rows its judges read and its devices drew.
 _EXPERIMENT = """
 import time
 from pathlib import Path
+import jax
 import toy
-from flowlm.engine import sharding
+from flowlm.engine import sampling, sharding
 from flowlm.evaluation import evaluator, judging
 from flowlm.system import cluster
 
@@ -151,6 +153,23 @@ def slow_judge(self, *given):
     return judge(self, *given)
 
 judging.Panel.judge = slow_judge
+score_all, gathered = judging.score_all, sampling.gathered
+
+def note(what, rows):
+    if Path(__file__).with_name("count").exists():
+        with Path(__file__).with_name(f"{{what}}.{{jax.process_index()}}").open("a") as file:
+            print(rows, file=file)
+
+def counted_scores(judges, ids, *given):
+    note("judged", len(ids))
+    return score_all(judges, ids, *given)
+
+def counted_rows(array):
+    if array.ndim == 2:  # ids; likelihoods are of one dimension
+        note("drawn", sum(shard.data.shape[0] for shard in array.addressable_shards))
+    return gathered(array)
+
+judging.score_all, sampling.gathered = counted_scores, counted_rows
 rows = sharding.global_rows
 
 def global_rows(*arguments):

@@ -31,6 +31,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "best": tables.best,
     "bench": tables.bench,
     "plans": tables.plans,
+    "evaluations": tables.evaluations,
     "metrics": metrics_table.table,
     "settings": settings_table.table,
     "commands": commands_table.table,

@@ -217,3 +217,16 @@ def plans(*names: str) -> str:
         rows.append([told, *cells, f"{versions['jax']}, {versions['libtpu']}"])
     head = ["at the paper's batch", "slice", "sequences per chip", "HBM per chip, GiB", "sent per chip and step, GB"]
     return markdown([*head, "jax, libtpu"], rows)
+
+
+def evaluations(*names: str) -> str:
+    """What evaluating takes by plans in results/plan, one beside the other: the rows that begin with the start of a run."""
+    tables = []
+    for name in names:
+        lines = (ROOT / f"results/plan/{name}/plan.md").read_text(encoding="utf-8").splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        first = next(i for i, row in enumerate(cells) if row[0].startswith("start: "))
+        data = read(f"results/plan/{name}/plan.json")["config"]["data"]["name"]
+        tables.append([["", f"{data}, {cells[0][1]}"], *cells[first:]])
+    head, *rows = [[beside[0][0], *(row[1] for row in beside)] for beside in zip(*tables, strict=True)]
+    return markdown(head, rows)

@@ -4,7 +4,7 @@ from flowlm.cli.bench import BENCH
 from flowlm.cli.evaluate import COMPARE, EVALUATE
 from flowlm.cli.exchange import EXPORT, IMPORT, INSPECT
 from flowlm.cli.plan import PLAN
-from flowlm.cli.prepare import PREPARE, PREPARE_JUDGE, PREPARE_QM9
+from flowlm.cli.prepare import PREPARE, PREPARE_DATA, PREPARE_JUDGE, PREPARE_QM9
 from flowlm.cli.sample import SAMPLE
 from flowlm.cli.study import REPORT, STUDY
 from flowlm.cli.train import TRAIN
@@ -15,6 +15,7 @@ COMMANDS = (
     EVALUATE,
     COMPARE,
     PREPARE,
+    PREPARE_DATA,
     PREPARE_JUDGE,
     PREPARE_QM9,
     STUDY,

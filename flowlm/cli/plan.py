@@ -9,12 +9,14 @@ def _plan(values: FlagValues) -> None:
     if bool(values.topology) == values.device:
         raise ValueError("plan needs either --topology=v5e:4x4,... or --device")
 
+    from flowlm.evaluation import work
     from flowlm.scale.plan import plan, plan_device
 
     if values.device:
         plan_device(values.config)
     else:
-        plan(values.config, values.topology, values.results, values.per_chip, values.largest, values.dense)
+        asked = values.topology, values.results, values.per_chip, values.largest, values.dense
+        plan(values.config, *asked, lambda rows: work.every(values.config, rows))
 
 
 PLAN = Command(

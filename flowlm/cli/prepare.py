@@ -1,13 +1,16 @@
-"""`flowlm prepare`, `flowlm prepare judge` and `flowlm prepare qm9`."""
+"""`flowlm prepare`, and `flowlm prepare data`, `judge` and `qm9`."""
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, output, switch, text, whole
+from flowlm.cli.command import Command, experiment, output, switch, text, whole
 from flowlm.system.terminal import command
 
 # The kinds of flowlm/data/sources.py, which is not imported here, because that takes a second.
-SOURCES = "textfiles|jsonl|parquet|array_record|tfds:DIR-or-NAME[:SPLIT]"
+SOURCES = "textfiles|jsonl|parquet|array_record|tfds:SET|hf:SET"
 DATA_DIR = text("data_dir", "DIR", "the experiments' data.dir", "~/.cache/flowlm")
+WORKERS = whole(
+    "workers", "processes that read and tokenise; by default one a core, any number makes the same", None, 1
+)
 
 
 def _prepare(values: FlagValues) -> None:
@@ -15,10 +18,17 @@ def _prepare(values: FlagValues) -> None:
     from flowlm.data.round_trip import RoundTrip
 
     wanted = values.source, values.path, values.tokenizer, values.length, values.out
-    manifest = prepare_text(*wanted, values.data_dir, values.text_key, values.allow_lossy, values.workers)
+    how = values.text_key, values.allow_lossy, values.workers, values.host
+    manifest = prepare_text(*wanted, values.data_dir, *how)
+    if manifest["rows"] is None:
+        print(f"host {values.host} is done; the first host writes the manifest when all are")
+        return
     if manifest.get("left_out", {}).get("files"):
         left_out = manifest["left_out"]
         print(f"left out: {left_out['files']} other files, such as {', '.join(left_out['such_as'])}")
+    if manifest.get("duplicates"):
+        total = sum(manifest["documents"].values())
+        print(f"documents: {total}, of which {manifest['duplicates']} are copies of others")
     if "round_trip" in manifest:  # not in folders of older versions
         found = RoundTrip(**manifest["round_trip"])
         print(
@@ -27,6 +37,17 @@ def _prepare(values: FlagValues) -> None:
     for split, rows in manifest["rows"].items():
         print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
     print(f"{command()} train --config=experiments/my_text.py:{values.out} --workdir=DIR")
+
+
+def _prepare_data(values: FlagValues) -> None:
+    from flowlm.data.dataset import prepare_dataset
+    from flowlm.system import parallel
+
+    data = values.config.data
+    workers = values.workers or parallel.cores()
+    info = prepare_dataset(data.name, data.tokenizer, data.length, data.dir, workers=workers)
+    for split in ("train", "validation", "test"):
+        print(f"{split}: {info.splits[split].num_examples} rows of {data.length}")
 
 
 def _prepare_judge(values: FlagValues) -> None:
@@ -48,23 +69,35 @@ PREPARE = Command(
         text(
             "source",
             SOURCES,
-            "a document a file, a line, a row or a record; or a set that tfds prepared, by its folder or name",
+            "a document a file, a line, a row or a record; or a set of tfds or Hugging Face, by its folder or NAME[:SPLIT]",
         ),
-        text("path", "PATH", "the file or the folder with the text, also in a bucket; not with tfds"),
+        text("path", "PATH", "the file or the folder with the text, also in a bucket; not with tfds and hf"),
         text(
             "tokenizer",
             "NAME",
             "bpe:SIZE or words:SIZE to make one of the text, one that is shipped, or the path of its file",
         ),
         whole("length", "ids in a row", None, 2),
-        output("out", "the folder to make"),
-        text("text_key", "KEY", "the text's key in jsonl, its column in parquet, its feature in a record", "text"),
-        whole("workers", "processes that read and tokenise; by default one a core, any number makes the same", None, 1),
+        output("out", "the folder to make, also in a bucket"),
+        text(
+            "text_key", "KEY", "the text's key in jsonl, its column in parquet or hf, its feature in a record", "text"
+        ),
+        WORKERS,
+        text("host", "I/N", "this is host I of N that share the work and see DIR, the first being 0; or: cluster"),
         switch("allow_lossy", "take a tokenizer that changes or drops more than 1 % of the characters"),
         DATA_DIR,
     ],
     _prepare,
     needs=("source", "tokenizer", "length", "out"),
+    again="the same command goes on from where it was",
+)
+
+PREPARE_DATA = Command(
+    "prepare data",
+    "makes the data of an experiment, as its first run would",
+    [experiment("the experiment, with an argument of its own behind a colon"), WORKERS],
+    _prepare_data,
+    needs=("config",),
     again="the same command goes on from where it was",
 )
 

@@ -5,28 +5,32 @@ one row at random costs time in proportion to its shard. Shards are written here
 write one after another and take three times as long for each, more than half as long as one core takes to tokenise the text.
 """
 
-import abc
 import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from flowlm.data import corpora, packing
 from flowlm.data.grammar import Grammar
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.system import parallel, storage
+from flowlm.system.hosts import ALONE, Hosts
 
 SHARD_ROWS = 8192
+# This file is written last, so a prepared set is whole once the file exists.
+WHOLE = "dataset_info.json"
+_SUFFIX = ".array_record"
 _MANY_IDS = 4_000_000  # ids of a split that several processes write; of fewer, starting these would take as long
 GRAMMAR_ROWS = {"train": 131_072, "validation": 4_096, "test": 4_096}
 
@@ -41,6 +45,8 @@ class RowsConfig(tfds.core.BuilderConfig):
       length: ids in a row, the start token included.
       data_dir: folder that holds the files of the corpora; a grammar does not read it.
       workers: processes that tokenise; any number makes the same set.
+      hosts: which of several hosts this is.
+      documents: gives this host's (split, id, text) in place of all of the corpus's.
     """
 
     source: str = ""
@@ -48,27 +54,46 @@ class RowsConfig(tfds.core.BuilderConfig):
     length: int = 0
     data_dir: str = ""
     workers: int = 1
+    hosts: Hosts = ALONE
+    documents: Callable[[], Iterator[corpora.Document]] | None = None
 
     @classmethod
     def of(
-        cls, source: str, tokenizer: Tokenizer, length: int, data_dir: str | pathlib.Path, workers: int = 1
+        cls, source: str, tokenizer: Tokenizer, length: int, data_dir: str | pathlib.Path, **more: Any
     ) -> "RowsConfig":
         name = f"{source}-{tokenizer.sha256[:12]}-{length}"
-        return cls(
-            name=name, source=source, tokenizer=tokenizer, length=length, data_dir=str(data_dir), workers=workers
-        )
+        return cls(name=name, source=source, tokenizer=tokenizer, length=length, data_dir=str(data_dir), **more)
+
+    @property
+    def local(self) -> pathlib.Path:
+        """`data_dir`, or where its files lie on the disk if it is in a bucket."""
+        return pathlib.Path(storage.mirror(storage.path(self.data_dir)))
 
 
 class _Shard(NamedTuple):
-    """The rows begin..end of a split, in a file of their own."""
+    """The rows begin..end of a host's part of a split, in a file of their own."""
 
     split: str
-    path: str
+    name: str
     begin: int
     end: int
 
 
-class _Rows(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
+class _Content(NamedTuple):
+    """What is to be written.
+
+    Attributes:
+      rows: this host's rows int32 [num, length - 1] of each split, without their start tokens.
+      counts: for each host its number of rows by split.
+      digest: another one where the rows are others; "" if nobody knows.
+    """
+
+    rows: Mapping[str, np.ndarray]
+    counts: list[dict[str, int]]
+    digest: str = ""
+
+
+class Rows(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
     """Rows of ids, by split: a class says which, and this writes them."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -84,36 +109,98 @@ class _Rows(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True)
             metadata=tfds.core.MetadataDict(),
         )
 
-    @abc.abstractmethod
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        raise NotImplementedError("`write` does it")
+
     def _rows(self) -> Mapping[str, np.ndarray]:
         """The rows int32 [num, length - 1] of each split, without their start tokens."""
+        raise NotImplementedError
 
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        del dl_manager, download_config
-        config, rows = self.builder_config, self._rows()
-        shards = {split: self._shards(split, len(rows[split])) for split in rows}
+    def _content(self, workspace: pathlib.Path) -> _Content:
+        """What is to be written; `workspace` is a local folder for what is needed until then."""
+        del workspace
+        rows = self._rows()
+        return _Content(rows, [{split: len(each) for split, each in rows.items()}])
+
+    @property
+    def _workspace(self) -> pathlib.Path:
+        return self.builder_config.local / "tokens" / self.builder_config.hosts.named(self.builder_config.name)
+
+    def tidy(self) -> None:
+        """Removes what a call left that was killed when the set was whole already."""
+        if self._workspace.exists():
+            with packing.workspace(self._workspace):
+                pass
+
+    def write(self) -> None:
+        """Writes the set: each shard appears whole, and a call that was interrupted is gone on with; the file WHOLE comes last.
+
+        Of several hosts each writes its own shards, and the first writes WHOLE when all are there.
+        """
+        config, target = self.builder_config, self.data_path
+        with packing.workspace(self._workspace) as workspace:
+            content = self._content(workspace)
+            shards = {split: self._shards(split, [each[split] for each in content.counts]) for split in content.rows}
+            target.mkdir(parents=True, exist_ok=True)
+            self._write_shards(
+                content, [each for parts in shards.values() for each in parts[config.hosts.index]], workspace
+            )
+            told = {split: [shard for part in parts for shard in part] for split, parts in shards.items()}
+            if config.hosts.first:
+                config.hosts.all("written", None)
+                self._finish(target, told, workspace)
+            else:
+                config.hosts.leave("written", None)
+
+    def _write_shards(self, content: _Content, shards: list[_Shard], workspace: pathlib.Path) -> None:
+        config, target = self.builder_config, self.data_path
+        begun = workspace / "shards"  # what the shards that are there already were made of
+        known = bool(content.digest) and begun.exists() and begun.read_text() == content.digest
+        there = {path.name for path in target.iterdir()} if known else set()
+        begun.write_text(content.digest)
         write = functools.partial(
-            _write_shard, {split: _reopening(rows[split]) for split in rows}, config.tokenizer.start
+            _write_shard,
+            {split: _reopening(rows) for split, rows in content.rows.items()},
+            config.tokenizer.start,
+            workspace,
+            os.fspath(target),
         )
-        workers = config.workers if sum(each.size for each in rows.values()) >= _MANY_IDS else 1
-        for _ in parallel.ordered(write, itertools.chain(*shards.values()), workers):
+        workers = config.workers if sum(each.size for each in content.rows.values()) >= _MANY_IDS else 1
+        for _ in parallel.ordered(write, (shard for shard in shards if shard.name not in there), workers):
             pass
-        self.info.set_splits(tfds.core.SplitDict([self._written(split, shards[split]) for split in shards]))
 
-    def _shards(self, split: str, num_rows: int) -> list[_Shard]:
-        if num_rows == 0:
+    def _shards(self, split: str, counts: list[int]) -> list[list[_Shard]]:
+        """The shards of each host, given its number of rows."""
+        if sum(counts) == 0:
             config = self.builder_config
             raise ValueError(f"{split} split of {config.source!r} is shorter than one row of {config.length} ids")
-        template, num = self._get_filename_template(split_name=split), -(-num_rows // SHARD_ROWS)
-        bounds = itertools.pairwise(np.linspace(0, num_rows, num + 1).astype(int).tolist())
-        paths = (template.sharded_filepath(shard_index=shard, num_shards=num) for shard in range(num))
-        return [_Shard(split, os.fspath(path), *part) for path, part in zip(paths, bounds, strict=True)]
+        template, nums = self._get_filename_template(split_name=split), [-(-count // SHARD_ROWS) for count in counts]
+        names = (
+            os.path.basename(template.sharded_filepath(shard_index=shard, num_shards=sum(nums)))
+            for shard in range(sum(nums))
+        )
+        bounds = [itertools.pairwise(np.linspace(0, c, num + 1).astype(int).tolist()) for c, num in zip(counts, nums)]
+        return [[_Shard(split, next(names), *part) for part in parts] for parts in bounds]
 
-    def _written(self, split: str, shards: list[_Shard]) -> tfds.core.SplitInfo:
+    def _finish(self, target: epath.Path, shards: dict[str, list[_Shard]], workspace: pathlib.Path) -> None:
+        """Says that the set is whole, and removes what else is in its folder, left by a call for other rows."""
+        found = {path.name: path for path in target.iterdir()}
+        for name in found.keys() - {shard.name for each in shards.values() for shard in each}:
+            if _SUFFIX in name:
+                found[name].unlink()
+        self.info.set_splits(tfds.core.SplitDict([self._written(split, found, shards[split]) for split in shards]))
+        self.info.download_size = 0
+        told = workspace / "info"
+        told.mkdir(exist_ok=True)
+        self.info.write_to_directory(told)
+        for file in sorted(told.iterdir(), key=lambda file: file.name == WHOLE):
+            storage.put(file, target / file.name)
+
+    def _written(self, split: str, found: Mapping[str, epath.Path], shards: list[_Shard]) -> tfds.core.SplitInfo:
         return tfds.core.SplitInfo(
             name=split,
             shard_lengths=[shard.end - shard.begin for shard in shards],
-            num_bytes=sum(os.path.getsize(shard.path) for shard in shards),
+            num_bytes=sum(found[shard.name].stat().length for shard in shards),
             filename_template=self._get_filename_template(split_name=split),
         )
 
@@ -125,11 +212,15 @@ def _reopening(rows: np.ndarray) -> Callable[[], np.ndarray]:
     return functools.partial(np.asarray, rows)
 
 
-def _write_shard(rows: Mapping[str, Callable[[], np.ndarray]], start: int, shard: _Shard) -> None:
+def _write_shard(
+    rows: Mapping[str, Callable[[], np.ndarray]], start: int, workspace: pathlib.Path, target: str, shard: _Shard
+) -> None:
     """Writes rows, each behind a start token, as tfds would write them."""
-    with contextlib.closing(ArrayRecordWriter(shard.path, "group_size:1")) as writer:
+    part = workspace / f"{shard.name}-{os.getpid()}"  # a worker of a call that was killed may still write its own
+    with storage.writing(part), contextlib.closing(ArrayRecordWriter(str(part), "group_size:1")) as writer:
         for ids in packing.framed(rows[shard.split]()[shard.begin : shard.end], start):
             writer.write(_example(ids))
+    storage.put(part, epath.Path(target) / shard.name)
 
 
 def _example(ids: np.ndarray) -> bytes:
@@ -137,30 +228,31 @@ def _example(ids: np.ndarray) -> bytes:
     return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature={"ids": feature})).SerializeToString()
 
 
-class PackedText(_Rows, skip_registration=True):
+class PackedText(Rows, skip_registration=True):
     """Documents of a corpus, tokenised, laid end to end and cut to rows of one length."""
 
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        config = self.builder_config
-        local = pathlib.Path(storage.mirror(storage.path(config.data_dir)))
-        with packing.workspace(local / "tokens" / config.name) as self._tokens:
-            super()._download_and_prepare(dl_manager, download_config)
-
-    def _rows(self) -> Mapping[str, np.ndarray]:
+    def _content(self, workspace: pathlib.Path) -> _Content:
         config = self.builder_config
 
         def documents():
-            return ((split, text) for split, _, text in corpora.read_corpus(config.source, config.data_dir))
+            every = config.documents() if config.documents else corpora.read_corpus(config.source, config.data_dir)
+            return ((split, text) for split, _, text in every)
 
         # A shard's file name holds the number of shards, so all tokens are written and counted before the first shard.
-        separated = corpora.CORPORA[config.source].separated
-        rows, record = packing.write_streams(
-            documents, config.tokenizer, separated, self._tokens, config.length - 1, config.workers
+        rows, counts, record = packing.write_streams(
+            documents,
+            config.tokenizer,
+            corpora.CORPORA[config.source].separated,
+            workspace,
+            config.length - 1,
+            config.workers,
+            config.hosts,
         )
         if any(record.unspelled.values()):
             self.info.metadata.update(count=record.unspelled, such_as=record.such_as)
-            logging.warning("%s", _report(config, record))
-        return {split: rows[split] for split in corpora.SPLITS}
+            if config.hosts.first:
+                logging.warning("%s", _report(config, record))
+        return _Content({split: rows[split] for split in corpora.SPLITS}, counts, record.sha256)
 
 
 def _report(config: RowsConfig, record: packing.Record) -> str:
@@ -174,7 +266,7 @@ def _report(config: RowsConfig, record: packing.Record) -> str:
     return f"{config.source}: {lost} {became}, because the tokenizer cannot spell all of the text, such as {named}"
 
 
-class Sentences(_Rows, skip_registration=True):
+class Sentences(Rows, skip_registration=True):
     """Documents of a corpus, each a row of its own with pads behind it; those that cannot be spelled or are longer are left out."""
 
     def _rows(self) -> Mapping[str, np.ndarray]:
@@ -189,7 +281,7 @@ class Sentences(_Rows, skip_registration=True):
         return {split: np.stack(found) if found else empty for split, found in rows.items()}
 
 
-class GrammarRows(_Rows, skip_registration=True):
+class GrammarRows(Rows, skip_registration=True):
     """Rows drawn from a grammar, one seed for each split."""
 
     def _rows(self) -> Mapping[str, np.ndarray]:

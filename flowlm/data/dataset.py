@@ -6,29 +6,37 @@ and the state of a run's data is its step.
 
 import contextlib
 import dataclasses
-import io
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 
 from flowlm.data import builders, corpora, grammar, marginals, tokenizers
+from flowlm.data.fitted import Arrays, fitted
 from flowlm.data.grammar import Grammar
+from flowlm.data.ranges import RemoteRows
 from flowlm.data.shards import Shards
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.system import storage
 
 # Rows read at once where a whole split is scanned.
 _BLOCK = 4096
-# Rows that suffice to count tokens by position.
-_MARGINAL_ROWS = 262_144
-# This file is copied to a bucket last, so a prepared set there is whole once the file exists.
-WHOLE = "dataset_info.json"
+# Rows, and tokens in them, that suffice to count tokens by position: of long rows fewer are read.
+_MARGINAL_ROWS, _MARGINAL_TOKENS = 262_144, 2**26
+# Characters at the end of a text that more of its tokens might change.
+_MARGIN = 1000
+
+
+def marginal_rows(length: int) -> int:
+    """The most rows of `length` ids that tokens are counted in by position."""
+    return max(2, min(_MARGINAL_ROWS, _MARGINAL_TOKENS // length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Split:
       sentences: whether each row is a text of its own, padded.
     """
 
-    source: Shards
+    source: Shards | RemoteRows
     tokenizer: Tokenizer
     length: int
     sentences: bool = False
@@ -77,30 +85,41 @@ class Split:
     def log_marginals(self, vocab_size: int) -> np.ndarray:
         """Logs float32 [length, vocab_size] of the law of tokens by position, in nats (see marginals.py).
 
-        Of a split with more than 262,144 rows, at most so many are counted, evenly spaced.
+        Of a split with more than `marginal_rows(length)` rows, at most so many are counted, evenly spaced.
 
         Raises:
           ValueError: the vocabulary is smaller than the tokenizer's.
         """
         if vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size}")
-        counts = np.zeros((self.length, vocab_size), np.int64)
-        positions = np.arange(self.length)
-        numbers = range(0, len(self), -(-len(self) // _MARGINAL_ROWS))
+        counts = np.zeros(self.length * vocab_size, np.int32)
+        before = vocab_size * np.arange(self.length)
+        numbers = range(0, len(self), -(-len(self) // marginal_rows(self.length)))
         for begin in range(0, len(numbers), _BLOCK):
-            np.add.at(counts, (positions, self._read(list(numbers[begin : begin + _BLOCK]))), 1)
-        return marginals.log_marginals(counts)
+            np.add.at(counts, before + self._read(list(numbers[begin : begin + _BLOCK])), 1)
+        return marginals.log_marginals(counts.reshape(self.length, vocab_size))
 
     def text(self, num_chars: int | None = None) -> str:
         """The split's first characters (all if None), as its tokenizer decodes them, a space between documents.
 
         The whole text and its tokens are held in memory.
         """
-        num_rows = len(self) if num_chars is None else min(len(self), -(-num_chars // (self.length - 1)))
+        if num_chars is None:
+            return self._text(len(self))
+        # A token has some letters, as many as in the first rows, so that far fewer rows are read than there are characters.
+        num_rows = min(len(self), _BLOCK // 16)
+        while True:
+            text = self._text(num_rows)
+            if num_rows == len(self) or len(text) >= num_chars + _MARGIN:
+                return text[:num_chars]
+            num_rows = min(len(self), int(1.05 * num_rows * (num_chars + _MARGIN) / max(len(text), 1)) + 1)
+
+    def _text(self, num_rows: int) -> str:
+        """The first rows as one text."""
         # A packed row has start tokens between its documents. Sentences have none inside, so the one in front of each row is kept.
         stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
-        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))[:num_chars]
+        return " ".join(filter(None, self.tokenizer.decode_batch(documents)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +133,7 @@ class Dataset:
       unspelled: empty if the tokenizer could spell all of the text. Otherwise "count" is how often it could not, by split
         (`Tokenizer.encode_counted`), and "such_as" lists some of what it could not spell.
       sentences: whether each row is a text of its own, padded.
+      place: where the prepared set lies, maybe in a bucket; None of one that is in memory only.
     """
 
     tokenizer: Tokenizer
@@ -124,13 +144,29 @@ class Dataset:
     test: Split
     unspelled: dict = dataclasses.field(default_factory=dict)
     sentences: bool = False
+    place: epath.Path | None = None
+
+    def fitted(self, name: str, facts: Mapping[str, Any], fit: Callable[[], Arrays]) -> Arrays:
+        """What `fit` makes of this data, kept beside it (fitted.py). facts: all that it depends on beside the data."""
+        return fit() if self.place is None else fitted(self.place, name, facts, fit)
 
 
-def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path, workers: int = 1) -> Dataset:
+class _Found(NamedTuple):
+    """What a set is, wherever it lies."""
+
+    vocabulary: Tokenizer
+    law: Grammar | None
+    sentences: bool
+    builder: Callable[[epath.Path], builders.Rows]
+
+
+def open_dataset(
+    name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path, workers: int = 1, copy: bool = True
+) -> Dataset:
     """Opens a corpus or a grammar under a tokenizer, in rows of `length` ids; prepares it on first use.
 
-    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. A set appears whole or not at all, so an
-    interrupted preparation leaves nothing that looks like a set. If several processes prepare the same one, the first to end wins.
+    Prepared sets lie in `<data_dir>/tfds`; delete one there to have it made again. A set is whole once its file WHOLE is
+    there, which comes last, so an interrupted preparation leaves nothing that looks like a set. Several processes may prepare one.
 
     Args:
       name: a corpus (`corpora.CORPORA`) or a shipped grammar.
@@ -138,12 +174,55 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
       length: ids in a row, the start token in front included.
       data_dir: folder (`~` is expanded) or bucket that holds all data; a set in a bucket is copied to the local disk on first use.
       workers: processes that prepare a large set. More than one import the program that calls this, which must be safe to import.
+      copy: of a set in a bucket, whether it is copied; otherwise each row is read from there when it is wanted.
 
     Raises:
       FileNotFoundError: files of the corpus or the tokenizer are missing.
       ValueError: the name or tokenizer does not exist, or name, tokenizer and length do not fit together.
     """
     data_dir = storage.path(data_dir)
+    vocabulary, law, sentences, make = _find(name, tokenizer, length, data_dir, workers=workers)
+    here = storage.mirror(data_dir) if copy else data_dir
+    builder = make(here)
+    if not _is_whole(builder):
+        # array_record reads the local disk alone. The bucket shares what one host prepared.
+        shared = make(data_dir)
+        if not _is_whole(shared):
+            _prepare(shared)
+        if copy:
+            storage.fetch(shared.data_path)
+        builder = make(here)
+    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
+    unspelled = dict(builder.info.metadata or {})
+    place = data_dir / os.fspath(builder.data_path.relative_to(here))
+    return Dataset(vocabulary, length, law, **splits, unspelled=unspelled, sentences=sentences, place=place)
+
+
+def prepare_dataset(
+    name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path, **how: Any
+) -> tfds.core.DatasetInfo | None:
+    """Prepares what `open_dataset` opens, unless it is there; into a bucket shard by shard, without a copy on the disk.
+
+    Args:
+      how: `workers`, `hosts` and `documents` of `builders.RowsConfig`.
+
+    Returns:
+      What is known of the set; None on a host that is not the first of several, because others may still be writing.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_dataset`.
+    """
+    data_dir = storage.path(data_dir)
+    make = _find(name, tokenizer, length, data_dir, **how).builder
+    builder = make(data_dir)
+    if _is_whole(builder):
+        builder.tidy()
+    else:
+        _prepare(builder)
+    return make(data_dir).info if builder.builder_config.hosts.first else None
+
+
+def _find(name: str, tokenizer: str, length: int, data_dir: epath.Path, **how: Any) -> _Found:
     known = [*corpora.CORPORA, *grammar.shipped_names()]
     if name not in known:
         raise ValueError(f"unknown dataset {name!r}; known are {', '.join(known)}")
@@ -162,42 +241,29 @@ def open_dataset(name: str, tokenizer: str, length: int, data_dir: str | pathlib
         )
     builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
 
-    def make() -> tfds.core.DatasetBuilder:
+    def make(place: epath.Path) -> builders.Rows:
         with _less_said():  # because tfds warns that each set has a configuration of its own
             return builder_class(
-                data_dir=storage.mirror(data_dir) / "tfds",
-                config=builders.RowsConfig.of(name, vocabulary, length, data_dir, workers),
+                data_dir=place / "tfds",
+                config=builders.RowsConfig.of(name, vocabulary, length, data_dir, **how),
                 file_format="array_record",
             )
 
-    builder = make()
-    if not builder.data_path.exists():
-        # Rows are read from the local disk because array_record cannot read a bucket. The bucket shares what one host prepared.
-        shared = data_dir / os.fspath(builder.data_path.relative_to(storage.mirror(data_dir)))
-        if (shared / WHOLE).exists():
-            storage.fetch(shared)
-        else:
-            if law is None:
-                corpora.check_corpus(name, data_dir)
-            _prepare(builder)
-            if storage.in_bucket(shared):
-                storage.copy(builder.data_path, shared, last=WHOLE)
-        builder = make()
-    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
-    return Dataset(vocabulary, length, law, **splits, unspelled=dict(builder.info.metadata or {}), sentences=sentences)
+    return _Found(vocabulary, law, sentences, make)
 
 
 def is_prepared(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> bool:
-    """Whether the set lies whole where `open_dataset` would find it. Raises FileNotFoundError: the tokenizer is missing."""
-    data_dir = storage.path(data_dir)
-    config = builders.RowsConfig.of(name, tokenizers.shipped(tokenizer, data_dir), length, data_dir)
-    kinds = (data_dir / "tfds").iterdir() if (data_dir / "tfds").exists() else ()
-    sets = (kind / config.name for kind in kinds)
-    return any((version / WHOLE).exists() for found in sets if found.exists() for version in found.iterdir())
+    """Whether the set lies whole where `open_dataset` would find it. Raises as that does."""
+    place = storage.path(data_dir)
+    return _is_whole(_find(name, tokenizer, length, place).builder(place))
 
 
-def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards:
-    return Shards(builder.as_data_source(split), np.cumsum(builder.info.splits[split].shard_lengths))
+def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards | RemoteRows:
+    told = builder.info.splits[split]
+    ends = np.cumsum(told.shard_lengths)
+    if storage.in_bucket(builder.data_path):
+        return RemoteRows([*map(epath.Path, told.filepaths)], ends)
+    return Shards(builder.as_data_source(split), ends)
 
 
 def _check_grammar(name: str, law: Grammar, vocabulary: Tokenizer, length: int) -> None:
@@ -218,14 +284,14 @@ def _less_said() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def _is_whole(builder: builders.Rows) -> bool:
+    return (builder.data_path / builders.WHOLE).exists()
+
+
+def _prepare(builder: builders.Rows) -> None:
     config = builder.builder_config
+    if config.documents is None and config.source in corpora.CORPORA:
+        corpora.check_corpus(config.source, config.data_dir)
     print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
     print(f"  {builder.data_path}", file=sys.stderr)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # hides what tfds prints about sizes that it does not know
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except OSError:
-        # tfds fails at its final rename if another process was faster. The other process's set is the same, so it is used.
-        if not builder.data_path.exists():
-            raise
+    builder.write()

@@ -17,13 +17,15 @@ _PRIOR_COUNT = 0.5
 
 def log_marginals(counts: np.ndarray) -> np.ndarray:
     """Logs float32 [length, V] of the marginals, in nats, never -inf, from counts int [length, V] of 2 or more rows."""
-    unigrams = counts[1:].sum(0) + _PRIOR_COUNT
+    unigrams = counts[1:].sum(0, dtype=np.int64) + _PRIOR_COUNT
     law = unigrams / unigrams.sum()
     num_rows = counts[0].sum()
     strengths = [_best_strength(counts[:1], unigrams, num_rows, 0)]
     strengths += [_best_strength(counts[1:], unigrams, num_rows, 1)] * (len(counts) - 1)
-    logs = [np.log(_shrunk(count, num_rows, law, strength)) for count, strength in zip(counts, strengths)]
-    return np.stack(logs).astype(np.float32)
+    logs = np.empty(counts.shape, np.float32)
+    for log, count, strength in zip(logs, counts, strengths):
+        log[:] = np.log(_shrunk(count, num_rows, law, strength))
+    return logs
 
 
 def _shrunk(count: np.ndarray, total: int, law: np.ndarray, strength: float) -> np.ndarray:
@@ -32,7 +34,10 @@ def _shrunk(count: np.ndarray, total: int, law: np.ndarray, strength: float) -> 
 
 def _best_strength(counts: np.ndarray, unigrams: np.ndarray, num_rows: int, share: int) -> float:
     """The strength with the best leave-one-out likelihood; `share` is what one token adds to `unigrams`: 0 or 1."""
-    positions, tokens = np.nonzero(counts)
-    seen = counts[positions, tokens]
-    law = (unigrams[tokens] - share) / (unigrams.sum() - share)
-    return max(STRENGTHS, key=lambda strength: seen @ np.log(_shrunk(seen - 1, num_rows - 1, law, strength)))
+    total = dict.fromkeys(STRENGTHS, 0.0)
+    for count in counts:  # one position at a time, because all that were ever seen may be a gigabyte
+        (tokens,) = np.nonzero(count)
+        seen, law = count[tokens], (unigrams[tokens] - share) / (unigrams.sum() - share)
+        for strength in STRENGTHS:
+            total[strength] += seen @ np.log(_shrunk(seen - 1, num_rows - 1, law, strength))
+    return max(STRENGTHS, key=total.get)

@@ -16,15 +16,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from flowlm.data import windows
 from flowlm.data.tokenizers import Tokenizer
-from flowlm.system import parallel
+from flowlm.system import parallel, storage
+from flowlm.system.hosts import ALONE, Hosts
 
 SPLITS = ("train", "validation", "test")
 _RECORD = "record.json"
@@ -89,6 +90,20 @@ class Record:
     such_as: list[str] = dataclasses.field(default_factory=list)
 
 
+class Streams(NamedTuple):
+    """What the documents have become.
+
+    Attributes:
+      rows: this host's rows [num, width] by split, which are read from the disk as needed.
+      counts: for each host its number of rows by split.
+      record: that of all hosts together.
+    """
+
+    rows: dict[str, np.ndarray]
+    counts: list[dict[str, int]]
+    record: Record
+
+
 def write_streams(
     documents: Callable[[], Iterable[Document]],
     tokenizer: Tokenizer,
@@ -96,14 +111,15 @@ def write_streams(
     folder: Path,
     width: int,
     workers: int = 1,
-) -> tuple[dict[str, np.ndarray], Record]:
+    hosts: Hosts = ALONE,
+) -> Streams:
     """Writes the token stream of each split under `folder`, in one pass over the documents.
 
     Goes on where an interrupted call stopped, if the documents still begin with those that the interrupted call had written. Any
     number of `workers`, processes that tokenise, writes the same.
 
-    Returns:
-      (rows, record): the rows [num, width] by split, which are read from the disk as needed, and the record.
+    Of several hosts each has its part of the documents. The stream is that of all of them, one behind the other, so its rows do not
+    depend on their number: a row that begins in one part and ends in the next is of the host where it begins.
     """
     record, digest, rest = _taken_up(documents, folder)
     with contextlib.ExitStack() as stack:
@@ -115,15 +131,30 @@ def write_streams(
             files[split].seek(0, os.SEEK_END)
         encode = functools.partial(_encode, tokenizer, separated)
         for batch, found in _encoded(_batches(rest), encode, workers):
-            _append(batch, found, tokenizer, files, record, digest)
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())  # now, because the record must not count tokens that a crash could lose
-            temporary = folder / "record.tmp"
-            temporary.write_text(json.dumps(dataclasses.asdict(record)))
-            temporary.replace(folder / _RECORD)
-        rows = {split: _rows(files[split], record.tokens[split], width) for split in SPLITS}
-    return rows, record
+            with storage.writing(folder):
+                _append(batch, found, tokenizer, files, record, digest)
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())  # now, because the record must not count tokens that a crash could lose
+                temporary = folder / "record.tmp"
+                temporary.write_text(json.dumps(dataclasses.asdict(record)))
+                temporary.replace(folder / _RECORD)
+        return _streams(hosts, record, files, folder, width)
+
+
+def _streams(hosts: Hosts, record: Record, files: dict[str, BinaryIO], folder: Path, width: int) -> Streams:
+    """Tells the other hosts how many tokens there are here, and hears where the rows of each begin."""
+    heads = {split: _head(folder, split, record.tokens[split], width) for split in SPLITS}
+    told = hosts.all("tokens", dataclasses.asdict(record) | {"heads": heads})
+    rows, counts = {}, [{} for _ in told]
+    for split in SPLITS:
+        firsts = _firsts([each["tokens"][split] for each in told], width)
+        for count, (first, last) in zip(counts, itertools.pairwise(firsts), strict=True):
+            count[split] = last - first
+        begin = firsts[hosts.index] * width - sum(each["tokens"][split] for each in told[: hosts.index])
+        behind = itertools.chain(*(each["heads"][split] for each in told[hosts.index + 1 :]))
+        rows[split] = _rows(files[split], begin, counts[hosts.index][split], width, behind)
+    return Streams(rows, counts, _total(told))
 
 
 def _place(folder: Path, split: str) -> Path:
@@ -203,10 +234,35 @@ def _append(batch: list[Document], found: Encoded, tokenizer: Tokenizer, files: 
     record.sha256 = digest.hexdigest()
 
 
-def _rows(file: BinaryIO, tokens: int, width: int) -> np.ndarray:
-    if tokens < width:
+def _head(folder: Path, split: str, tokens: int, width: int) -> list[int]:
+    return np.fromfile(_place(folder, split), np.int32, min(tokens, width)).tolist()
+
+
+def _firsts(tokens: Sequence[int], width: int) -> list[int]:
+    """The first row that begins in the part of each host, given how many tokens each has; behind them, the number of all rows."""
+    num = sum(tokens) // width
+    return [min(-(-begin // width), num) for begin in itertools.accumulate(tokens[:-1], initial=0)] + [num]
+
+
+def _rows(file: BinaryIO, begin: int, num: int, width: int, behind: Iterable[int]) -> np.ndarray:
+    """Rows [num, width] from token `begin` of a file on; what the last one lacks comes from `behind`, and is appended."""
+    if num == 0:
         return np.empty((0, width), np.int32)
-    return np.memmap(file, np.int32, "r", shape=(tokens // width, width))
+    missing = begin + num * width - file.seek(0, os.SEEK_END) // 4
+    file.write(np.fromiter(itertools.islice(behind, max(0, missing)), np.int32).tobytes())
+    file.flush()
+    return np.memmap(file, np.int32, "r", offset=4 * begin, shape=(num, width))
+
+
+def _total(told: Sequence[dict]) -> Record:
+    """The records of all hosts as one, but for the digest, which changes when any of theirs does."""
+    sums = {
+        name: {split: sum(each[name][split] for each in told) for split in SPLITS} for name in ("tokens", "unspelled")
+    }
+    such_as = next((each["such_as"] for each in told if each["such_as"]), [])
+    digests = [each["sha256"] for each in told]
+    digest = digests[0] if len(told) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return Record(sum(each["texts"] for each in told), digest, such_as=such_as, **sums)
 
 
 def _mark(document: Document) -> bytes:

@@ -2,23 +2,34 @@
 
 manifest.json    sources with their sha256, counts, the cuts between the splits      tokenizer.json   the tokenizer
 tfds/            rows, in array_record shards                                        tokens/          only while it is made
+hosts/           only while several hosts make it: what each has to tell the others
+
+The folder may be in a bucket. Then each shard is written on the disk, copied to the bucket and removed, and tokens lie below
+`storage.MIRROR` until all shards are there.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+
+from etils import epath
 
 from flowlm.data import dataset as reader
 from flowlm.data import own_text, round_trip, sources, tokenizers, train_tokenizers
 from flowlm.data.corpora import SPLITS
 from flowlm.data.sources import SOURCES
 from flowlm.data.tokenizers import Tokenizer
+from flowlm.system import hosts as system_hosts
 from flowlm.system import parallel, storage
+from flowlm.system.hosts import Hosts
 
 # What a folder was prepared from: it is reused only if these keys of its manifest agree.
 _ASKED = ("kind", "path", "text_key", "sources", "length")
+# How rows are made of documents, as the manifest says it.
+PACKING = {"rows": "concatenated", "last_incomplete_row": "dropped"}
 # The share of characters that a tokenizer may change or drop without --allow_lossy.
 LOSSY = 0.01
 # About how many characters are encoded and decoded to measure the loss; of a larger text, evenly spaced pieces are.
@@ -35,6 +46,7 @@ def prepare_text(
     text_key: str = "text",
     allow_lossy: bool = False,
     workers: int | None = None,
+    host: str | None = None,
 ) -> dict:
     """Packs text into rows of `length` ids under `out` and returns the manifest; resumes an interrupted call.
 
@@ -42,38 +54,57 @@ def prepare_text(
       source: one of sources.forms().
       path: the file or folder of the text, which may be in a bucket; None if `source` says where it is.
       tokenizer: a name, a path, or `bpe:SIZE` or `words:SIZE`, which is trained on the train split.
+      out: the folder to make, which may be in a bucket.
       data_dir: folder that holds fetched tokenizers.
       text_key: the name of the text in a document of several named parts.
       allow_lossy: whether to accept a tokenizer that changes or drops more than LOSSY of the characters.
       workers: processes that read and tokenise; by default one for each core. Any number makes the same bytes.
+      host: which of several hosts that see `out` this is (`hosts.which`). Each reads its part of the files and writes its own
+        shards; any number makes the same rows. The first writes the manifest at the end, others return one without numbers of rows.
 
     Raises:
       FileNotFoundError: the text or the tokenizer is missing.
-      ValueError: the text is damaged or too short, `out` holds other text or is in a bucket, or the tokenizer loses too much.
-        Then `out` is left as it was before.
+      ValueError: the text is damaged or too short, `out` holds other text, or the tokenizer loses too much. Then `out` is left as
+        it was before.
+      RuntimeError: another host has failed.
     """
-    kind, place = _asked(source, path, out, text_key)
+    kind, place = _asked(source, path, text_key)
     workers = workers or parallel.cores()
+    index, number = system_hosts.which(host)
     recipe = train_tokenizers.recipe(tokenizer)
     vocabulary = None if recipe else tokenizers.shipped(tokenizer, data_dir)
-    out = Path(out).expanduser()
-    manifest = own_text.describe(kind, place, text_key, workers) | {
-        "length": length,
-        "recipe": tokenizer if recipe else None,
-    }
-    held = own_text.load_manifest(out) if (out / own_text.MANIFEST).exists() else {}
-    _check_same(held, manifest, _ASKED, out)
-    vocabulary = vocabulary or _made(recipe, manifest, held, out)
-    manifest |= {"tokenizer_sha256": vocabulary.sha256, "vocab_size": vocabulary.vocab_size, "rows": None}
-    _check_same(held, manifest, ["tokenizer_sha256"], out)
-    if not held or held["rows"] is None:
-        manifest["round_trip"] = held.get("round_trip") or _measure(vocabulary, manifest)
-        _check_kept(manifest, tokenizer, allow_lossy)
-        held = manifest
-    return _pack(held, vocabulary, out, workers)
+    files, folder = SOURCES[kind].files(place), storage.path(out)
+    held = own_text.load_manifest(folder) if (folder / own_text.MANIFEST).exists() else {}
+    if number > 1 and held.get("rows"):
+        _check_same(
+            held, {"kind": kind, "text_key": text_key, "length": length}, ["kind", "text_key", "length"], folder
+        )
+        return held
+    asked = [kind, place, text_key, tokenizer, length, [*map(SOURCES[kind].size, files[1])]]
+    words = folder / "hosts" / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    hosts = Hosts(index, number, words)
+    hosts.begin()
+    try:
+        manifest = own_text.describe(kind, files, text_key, workers, hosts)
+        manifest |= {"length": length, "recipe": tokenizer if recipe else None}
+        _check_same(held, manifest, _ASKED, folder)
+        if recipe:
+            made = hosts.of_first("tokenizer", lambda: _made(recipe, manifest, held, folder).json)
+            vocabulary = Tokenizer(made)
+        manifest |= _of_tokenizer(vocabulary) | {"rows": None}
+        _check_same(held, manifest, ["tokenizer_sha256"], folder)
+        if not held or held["rows"] is None:
+            manifest["round_trip"] = held.get("round_trip") or _measure(vocabulary, manifest, hosts)
+            _check_kept(manifest, tokenizer, allow_lossy)
+            held = manifest
+        return _pack(held, vocabulary, folder, workers, hosts)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            hosts.leave("failed", str(error))
+        raise
 
 
-def _asked(source: str, path: str | None, out: str, text_key: str) -> tuple[str, str]:
+def _asked(source: str, path: str | None, text_key: str) -> tuple[str, str]:
     """(kind, place) of the text. Raises ValueError: what was asked for does not fit together."""
     kind, colon, place = source.partition(":")
     found = SOURCES.get(kind)
@@ -87,18 +118,13 @@ def _asked(source: str, path: str | None, out: str, text_key: str) -> tuple[str,
         )
     if not found.place and not path:
         raise ValueError(f"prepare needs --path=PATH with --source={source}: give the file or folder of the text")
-    if storage.in_bucket(out):
-        raise ValueError(
-            f"--out={out}: text is prepared on a disk; prepare it there and copy the folder, "
-            f"`gcloud storage cp -r DATA {storage.SCHEME}...`, which training reads"
-        )
     if text_key != "text" and not found.keyed:
         keyed = ", ".join(name for name, each in SOURCES.items() if each.keyed)
         raise ValueError(f"--text_key={text_key} is for --source={keyed}, not {kind}: leave it out")
     return kind, place or path
 
 
-def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: dict, out: Path) -> Tokenizer:
+def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: dict, out: epath.Path) -> Tokenizer:
     """The folder's tokenizer if the same recipe made it (the text is known to be the same); otherwise trains a new one."""
     if held.get("recipe") == manifest["recipe"] and (out / "tokenizer.json").is_file():
         vocabulary = Tokenizer.load(out / "tokenizer.json")
@@ -107,14 +133,32 @@ def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: di
     return recipe(text for split, _, text in own_text.described(manifest) if split == "train")
 
 
-def _check_same(held: dict, manifest: dict, names: Sequence[str], out: Path) -> None:
+def _check_same(held: dict, manifest: dict, names: Sequence[str], out: epath.Path) -> None:
     if held and (differ := sorted(name for name in names if held.get(name) != manifest[name])):
         raise ValueError(f"{out} was prepared from something else ({', '.join(differ)} differ): give another --out")
 
 
-def _measure(vocabulary: Tokenizer, manifest: dict) -> dict:
-    texts = (text for _, _, text in own_text.described(manifest))
-    return dataclasses.asdict(round_trip.measure(vocabulary, texts, -(-manifest["characters"] // _MEASURED)))
+def _measure(vocabulary: Tokenizer, manifest: dict, hosts: Hosts) -> dict:
+    """What the tokenizer loses, each host having measured its own part."""
+    texts = (text for _, _, text in own_text.described(manifest, _part(manifest, hosts)))
+    mine = round_trip.measure(vocabulary, texts, -(-manifest["characters"] // _MEASURED))
+    told = hosts.all("measured", dataclasses.asdict(mine))
+    such_as = next((each["such_as"] for each in told if each["such_as"]), [])
+    sums = {name: sum(each[name] for each in told) for name in ("characters", "changed")}
+    return sums | {"such_as": such_as}
+
+
+def _part(manifest: dict, hosts: Hosts) -> slice:
+    return hosts.part([source["bytes"] for source in manifest["sources"]])
+
+
+def _of_tokenizer(vocabulary: Tokenizer) -> dict:
+    """What a manifest says of the tokenizer, and of how rows are made of the documents (packing.py)."""
+    return {
+        "tokenizer_sha256": vocabulary.sha256,
+        "vocab_size": vocabulary.vocab_size,
+        "packing": PACKING | {"between_documents": vocabulary.pieces[vocabulary.start]},
+    }
 
 
 def _check_kept(manifest: dict, tokenizer: str, allow_lossy: bool) -> None:
@@ -127,28 +171,44 @@ def _check_kept(manifest: dict, tokenizer: str, allow_lossy: bool) -> None:
         )
 
 
-def _pack(manifest: dict, vocabulary: Tokenizer, out: Path, workers: int) -> dict:
+def _pack(manifest: dict, vocabulary: Tokenizer, out: epath.Path, workers: int, hosts: Hosts) -> dict:
     """Writes the rows that are missing, and the manifest with their number."""
     held, empty = (out / own_text.MANIFEST).exists(), not out.exists() or not any(out.iterdir())
-    out.mkdir(parents=True, exist_ok=True)
-    storage.write_text(out / "tokenizer.json", vocabulary.json)
-    # The manifest is written first because the packing reads it. It counts the rows only at the end, when the folder is whole.
-    _write(out, manifest)
+    hosts.of_first("begun", lambda: _begin(manifest, vocabulary, out))
     try:
-        dataset = reader.open_dataset("own_text", str(out / "tokenizer.json"), manifest["length"], out, workers)
+        info = reader.prepare_dataset(
+            "own_text",
+            os.fspath(out / "tokenizer.json"),
+            manifest["length"],
+            out,
+            workers=workers,
+            hosts=hosts,
+            documents=lambda: own_text.described(manifest, _part(manifest, hosts)),
+        )
     except ValueError:  # these settings can never work, so no later call could go on with the files begun here
-        if not held:
+        if hosts.number == 1 and not held:
             (out / own_text.MANIFEST).unlink()
-        if empty:
-            shutil.rmtree(out)
+        if hosts.number == 1 and empty:
+            out.rmtree()
         raise
+    if info is None:
+        return manifest
     manifest = manifest | {
-        "rows": {split: len(getattr(dataset, split)) for split in SPLITS},
-        "unspelled": dataset.unspelled,
+        "rows": {split: info.splits[split].num_examples for split in SPLITS},
+        "unspelled": dict(info.metadata or {}),
     }
     _write(out, manifest)
+    if (out / "hosts").exists():
+        (out / "hosts").rmtree()
     return manifest
 
 
-def _write(out: Path, manifest: dict) -> None:
+def _begin(manifest: dict, vocabulary: Tokenizer, out: epath.Path) -> None:
+    """Writes what a call that goes on with this one must know; the manifest counts rows only when the folder is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    storage.write_text(out / "tokenizer.json", vocabulary.json)
+    _write(out, manifest)
+
+
+def _write(out: epath.Path, manifest: dict) -> None:
     storage.write_text(out / own_text.MANIFEST, json.dumps(manifest, indent=2) + "\n")

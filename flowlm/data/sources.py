@@ -4,6 +4,7 @@ Files may be packed (storage.py), have endings in capitals, lie in folders behin
 """
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,11 +13,28 @@ from typing import NamedTuple
 
 from etils import epath
 
-from flowlm.data import json_lines, parquet, records, tfds_sets
+from flowlm.data import hf_sets, json_lines, parquet, records, tfds_sets
 from flowlm.system import storage
 
-Place = epath.Path
-Files = tuple[Place, list[Place], list[Place]]
+Place = epath.Path | hf_sets.Shard
+Files = tuple[epath.Path | str, list[Place], list[Place]]
+
+
+def file_at(path: str, name: str) -> epath.Path:
+    """The file of a name in a folder, or the file itself that has this name."""
+    found = storage.path(path)
+    return found if found.name == name and found.is_file() else found / name
+
+
+def file_size(file: epath.Path) -> int:
+    """Bytes of a file."""
+    return file.stat().length
+
+
+def file_sha256(file: epath.Path) -> str:
+    """Digest of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Source(NamedTuple):
@@ -29,6 +47,9 @@ class Source(NamedTuple):
       texts: (file, name) -> (number, text) of every document in a file, lazily; it raises ValueError that names what is damaged.
       keyed: whether a document has several named parts, of which `--text_key` names the text.
       place: how the place is written behind `--source=KIND:`; "" if `--path` says it.
+      at: (what was found, a file's name in it) -> the file, both as a manifest has them.
+      size: (file) -> its bytes, or about how many there are.
+      sha256: (file) -> its digest; None if a file is known by its texts alone.
     """
 
     what: str
@@ -36,6 +57,9 @@ class Source(NamedTuple):
     texts: Callable[[Place, str], Iterator[tuple[int, str]]]
     keyed: bool = True
     place: str = ""
+    at: Callable[[str, str], Place] = file_at
+    size: Callable[[Place], int] = file_size
+    sha256: Callable[[Place], str] | None = file_sha256
 
 
 def ending(wanted: str) -> Callable[[str], Files]:
@@ -47,13 +71,13 @@ def _files(wanted: str, place: str) -> Files:
     path = storage.path(place)
     if path.is_file():
         # Not what a link leads to, because its name may not tell how it is packed (as in the cache of Hugging Face's hub).
-        path = path if storage.in_bucket(path) else Place(os.path.abspath(os.path.expanduser(place)))
+        path = path if storage.in_bucket(path) else epath.Path(os.path.abspath(os.path.expanduser(place)))
         return path, [path], []
     everything = sorted(_below(path)) if path.is_dir() else []
     found = [file for file in everything if _ends(file.name, wanted) and (storage.in_bucket(file) or file.is_file())]
     if not found:
         raise FileNotFoundError(f"no *{wanted} under {path}: --path is a file, or a folder with *{wanted} in it")
-    return path, [*map(Place, found)], [*map(Place, sorted({*everything} - {*found}))]
+    return path, [*map(epath.Path, found)], [*map(epath.Path, sorted({*everything} - {*found}))]
 
 
 def _ends(name: str, wanted: str) -> bool:
@@ -61,7 +85,7 @@ def _ends(name: str, wanted: str) -> bool:
     return re.sub(r"-\d+-of-\d+$", "", storage.kind_of_file(name)).endswith(wanted)
 
 
-def _below(folder: Place) -> Iterator[os.PathLike]:
+def _below(folder: epath.Path) -> Iterator[os.PathLike]:
     """All files in a folder and below it, also behind links. Links wait, so that a folder reached twice keeps its own name."""
     if storage.in_bucket(folder):
         yield from storage.objects_below(folder)
@@ -79,7 +103,7 @@ def _below(folder: Place) -> Iterator[os.PathLike]:
                 yield inside
 
 
-def _whole(file: Place, key: str) -> Iterator[tuple[int, str]]:
+def _whole(file: epath.Path, key: str) -> Iterator[tuple[int, str]]:
     del key
     with storage.open_bytes(file) as content:
         text = content.read()
@@ -94,7 +118,16 @@ SOURCES = {
     "jsonl": Source("a document a line, *.jsonl", ending(json_lines.ENDING), json_lines.texts),
     "parquet": Source("a document a row, *.parquet", ending(parquet.ENDING), parquet.texts),
     "array_record": Source("a document a tf.train.Example, *.array_record", ending(records.ENDING), records.texts),
-    "tfds": Source("a set that tfds prepared", tfds_sets.files, records.texts, place="DIR-or-NAME[:SPLIT]"),
+    "tfds": Source("a set that tfds prepared", tfds_sets.files, records.texts, place="SET"),
+    "hf": Source(
+        "a data set of Hugging Face",
+        hf_sets.files,
+        hf_sets.texts,
+        place="SET",
+        at=hf_sets.at,
+        size=hf_sets.size,
+        sha256=None,
+    ),
 }
 
 

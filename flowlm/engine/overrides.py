@@ -4,6 +4,7 @@ Of several flags of one setting the last counts, whatever its type. None unsets 
 refuses it for all others.
 """
 
+import ast
 import difflib
 import re
 import runpy
@@ -30,9 +31,14 @@ class _Optional(flags.ArgumentParser):
 
 
 class _Tuple(flags.ArgumentParser):
-    """A tuple from one flag, because the library's own parser joins all flags of one name."""
+    """A tuple from one flag, because the library's own parser joins all flags of one name. Words need no quotes: a,b."""
 
     def parse(self, argument: str):
+        if isinstance(argument, str) and not re.search(r"['\"()\[\]{}\s]", argument):
+            try:
+                ast.literal_eval(argument)
+            except (ValueError, SyntaxError):
+                return tuple(filter(None, argument.split(",")))
         return TupleParser().parse(argument)
 
     def flag_type(self) -> str:

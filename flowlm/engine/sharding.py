@@ -12,6 +12,7 @@ and chunks of the vocabulary (vocab.py) need no talk between devices that split 
     model           left to XLA's partitioner inside of that
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -334,11 +335,19 @@ def global_rows(
     """Rows start .. start + batch_size of an endless stream as one global array [batch_size, length], split over devices.
 
     Args:
-      rows: (start, stop) -> int32 [stop - start, length]; each host asks only for what its devices hold.
+      rows: (start, stop) -> int32 [stop - start, length]; each host asks only for what its devices hold, and at once where these
+        rows are neighbours, because a question to a bucket takes as long for one row as for many.
     """
+    shape = (batch_size, length)
+    held = layout.rows.addressable_devices_indices_map(shape).values()
+    spans = sorted({index[0].indices(batch_size)[:2] for index in held})
+    if all(end == begin for (_, end), (begin, _) in itertools.pairwise(spans)):
+        spans = [(spans[0][0], spans[-1][1])]
+    blocks = {span: np.asarray(rows(start + span[0], start + span[1]), np.int32) for span in spans}
 
     def part(index):
         first, last, _ = index[0].indices(batch_size)
-        return np.asarray(rows(start + first, start + last), np.int32)
+        begin, end = next(span for span in spans if span[0] <= first and last <= span[1])
+        return blocks[begin, end][first - begin : last - begin]
 
-    return jax.make_array_from_callback((batch_size, length), layout.rows, part)
+    return jax.make_array_from_callback(shape, layout.rows, part)

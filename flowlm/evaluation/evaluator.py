@@ -19,14 +19,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowlm.data import Dataset
+from flowlm.data.dataset import marginal_rows
 from flowlm.engine.build import Experiment
 from flowlm.engine.sampling import Sampler, in_parts, on_rows
 from flowlm.engine.sharding import Layout
 from flowlm.engine.state import EVALUATION, SAMPLE, purpose_key
 from flowlm.evaluation import naive
-from flowlm.evaluation.judging import MAX_ROWS, Panel
+from flowlm.evaluation.judging import FITTED, Panel, counted_rows
 from flowlm.evaluation.results import Evaluation
-from flowlm.runs.metrics import held_out_key, row_name, sample_key
+from flowlm.objectives import Family
+from flowlm.runs.metrics import held_out_key, parse_row, row_name, sample_key
 from flowlm.system import progress
 from flowlm.system.processes import check_stopped, gathered
 
@@ -34,20 +36,27 @@ MEANINGS = {"seconds_per_100": "what drawing 100 samples took, without compiling
 FOLLOWED, FOLLOWED_STEPS = 2, 64  # samples in trajectories.json, and the most steps that they take
 
 
-def _about(begin: Callable[[str], None], what: str) -> Callable[[str], None]:
-    """`begin` for parts that are about the same thing."""
-    return lambda part: begin(f"{what}: {part}")
+def sampling_steps(settings: ConfigDict, family: Family, final: bool) -> tuple[int, ...]:
+    """The numbers of steps that samples are drawn in: until the last one none above `loop_steps`, if the family can take fewer."""
+    every = tuple(settings.steps)
+    return every if final or not family.any_steps else tuple(n for n in every if n <= settings.loop_steps)
+
+
+def followed_steps(steps: Sequence[int]) -> list[int]:
+    """The number of steps in which samples are followed, if there is one among these."""
+    return sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
 
 
 class Evaluator:
     """evaluator(params, step, num_samples) -> Evaluation.
 
-    Whatever is wrong is found when it is made; programs compile in the first call.
+    Whatever is wrong is found when it is made; programs compile in the first call. What no model wrote is judged in the first
+    call of as many samples. Of several processes all must call, and they divide the work.
 
     Args:
       settings: the experiments' `evaluation` section.
       data_dir: `data.dir`.
-      only_steps: numbers of sampling steps instead of `settings.steps`.
+      only_steps: numbers of sampling steps, whenever it is called, instead of `settings.steps`.
       samples_only: judge the sampler as it is set, and nothing else: no plain sampler, no likelihood, no rows of reference.
 
     Raises:
@@ -68,22 +77,21 @@ class Evaluator:
         net, family = experiment.net, experiment.family
         self._net, self._dataset, self._seed, self._samples_only = net, dataset, seed, samples_only
         self._settings = settings
-        steps = settings.steps if only_steps is None else only_steps
+        self._steps = {final: only_steps or sampling_steps(settings, family, final) for final in (False, True)}
         chosen = family.samplers()
         if samples_only:
             chosen = dict([*chosen.items()][-1:])
-        self._samplers = {
-            (name, n): Sampler(net, variant, n, layout) for n in steps for name, variant in chosen.items()
-        }
+        self._samplers = {name: Sampler(net, variant, layout) for name, variant in chosen.items()}
         key = jax.random.key(0)
         for sampler in self._samplers.values():
-            sampler.check(jax.eval_shape(net.init, key), key)
+            for n in self._steps[True]:
+                sampler.check(jax.eval_shape(net.init, key), key, n)
         self._panel = Panel(dataset, settings.language_models, data_dir, layout)
         self._told = self._panel.notes, self._panel.main, self._panel.meanings | MEANINGS
         if samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
-        followed = sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
+        followed = followed_steps(self._steps[False])
         self._trajectories = {
             (name, n): layout.jit(partial(variant.trajectory, net), static_argnums=(2, 3))
             for n in followed
@@ -94,49 +102,92 @@ class Evaluator:
         self._of_rows = {name: on_rows(layout, net, fn) for name, fn in family.likelihoods().items()}
         if "context_free" in self._of_rows:
             # Kept on the host: between evaluations the devices have no room for [L, V].
-            self._log_marginals = dataset.train.log_marginals(dataset.tokenizer.vocab_size)
+            self._log_marginals = self._marginals()
+        self._references: dict[int, tuple[dict, dict]] = {}
 
-    def __call__(self, params, step: int, num_samples: int) -> Evaluation:
-        """Raises processes.Stopped, in all processes alike, between two calls of a sampler, two judges or two likelihoods."""
-        with progress.parts(self._parts(num_samples)) as begin:
-            return self._evaluate(params, step, num_samples, begin)
+    def _marginals(self) -> np.ndarray:
+        vocab = self._dataset.tokenizer.vocab_size
+        facts = {"fitted": FITTED, "rows": marginal_rows(self._dataset.length), "vocab": vocab}
+        return self._dataset.fitted("marginals", facts, lambda: {"logs": self._dataset.train.log_marginals(vocab)})[
+            "logs"
+        ]
 
-    def _parts(self, num_samples: int) -> int:
+    def __call__(self, params, step: int, num_samples: int, final: bool = False) -> Evaluation:
+        """Raises processes.Stopped, in all processes alike, between two calls of a sampler, two judges or two likelihoods.
+
+        final: whether it comes after the last step, so that samples in more than `settings.loop_steps` steps belong to it.
+        """
+        with progress.parts(self._parts(num_samples, final)) as begin:
+            return self._evaluate(params, step, num_samples, final, begin)
+
+    def _parts(self, num_samples: int, final: bool) -> int:
         """In how many parts an evaluation is done."""
-        count = sum(sampler.calls(num_samples) + len(self._panel) for sampler in self._samplers.values())
+        steps = len(self._steps[final])
+        count = steps * sum(sampler.calls(num_samples) for sampler in self._samplers.values())
+        count += self._panel.parts(steps * len(self._samplers))
         if self._samples_only:
             return count
         likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
-        return likelihoods + count + (len(self._naives()) + 1) * len(self._panel) + len(self._trajectories)
+        references = 0 if num_samples in self._references else self._panel.parts(len(self._naives()) + 1)
+        return likelihoods + count + references + len(self._trajectories)
 
     def _naives(self) -> dict[str, Callable]:
         return naive.samplers(self._dataset.sentences, self._dataset.tokenizer.vocab_size)
 
-    def _evaluate(self, params, step: int, num_samples: int, begin: Callable[[str], None]) -> Evaluation:
+    def _evaluate(self, params, step: int, num_samples: int, final: bool, begin: Callable[[str], None]) -> Evaluation:
         metrics = {} if self._samples_only else self._likelihood(params, begin)
-        texts = {}
-        for (name, taken), sampler in self._samplers.items():
-            about = _about(begin, f"{num_samples:,} rows at {taken} step{'' if taken == 1 else 's'}")
-            ids = sampler(params, purpose_key(self._seed, step, SAMPLE), num_samples, about)
-            texts[row_name(name, taken)], scores = self._panel.judge(ids, about)
-            scores["seconds_per_100"] = sampler.seconds
-            metrics |= {sample_key(name, taken, k): v for k, v in scores.items()}
+        texts, found = self._sampled(params, step, num_samples, self._steps[final], begin)
+        metrics |= found
         notes, *more = self._told
         if self._samples_only:
             return Evaluation(step, metrics, texts, {}, notes, *more)
-        # As many rows of reference as samples, because distinct-n depends on their number: real text, and what no model wrote.
-        train = self._dataset.train
-        rows = train.rows(0, min(MAX_ROWS, len(train)))
-        others = {name: sampler(rows, num_samples, self._seed) for name, sampler in self._naives().items()}
-        for name, ids in (others | {"held_out": self._reference_rows(num_samples)}).items():
-            texts[name], scores = self._panel.judge(ids, _about(begin, f"{len(ids):,} {name.replace('_', '-')} rows"))
-            metrics |= {sample_key(name, None, k): v for k, v in scores.items()}
+        if num_samples not in self._references:
+            self._references[num_samples] = self._referred(num_samples, begin)
+        others, found = self._references[num_samples]
+        texts |= others
+        metrics |= found
         if (held_out := len(texts["held_out"])) < num_samples:
             notes = (
                 *notes,
                 f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
             )
         return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
+
+    def _sampled(
+        self, params, step: int, num: int, steps: Sequence[int], begin: Callable[[str], None]
+    ) -> tuple[dict[str, list[str]], dict[str, float]]:
+        """({sampler@steps: texts}, metrics of them): all are drawn first, so that processes can divide the judging of all."""
+        key, drawn, seconds = purpose_key(self._seed, step, SAMPLE), {}, {}
+
+        def about(taken: int) -> str:
+            return f"{num:,} rows at {taken} step{'' if taken == 1 else 's'}"
+
+        for taken in steps:
+            for name, sampler in self._samplers.items():
+                row = row_name(name, taken)
+                drawn[row] = sampler(
+                    params, key, num, taken, lambda what, taken=taken: begin(f"{about(taken)}: {what}")
+                )
+                seconds[row] = sampler.seconds
+        texts, scores = self._panel.judge(drawn, lambda row, what: begin(f"{about(parse_row(row)[1])}: {what}"))
+        metrics = {}
+        for row, found in scores.items():
+            found = found | {"seconds_per_100": seconds[row]}
+            metrics |= {sample_key(*parse_row(row), k): v for k, v in found.items()}
+        return texts, metrics
+
+    def _referred(self, num: int, begin: Callable[[str], None]) -> tuple[dict[str, list[str]], dict[str, float]]:
+        """The same of real text and of what no model wrote; in as many rows as samples, for distinct-n depends on that."""
+        train = self._dataset.train
+        rows = train.rows(0, min(counted_rows(self._dataset.length), len(train)))
+        sets = {name: sampler(rows, num, self._seed) for name, sampler in self._naives().items()}
+        sets["held_out"] = self._reference_rows(num)
+
+        def judging(name: str, what: str) -> None:
+            begin(f"{len(sets[name]):,} {name.replace('_', '-')} rows: {what}")
+
+        texts, scores = self._panel.judge(sets, judging)
+        return texts, {sample_key(name, None, k): v for name, found in scores.items() for k, v in found.items()}
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key = purpose_key(self._seed, step, SAMPLE)

@@ -1,31 +1,33 @@
 """The judges of a run: which there are, what each is shown of a sample, and that they work before anything is trained."""
 
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from flowlm.data import Dataset
+from flowlm.engine.sampling import on_rows
 from flowlm.engine.sharding import Layout
 from flowlm.judges import hugging_face, mauve, smollm2
 from flowlm.judges.base import Judge, score_all
 from flowlm.judges.exact import GrammarJudge
-from flowlm.judges.kneser_ney import KneserNey
+from flowlm.judges.kneser_ney import ORDER, KneserNey
 from flowlm.judges.language_model import LanguageModel, with_breaks
 from flowlm.judges.mauve import Mauve
 from flowlm.judges.molecules import Molecules
-from flowlm.judges.ngrams import NGrams
+from flowlm.judges.ngrams import NGrams, Table
 from flowlm.judges.sentences import Sentences
 from flowlm.judges.statistics import Statistics, words
 from flowlm.objectives.autoregressive import Autoregressive
 from flowlm.runs.trained import load_trained
 from flowlm.system import processes, storage
 
+WRITTEN = "surrogatepass"  # how a text is kept that has half of a pair
 MAX_CHARS = 10_000_000  # of the train split that the character model is fitted on
-MAX_ROWS = 20_000  # that counts are taken of
+MAX_ROWS, MAX_TOKENS = 20_000, 5_120_000  # that counts are taken of: of rows above 256 tokens fewer are read
+FITTED = 1  # to be raised where a judge counts otherwise than before, because what was counted is kept beside the data
 TRIED = 8  # ids of a row that pretrained judges are tried on
 
 
@@ -77,13 +79,14 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
         raise ValueError(
             f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
         )
-    nats = layout.jit(partial(family.nats, net))
-    name = storage.path(directory).name
+    nats = on_rows(layout, net, lambda net, params, batch, key: family.nats(net, params, batch["ids"]))
+    key, length = jax.random.key(0), min(length, net.length - 1)  # nothing is random
 
     def score(ids):
-        return processes.gathered(nats(run.params, jnp.asarray(ids)))
+        return processes.gathered(nats(run.params, ids, key))
 
-    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start_token, min(length, net.length - 1))
+    name = storage.path(directory).name
+    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start_token, length, together=True)
 
 
 def reference_texts(dataset: Dataset, num: int) -> list[str]:
@@ -96,6 +99,11 @@ def rows_as_text(dataset: Dataset, name: str) -> list[str]:
     """The rows of the split of that name as text."""
     split = getattr(dataset, name)
     return dataset.tokenizer.decode_batch(split.rows(0, len(split)))
+
+
+def counted_rows(length: int) -> int:
+    """The most rows of `length` ids that n-grams are counted in, and that chains are drawn from."""
+    return max(2, min(MAX_ROWS, MAX_TOKENS // length))
 
 
 class Material:
@@ -114,7 +122,8 @@ class Material:
     @cached_property
     def held_out(self) -> np.ndarray:
         """Rows of ids [N, L] of the validation split."""
-        return self.dataset.validation.rows(0, min(MAX_ROWS, len(self.dataset.validation)))
+        split = self.dataset.validation
+        return split.rows(0, min(counted_rows(self.dataset.length), len(split)))
 
     @cached_property
     def text(self) -> str:
@@ -136,17 +145,39 @@ def _sentences(made_of: Material) -> Judge | None:
 
 
 def _characters(made_of: Material) -> Judge | None:
-    return KneserNey.fit(made_of.text) if made_of.dataset.grammar is None else None
+    if made_of.dataset.grammar is not None:
+        return None
+
+    def fit():
+        model = KneserNey.fit(made_of.text)
+        return {"order": np.asarray(model.order)} | {k: getattr(model, k) for k in ("alphabet", "grams", "counts")}
+
+    facts = {"fitted": FITTED, "characters": MAX_CHARS, "order": ORDER}
+    tables = made_of.dataset.fitted("characters", facts, fit)
+    return KneserNey(int(tables["order"]), *(tables[name] for name in ("alphabet", "grams", "counts")))
 
 
 def _statistics(made_of: Material) -> Judge:
+    if made_of.dataset.grammar is not None or made_of.dataset.sentences:
+        return Statistics(None, made_of.start, made_of.pad)
+
     # Of a row that is cut out of a text, words that the text has not are mistakes; the others are of known words anyway.
-    cut = made_of.dataset.grammar is None and not made_of.dataset.sentences
-    return Statistics(frozenset(words(made_of.text)) if cut else None, made_of.start, made_of.pad)
+    def fit():
+        return {"words": np.frombuffer("\n".join(sorted(set(words(made_of.text)))).encode("utf-8", WRITTEN), np.uint8)}
+
+    held = made_of.dataset.fitted("words", {"fitted": FITTED, "characters": MAX_CHARS}, fit)["words"]
+    return Statistics(frozenset(held.tobytes().decode("utf-8", WRITTEN).split("\n")), made_of.start, made_of.pad)
 
 
 def _ngrams(made_of: Material) -> Judge:
-    return NGrams(made_of.held_out, made_of.start, made_of.pad)
+    def fit():
+        tables = NGrams.fit(made_of.held_out, made_of.start, made_of.pad).reference
+        return {f"{name}_{n}": array for n, table in enumerate(tables, 1) for name, array in table._asdict().items()}
+
+    asked = {"rows": counted_rows(made_of.dataset.length), "start": made_of.start, "pad": made_of.pad}
+    held = made_of.dataset.fitted("ngrams", {"fitted": FITTED} | asked, fit)
+    tables = [Table(*(held[f"{name}_{n}"] for name in Table._fields)) for n in range(1, len(held) // 2 + 1)]
+    return NGrams(tables, made_of.start, made_of.pad)
 
 
 # Makes each judge, or nothing where it has nothing to say of the data. The first that is made is the data's own: what it calls main
@@ -203,23 +234,40 @@ class Panel:
         self.meanings = {k: v for judge in ordered for k, v in getattr(judge, "meanings", {}).items()}
         self.notes = tuple(filter(None, (getattr(judge, "note", None) for judge in self._counting)))
 
-    def __len__(self) -> int:
-        """The number of judges."""
-        return len(self._counting) + len(self._pretrained)
+    def parts(self, num: int) -> int:
+        """How often `judge` tells this process what comes next, of `num` sets of rows."""
+        return len([*processes.turns(range(num * len(self._counting)))]) + num * len(self._pretrained)
 
     def judge(
-        self, ids: np.ndarray, begin: Callable[[str], None] = lambda what: None
-    ) -> tuple[list[str], dict[str, float]]:
-        """Rows as text, and what all judges say of them; only the pretrained ones read where a document ends.
+        self, sets: Mapping[str, np.ndarray], begin: Callable[[str, str], None] = lambda name, what: None
+    ) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
+        """({name: texts}, {name: what all judges say of them}) of sets of rows, ids [N, L].
 
-        begin: is told which judge comes next. Raises processes.Stopped between two judges.
+        Of several processes all must call. They divide the judges that count, each of which reads a set in one process alone; of
+        each set they divide the texts that pretrained judges read. Only these read where a document ends.
+
+        Args:
+          begin: is told of which set, and which judge comes next.
+
+        Raises processes.Stopped between two judges.
         """
-        texts, scores, numbers = self._tokenizer.decode_batch(ids), {}, itertools.count(1)
-
-        def before() -> None:
+        texts = {name: self._tokenizer.decode_batch(ids) for name, ids in sets.items()}
+        count = len(self._counting) + len(self._pretrained)
+        mine = []
+        for turn in processes.turns([(name, i) for name in sets for i in range(len(self._counting))]):
             processes.check_stopped()
-            begin(f"judge {next(numbers)} of {len(self)}")
-
-        for judges, read in ((self._counting, texts), (self._pretrained, with_breaks(self._tokenizer, ids))):
-            scores |= score_all(judges, ids, read, before)
-        return texts, scores
+            if turn is not None:
+                name, i = turn
+                begin(name, f"judge {i + 1} of {count}")
+                mine.append([name, i, score_all(self._counting[i : i + 1], sets[name], texts[name])])
+        said = {(name, i): scores for each in processes.shared(mine) for name, i, scores in each}
+        found: dict[str, dict[str, float]] = {name: {} for name in sets}
+        for name, ids in sets.items():
+            for i in range(len(self._counting)):
+                found[name] |= said[name, i]
+            read = with_breaks(self._tokenizer, ids) if self._pretrained else []
+            for i, judge in enumerate(self._pretrained, len(self._counting) + 1):
+                processes.check_stopped()
+                begin(name, f"judge {i} of {count}")
+                found[name] |= score_all([judge], ids, read)
+        return texts, found

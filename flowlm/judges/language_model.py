@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from flowlm.judges.base import mean_with_stderr
+from flowlm.system import processes
 
 ROWS = 32  # texts read at once
 # The end of a document inside a text. No decoder of UTF-8 writes a lone surrogate, so no sample can spell it.
@@ -67,7 +68,7 @@ class LanguageModel:
       length: number of tokens that are read of a text; the rest is cut.
     """
 
-    def __init__(self, name: str, encode: Encode, nats: Callable, end: int, length: int):
+    def __init__(self, name: str, encode: Encode, nats: Callable, end: int, length: int, together: bool = False):
         """Makes a judge of a pretrained model.
 
         Args:
@@ -76,7 +77,9 @@ class LanguageModel:
           nats: ids int [B, T], whose first column is `end` -> -log p(ids[:, 1:]) [B, T - 1].
           end: the model's id of end-of-text.
           length: number of tokens that are read of a text.
+          together: whether `nats` is a program of all processes, each of which must call it; otherwise they divide the texts.
         """
+        self.together = together
         self.name, self.length = name, length
         self.main = (f"{name}_nats_per_token",)
         self.meanings = {
@@ -86,12 +89,19 @@ class LanguageModel:
         self._encode, self._nats, self._end = encode, nats, end
 
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(nats, targets) of each text, float64 [N]. A BREAK in a text ends a document (`with_breaks`)."""
+        """(nats, targets) of each text, float64 [N]. A BREAK in a text ends a document (`with_breaks`).
+
+        Of several processes all must call. Raises processes.Stopped between two batches.
+        """
         totals, counts = np.zeros(len(texts)), np.zeros(len(texts))
         every = [tokens[: self.length] for tokens in encode_documents(self._encode, texts, self._end)]
         # All batches share one shape, so that `nats` compiles once; padded positions are not counted.
         length = min(max(8, -(-max(map(len, every)) // 8) * 8), self.length)
-        for first in range(0, len(texts), ROWS):
+        batches = range(0, len(texts), ROWS)
+        for first in batches if self.together else processes.turns(batches):
+            processes.check_stopped()
+            if first is None:
+                continue
             rows = every[first : first + ROWS]
             batch = np.full((ROWS, length + 1), self._end, np.int32)
             counted = np.zeros((ROWS, length), bool)
@@ -102,7 +112,7 @@ class LanguageModel:
             nats = np.where(counted, np.asarray(self._nats(batch), np.float64), 0)
             size = len(rows)
             totals[first : first + size], counts[first : first + size] = nats.sum(1)[:size], counted.sum(1)[:size]
-        return totals, counts
+        return (totals, counts) if self.together else (processes.total(totals), processes.total(counts))
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
         """The class's metrics of texts as in `read`. The ids are not read."""

@@ -18,6 +18,7 @@ from absl import logging
 
 from flowlm.judges import hugging_face, smollm2
 from flowlm.judges.language_model import ROWS, Encode, States, encode_documents
+from flowlm.system import processes
 
 
 def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, length: int) -> np.ndarray:
@@ -25,20 +26,25 @@ def last_states(states: States, encode: Encode, texts: Sequence[str], end: int, 
 
     Args:
       states: (ids int [B, T], last int [B]) -> hidden states [B, D] at position `last` of each row. The model must be causal,
-        because rows are padded at their ends.
+        because rows are padded at their ends. Several processes divide the texts, so all must call `last_states`.
       encode: texts -> lists of ids.
       texts: a BREAK in a text (language_model.py) becomes `end`.
     """
     tokens = [row[:length] or [end] for row in encode_documents(encode, texts, end)]
     length = min(-(-max(map(len, tokens)) // 8) * 8, length)  # a multiple of 8, because each shape compiles anew
-    parts = []
-    for first in range(0, len(tokens), ROWS):
+    found: np.ndarray | None = None
+    for mine in processes.turns(range(0, len(tokens), ROWS)):
+        processes.check_stopped()
+        first = mine or 0  # who has no share of the last round reads another's, if only to know how wide states are
         rows = tokens[first : first + ROWS]
         ids, last = np.full((ROWS, length), end, np.int32), np.zeros(ROWS, np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)], last[i] = row, len(row) - 1
-        parts.append(np.asarray(states(ids, last), np.float32)[: len(rows)])
-    return np.concatenate(parts)
+        read = np.asarray(states(ids, last), np.float32)[: len(rows)]
+        found = np.zeros((len(tokens), read.shape[1]), np.float32) if found is None else found
+        if mine is not None:
+            found[first : first + len(rows)] = read
+    return processes.total(found)
 
 
 class Mauve:

@@ -62,10 +62,17 @@ def tables(tokens: np.ndarray) -> list[Table]:
     return found
 
 
+def framed(ids: np.ndarray, start: int, pad: int | None) -> np.ndarray:
+    """ids [N, L] as int64, -1 in place of a start token in position 0 and of pads."""
+    tokens = np.array(ids, np.int64)
+    tokens[tokens[:, 0] == start, 0] = -1
+    return tokens if pad is None else np.where(tokens == pad, -1, tokens)
+
+
 class NGrams:
     """A judge with the metrics ngram_distance_1 .. ngram_distance_5, in [0, 1]. It ignores a start token in position 0, and pads.
 
-    Samples are looked up in tables of the reference, which are counted once, when the judge is made.
+    Samples are looked up in tables of the reference, which are counted once.
     """
 
     main = ("ngram_distance_2",)
@@ -73,21 +80,20 @@ class NGrams:
         f"ngram_distance_{n}": f"how far {n}-grams are from real text's, 0 to 1; less is better" for n in ORDERS
     }
 
-    def __init__(self, reference: np.ndarray, start: int, pad: int | None = None):
-        """Makes a judge from held-out rows `reference`, ids int [M, L]. `start`, `pad`: ids of the start token and of pads."""
-        self.start, self.pad = start, pad
-        self._reference = tables(self._framed(reference))
+    def __init__(self, reference: Sequence[Table], start: int, pad: int | None = None):
+        """Makes a judge of the reference's tables. `start`, `pad`: ids of the start token and of pads."""
+        self.reference, self.start, self.pad = reference, start, pad
 
-    def _framed(self, ids: np.ndarray) -> np.ndarray:
-        tokens = np.array(ids, np.int64)
-        tokens[tokens[:, 0] == self.start, 0] = -1
-        return tokens if self.pad is None else np.where(tokens == self.pad, -1, tokens)
+    @classmethod
+    def fit(cls, rows: np.ndarray, start: int, pad: int | None = None) -> "NGrams":
+        """Counts the held-out rows, ids int [M, L]."""
+        return cls(tables(framed(rows, start, pad)), start, pad)
 
     def score(self, ids: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-        tokens = self._framed(ids)
+        tokens = framed(ids, self.start, self.pad)
         place, known = np.zeros(tokens.shape, np.int64), np.ones(tokens.shape, bool)
         distances = {}
-        for n, table in zip(ORDERS, self._reference):
+        for n, table in zip(ORDERS, self.reference):
             last = tokens[:, n - 1 :]
             place, known = table.place(place[:, : last.shape[1]], known[:, : last.shape[1]], last)
             if n < ids.shape[1]:

@@ -67,6 +67,7 @@ class Family(abc.ABC):
       differentiates: whether the loss takes forward derivatives of the network.
       taught_by: the family of its teachers, if these keep a network of their own; None if they have the student's.
       continues: whether the student starts at the run `config.teacher` and follows that run's own teacher.
+      any_steps: whether samplers take any number of steps, which may then be traced, so that one program serves all numbers.
       updates: how each of several networks that are trained together is updated, by their names; {} for a single network.
     """
 
@@ -79,6 +80,7 @@ class Family(abc.ABC):
     differentiates: bool = False
     taught_by: ClassVar["type[Family] | None"] = None
     continues: ClassVar[bool] = False
+    any_steps: ClassVar[bool] = False
 
     @property
     def updates(self) -> Mapping[str, Update]:
@@ -148,3 +150,9 @@ class Family(abc.ABC):
         `bound` estimates without bias an upper bound on -log p(ids). denoiser.py explains `denoising` and `context_free`.
         """
         return {}
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError for fewer than 1 sampling step; of a traced number nothing is known."""
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"sampling takes at least 1 step, got {steps}")

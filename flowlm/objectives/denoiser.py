@@ -21,8 +21,8 @@ from flowlm.maths.prior import HIGHEST, Dirichlet, Gaussian, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
-from flowlm.objectives.base import Batch, Family
-from flowlm.objectives.guidance import Prediction, Predictor
+from flowlm.objectives.base import Batch, Family, check_steps
+from flowlm.objectives.guidance import Predictor
 from flowlm.system.settings import setting
 
 # Embedded warped time of t_max, at which the bound's integral ends and its decoder term is taken.
@@ -136,6 +136,8 @@ class PathSampler(Denoiser):
       guidance: 1 samples the network itself; above 1, samples move away from the same network with dropout (2406.02507).
     """
 
+    any_steps: ClassVar[bool] = True
+
     noise_scale: float = setting(
         1.0, "sampler: size of every draw of noise; below 1 less diverse and more coherent", "(0, 1]"
     )
@@ -152,33 +154,39 @@ class PathSampler(Denoiser):
         """ids [num, L] from states z by the last network call; tau [num] is the grid's last value before 1."""
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
-        """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1."""
-        return self._carried(net, params, key, num, steps, lambda prediction: None)[1]
+        """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1, unless they are traced."""
+        z, move, end = self._walk(net, params, key, num, steps)
+        return end(jax.lax.fori_loop(0, steps - 1, lambda i, z: move(z, i)[0], z))
 
     def trajectory(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [steps, num, L]: the likeliest tokens at each call of `sample` with the same key; the last are its samples."""
-        seen, ids = self._carried(net, params, key, num, steps, Prediction.argmax)
-        return jnp.concatenate([seen, ids[None]])
+        z, move, end = self._walk(net, params, key, num, steps)
 
-    def _carried(self, net, params, key, num: int, steps: int, look: Callable):
-        """(look(prediction) of all calls but the last, stacked; the samples' ids)."""
-        if steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        def seen(z, i):
+            z, prediction = move(z, i)
+            return z, prediction.argmax()
+
+        z, ids = jax.lax.scan(seen, z, jnp.arange(steps - 1))
+        return jnp.concatenate([ids, end(z)[None]])
+
+    def _walk(self, net, params, key, num: int, steps: int):
+        """(noise z, (z, i) -> (z after step i, the prediction that moved it), z -> ids by the last call)."""
+        check_steps(steps)
         params = net.prepared(params)
         predict = Predictor(net, params, self.guidance)
         start, rest = jax.random.split(key)
         z = self.fresh(net, params, start, num, self.noise_scale)
-        tau = jnp.linspace(0.0, 1.0, steps + 1)
-        # Each call has a key of its own.
-        keys = jax.random.split(rest, steps)
         step = self.step(net, params, predict, num)
 
-        def looked(z, inputs):
-            z, prediction = step(z, inputs)
-            return z, look(prediction)
+        # Times and keys of a call follow from its number, so that a program need not know how many there will be.
+        def move(z, i):
+            return step(z, (i / steps, (i + 1) / steps, jax.random.fold_in(rest, i)))
 
-        z, seen = jax.lax.scan(looked, z, (tau[:-2], tau[1:-1], keys[:-1]))
-        return seen, self.end(predict, z, jnp.full((num,), tau[-2]), keys[-1])
+        def end(z):
+            last = jnp.asarray(steps - 1)
+            return self.end(predict, z, jnp.full((num,), last / steps), jax.random.fold_in(rest, last))
+
+        return z, move, end
 
 
 def _linear(matrix, features):

@@ -10,6 +10,7 @@ drops tokens that are likely after only a few of the draws.
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class Discrete(Family):
       top_p: share of the probability that the sampler's draws keep.
       greedy: whether the sampler takes the likeliest tokens in its last step.
     """
+
+    any_steps: ClassVar[bool] = True
 
     teacher: bool = False
     jump: float = setting(1 / 32, "step in time that a student learns to take at once", "(0, 1]")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
-from flowlm.objectives.base import Auxiliary, Batch, Losses
+from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
 from flowlm.objectives.discrete import Discrete, rows
 
 
@@ -94,23 +94,21 @@ class Masked(Discrete):
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by at most `steps` network calls, because a prediction is kept while no token of the batch changes."""
-        if steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        check_steps(steps)
         ids = jnp.full((num, net.length), net.vocab, jnp.int32)
         hidden = self._see(net, params, ids)[1]
-        head, r = net.head(params), jnp.linspace(1.0, 0.0, steps + 1)
+        head = net.head(params)
 
-        def step(carry, inputs):
+        # Times and keys of a step follow from its number, so that a program need not know how many there will be.
+        def step(i, carry):
             ids, hidden, stale = carry
-            r, r_next, key = inputs
-            pick, draw = jax.random.split(key)
+            r, r_next = 1 - i / steps, 1 - (i + 1) / steps
+            pick, draw = jax.random.split(jax.random.fold_in(key, i))
             hidden = jax.lax.cond(stale, lambda: self._see(net, params, ids)[1], lambda: hidden)
             drawn = vocab.categorical(head, hidden, draw, self.temperature, self.top_p)
             if self.greedy:
                 drawn = jnp.where(r_next > 0, drawn, vocab.argmax(head, hidden))
             after = unmask(jax.random.uniform(pick, ids.shape), ids, net.vocab, drawn, r, r_next)
-            return (after, hidden, jnp.any(after != ids)), None
+            return after, hidden, jnp.any(after != ids)
 
-        carry = ids, hidden, jnp.array(False)
-        (ids, *_), _ = jax.lax.scan(step, carry, (r[:-1], r[1:], jax.random.split(key, steps)))
-        return ids
+        return jax.lax.fori_loop(0, steps, step, (ids, hidden, jnp.array(False)))[0]

@@ -150,6 +150,10 @@ class Matched(FlowMap):
             )
         if self.surgery:
             raise ValueError("objective.surgery is for a flow map's two losses, not for matching: set it to False")
+        if self.noises:
+            raise ValueError(
+                f"objective.noises {self.noises} is for a flow map's ends; a law is matched from fresh noise: set it to 0"
+            )
         if len(self.taus) != 2 or self.taus[0] >= self.taus[1]:
             raise ValueError(
                 f"objective.taus {self.taus} must be two warped times, the earlier one first, such as 0.02,0.98"

@@ -26,7 +26,7 @@ from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
-from flowlm.objectives.base import Auxiliary, Batch, Losses
+from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
 from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.system.settings import setting
 
@@ -160,22 +160,18 @@ class Uniform(Discrete):
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls."""
-        if steps < 1:
-            raise ValueError(f"sampling takes at least 1 step, got {steps}")
+        check_steps(steps)
         start, rest = jax.random.split(key)
         y = jax.random.randint(start, (num, net.length), 0, net.vocab, jnp.int32)
-        alpha = alpha_of(jnp.linspace(1.0, 0.0, steps + 1))
 
-        def step(y, inputs, greedy=False):
-            alpha, alpha_next, key = inputs
+        # Times and keys of a step follow from its number, so that a program need not know how many there will be.
+        def step(i, y, greedy=False):
+            alpha, alpha_next, key = alpha_of(1 - i / steps), alpha_of(1 - (i + 1) / steps), jax.random.fold_in(rest, i)
             shown = self._see(net, params, y, jnp.full((num,), alpha))
             arrays = y, jnp.full(y.shape, alpha), jnp.full(y.shape, alpha_next)
             if greedy:
-                return vocab.over_logits(
-                    lambda *a: jnp.argmax(reverse(*a), -1).astype(jnp.int32), (shown,), arrays
-                ), None
-            return vocab.categorical(*shown, key, self.temperature, self.top_p, reverse, arrays), None
+                return vocab.over_logits(lambda *a: jnp.argmax(reverse(*a), -1).astype(jnp.int32), (shown,), arrays)
+            return vocab.categorical(*shown, key, self.temperature, self.top_p, reverse, arrays)
 
-        inputs = alpha[:-1], alpha[1:], jax.random.split(rest, steps)
-        y, _ = jax.lax.scan(step, y, jax.tree.map(lambda a: a[:-1], inputs))
-        return step(y, jax.tree.map(lambda a: a[-1], inputs), self.greedy)[0]
+        y = jax.lax.fori_loop(0, steps - 1, step, y)
+        return step(jnp.asarray(steps - 1), y, self.greedy)

@@ -210,10 +210,11 @@ class Checkpoints:
         held = self._checkpointer.load_checkpointables(step, asked)
         return held["state"], np.asarray(held["sums"]["values"]) if "sums" in held else None
 
-    def restore(self, abstract_state: Any) -> Any:
+    def restore(self, abstract_state: Any, step: int | None = None) -> Any:
         """The newest readable state, placed as `abstract_state` says; None if there is no checkpoint at all.
 
         A truncated, changed or otherwise unreadable checkpoint is set aside (renamed, never deleted) and the one before is taken.
+        With `step` that of this step is read and no other; None if it is not there.
 
         Raises:
           ValueError: the checkpoint is of another architecture.
@@ -222,14 +223,14 @@ class Checkpoints:
         Where it raises, the lock is released.
         """
         try:
-            return self._restore(abstract_state)
+            return self._restore(abstract_state, self.steps if step is None else [s for s in self.steps if s == step])
         except Exception:
             self.close()
             raise
 
-    def _restore(self, abstract_state: Any) -> Any:
+    def _restore(self, abstract_state: Any, steps: list[int]) -> Any:
         unreadable = []
-        for step in reversed(self.steps):
+        for step in reversed(steps):
             state, wrong = _read(lambda step=step: self._load(step, abstract_state))
             if wrong:
                 logging.warning(

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from flowlm.config import complete, defaults, flat
+from flowlm.data import mixture, own_text
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.runs import integrity
 from flowlm.system import storage
@@ -37,7 +39,7 @@ PACKAGES = (
     "tokenizers",
 )
 # Settings that may change when a run is taken up again: they do not change what has been learnt so far.
-FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir")
+FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir", "data.copy")
 FREE += ("model.attention", "model.remat")
 
 
@@ -75,10 +77,7 @@ def content_of_run(directory: str | os.PathLike) -> str | None:
 
 def content_of_data(config: ConfigDict) -> str | None:
     """Digest of the user's own text, wherever it lies: its manifest but for where its sources were; None of other data."""
-    manifest = storage.path(config.data.dir) / "manifest.json"
-    if config.data.name != "own_text" or not manifest.exists():
-        return None
-    return _digest(json.dumps(json.loads(manifest.read_text()) | {"path": ""}, sort_keys=True))
+    return own_text.content(storage.path(config.data.dir)) if config.data.name == "own_text" else None
 
 
 def data_name(directory: str | os.PathLike) -> str | None:
@@ -95,20 +94,22 @@ def data_name(directory: str | os.PathLike) -> str | None:
     return f"{name}, rows of {data['length']}"
 
 
-INPUTS = ("teacher", "init_from", "data.dir")  # settings that name places
+INPUTS = ("teacher", "init_from", "data.dir", "data.mixture")  # settings that name places
 
 
 def _content(config: ConfigDict, name: str) -> str | None:
     """Digest of what lies where a setting of INPUTS says, or None."""
     if name == "data.dir":
         return content_of_data(config)
+    if name == "data.mixture":
+        return mixture.content(config.data.mixture)
     return content_of_run(config[name]) if config[name] else None
 
 
 def known_content(workdir: str | os.PathLike, config: ConfigDict, name: str) -> str | None:
     """`_content` as it was when the run began; of a run that did not record it, as it is where the run says that it lies."""
     record = storage.path(workdir) / "inputs.json"
-    return json.loads(record.read_text())[name] if record.exists() else _content(config, name)
+    return json.loads(record.read_text()).get(name) if record.exists() else _content(config, name)
 
 
 def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDict) -> dict[str, tuple]:
@@ -120,10 +121,10 @@ def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDic
     differ = {k: pair for k, pair in changed.items() if not k.startswith(free)}
     for name in changed.keys() & set(INPUTS):
         there, here = changed[name]
-        if None in (there, here):
+        if not there or not here:
             continue
         before, now = known_content(workdir, held, name), _content(wanted, name)
-        if storage.path(there) == storage.path(here):
+        if _absolute(there) == _absolute(here):
             differ.pop(name, None)
         elif None not in (before, now) and before == now:
             differ.pop(name, None)
@@ -131,6 +132,11 @@ def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDic
         elif None not in (before, now):
             differ[name] = there, here
     return differ
+
+
+def _absolute(told: str | Sequence[str]) -> str | list[str]:
+    """A setting that names one place, or the folders of `data.mixture`, with absolute places."""
+    return str(storage.path(told)) if isinstance(told, str) else [str(part) for part in mixture.parts(told)]
 
 
 def _git_commit() -> str:
@@ -228,7 +234,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
         inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
         storage.write_text(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         # Places are absolute, so that they hold whatever directory the next command is given in.
-        wanted |= {name: str(storage.path(wanted[name])) for name in ("teacher", "init_from") if wanted[name]}
+        wanted |= {name: _absolute(wanted[name]) for name in ("teacher", "init_from") if wanted[name]}
+        wanted["data"]["mixture"] = _absolute(wanted["data"]["mixture"])
     # The config.json is written last, so that a directory that has one is whole.
     storage.write_text(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 

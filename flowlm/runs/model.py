@@ -46,7 +46,8 @@ class Samples(NamedTuple):
 class Model:
     """A trained model. `flowlm.load` makes it of a run directory; it computes on all devices of this process.
 
-    Each number of samples, of steps and each sampler is a program of its own, compiled at its first use and kept.
+    Each number of samples and each sampler is a program of its own, compiled at its first use and kept; so is each number of steps
+    of a family that does not take any.
 
     Attributes:
       run: the trained run: settings, tokenizer, network, family, averaged parameters, and the step that they are from.
@@ -105,11 +106,11 @@ class Model:
         num, steps = _whole("num", num, 1), _whole("steps", steps, 1)
         seed = _whole("seed", seed, 0, 2**32 - 1)
         name, family = named_sampler(self.run.experiment.family, sampler)
-        kind = name, steps, min(num, ROWS)
+        kind = name, min(num, ROWS)
         if kind not in self._drawing:
-            self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, steps, self.layout, min(num, ROWS))
+            self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, self.layout, min(num, ROWS))
         draw = self._drawing[kind]
-        ids = draw(self.run.params, jax.random.key(seed), num)
+        ids = draw(self.run.params, jax.random.key(seed), num, steps)
         texts = self.tokenizer.decode_batch(ids)
         return Samples(texts, ids, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
 
@@ -199,7 +200,7 @@ def check_drawing(
     _, family = named_sampler(family, sampler)
     key = jax.random.key(0)
     for count in steps:
-        sampling.Sampler(net, family, count, layout, 1).check(jax.eval_shape(net.init, key), key)
+        sampling.Sampler(net, family, layout, 1).check(jax.eval_shape(net.init, key), key, count)
 
 
 def _named(numbers: Sequence[int]) -> str:

@@ -187,10 +187,13 @@ def load_settings(
     return config, tokenizer, build(config, tokenizer.vocab_size, tokenizer.start, trained=True)
 
 
-def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None) -> Trained:
+def load_trained(
+    directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None, step: int | None = None
+) -> Trained:
     """The newest checkpoint of a run, or the parameters of an exported or imported one; read only.
 
     Args:
+      step: of a run, the checkpoint of this step instead.
       objective: settings of the run's `objective` section to replace, such as those of its sampler.
 
     Raises:
@@ -206,8 +209,12 @@ def load_trained(directory: str | os.PathLike, layout: Layout, objective: Mappin
         params, step = load_params(directory, abstract.ema, abstract.step)
         return Trained(config, tokenizer, experiment, params, step)
     checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
-    state = checkpoints.restore(abstract_state(experiment, layout))
+    state = checkpoints.restore(abstract_state(experiment, layout), step)
     checkpoints.close()
+    if state is None and step is not None:
+        raise FileNotFoundError(
+            f"{directory} has no checkpoint of step {step}: it has been removed, or was never saved"
+        )
     if state is None:
         raise FileNotFoundError(f"{directory} has no complete checkpoint yet: let the run reach its first save")
     return Trained(config, tokenizer, experiment, state.ema, int(state.step))

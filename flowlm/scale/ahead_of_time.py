@@ -96,30 +96,43 @@ def trace_sampler(config: ConfigDict, devices: Sequence[Any], per_device: int | 
     del per_device  # a call draws the same number of rows everywhere
     experiment = build(config, config.model.vocab_size)
     net, family = experiment.net, experiment.family
-    layout = sharding.make_layout(config, devices)
-    steps = config.data.length - 1 if isinstance(family, Autoregressive) else 1
-    sampler = sampling.Sampler(net, sampling.named_sampler(family)[1], steps, layout)
+    layout, steps = sharding.make_layout(config, devices), planned_steps(config)
+    sampler = sampling.Sampler(net, sampling.named_sampler(family)[1], layout)
     params = abstract_state(experiment, layout).params
     if family.continuous:
         shapes = jax.eval_shape(net.prepared, params)
         params = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout.places(shapes)
         )
-    return Program(sampler.trace(params, _key()), layout.mesh.size, sampler.rows)
+    return Program(sampler.trace(params, _key(), steps), layout.mesh.size, sampler.rows)
 
 
-def trace_held_out(config: ConfigDict, devices: Sequence[Any], per_device: int | None = None) -> Program:
-    """One call of the held-out likelihood that evaluations compute: of the bound, or where there is none of the cross-entropy."""
+def planned_steps(config: ConfigDict) -> int:
+    """The steps of the sampler that is planned."""
+    family = build(config, config.model.vocab_size).family
+    return config.data.length - 1 if isinstance(family, Autoregressive) else 1
+
+
+def trace_held_out(
+    config: ConfigDict, devices: Sequence[Any], per_device: int | None = None, name: str | None = None
+) -> Program:
+    """One call of a likelihood of held-out rows that evaluations compute.
+
+    Args:
+      name: of the likelihood; by default the bound, or where there is none the cross-entropy.
+    """
     del per_device  # evaluation.held_out_batch says how many rows
     experiment, layout = build(config, config.model.vocab_size), sharding.make_layout(config, devices)
     family, rows = experiment.family, min(config.evaluation.held_out, config.evaluation.held_out_batch)
     likelihoods = family.likelihoods()
-    bound = "bound" in likelihoods
-    fn = sampling.on_rows(layout, experiment.net, likelihoods["bound" if bound else "denoising"])
+    name = name or ("bound" if "bound" in likelihoods else "denoising")
+    fn = sampling.on_rows(layout, experiment.net, likelihoods[name])
     ids = jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
-    tau = () if bound else (jax.ShapeDtypeStruct((), jnp.float32),)
+    tau = () if name == "bound" else (jax.ShapeDtypeStruct((), jnp.float32),)
+    marginals = jax.ShapeDtypeStruct((config.data.length, config.model.vocab_size), jnp.float32)
+    extra = (marginals,) if name == "context_free" else ()
     params = abstract_state(experiment, layout).params
-    return Program(fn.trace(params, ids, _key(), *tau), layout.mesh.size, rows)
+    return Program(fn.trace(params, ids, _key(), *tau, *extra), layout.mesh.size, rows)
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {
@@ -127,6 +140,8 @@ PROGRAMS: dict[str, Callable[..., Program]] = {
     "dense": partial(trace_step, dense=True),
     "sample": trace_sampler,
     "held_out": trace_held_out,
+    "denoising": partial(trace_held_out, name="denoising"),
+    "context_free": partial(trace_held_out, name="context_free"),
 }
 
 

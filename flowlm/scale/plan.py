@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ from flowlm.scale.ahead_of_time import (
     trace_step,
 )
 from flowlm.scale.costs import EFFICIENCY, forward_flops
+from flowlm.scale.evaluations import evaluation_costs, likelihood_program
 from flowlm.scale.tables import GIB, print_plan
 
 RESOLUTION = 1 / 32  # share of itself by which the batch that is found may be too small
@@ -79,6 +81,7 @@ def plan(
     per_chip: int | None,
     largest: bool,
     dense: bool = False,
+    evaluating: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> None:
     """Plans a run on every topology, prints the table and, with `out`, writes plan.json, plan.md and plan.png there.
 
@@ -86,6 +89,7 @@ def plan(
       per_chip: sequences on each chip, in place of config.batch_size over all.
       largest: also search the most that fit.
       dense: compile also the step of the flow written over the whole vocabulary.
+      evaluating: rows of a sampler's call -> the work of the run's evaluations (evaluations.py); without it they are not planned.
 
     Raises:
       ValueError: bad settings, an unknown topology, `dense` for another family than flow. ImportError: no TPU compiler.
@@ -98,6 +102,8 @@ def plan(
     family = experiment.family
     names = ["train", *["dense"] * dense, *["sample"] * bool(family.samplers())]
     names += ["held_out"] * bool(family.likelihoods())
+    if evaluating is not None:
+        names += [name for name in map(likelihood_program, family.likelihoods()) if name not in names]
     points = []
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -107,6 +113,8 @@ def plan(
             for place in places:
                 point = {"topology": place.name, **{name: jobs[place.name, name].result() for name in names}}
                 points.append({**point, "estimate": _estimate(config, place, point["train"])})
+                if evaluating is not None:
+                    points[-1]["evaluation"] = evaluation_costs(config, point, evaluating)
             if largest:
                 unit = config.accumulation * experiment.family.group
                 most = partial(_most, config, unit)

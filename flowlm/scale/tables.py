@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.table import Table
 from flowlm.runs.curves import draw_panels
 from flowlm.scale.ahead_of_time import total
 from flowlm.scale.costs import EFFICIENCY
+from flowlm.scale.evaluations import START_SECONDS, TRAINING_STEPS
 from flowlm.system.terminal import console
 
 GIB = 2**30
@@ -68,7 +69,38 @@ def rows_of(report: Mapping) -> list[tuple[str, list[str]]]:
     row("held-out likelihood: sequences per chip", lambda p: held_out(p)["per_chip"], "{:g}")
     row("held-out likelihood: peak HBM, GiB", lambda p: total(held_out(p)) / GIB)
     row("held-out likelihood fits", lambda p: "yes" if held_out(p)["fits"] else "**no**")
+    _evaluation_rows(row)
     return rows
+
+
+def _evaluation_rows(row: Callable) -> None:
+    """The rows of what evaluating takes, in its first lines what comes before the first step."""
+    start, often, final = ((lambda p, name=name: p["evaluation"][name]) for name in ("start", "often", "final"))
+
+    def within(share):
+        return lambda p: "yes" if share(p) <= 1 else "**no**"
+
+    row(
+        "start: rows read",
+        lambda p: start(p)["marginal_rows"] + start(p)["counted_rows"] + start(p)["held_out_rows"],
+        "{:,}",
+    )
+    row("start: characters read, million", lambda p: start(p)["characters"] / 1e6)
+    row("start: memory of a host at most, GiB", lambda p: start(p)["host_bytes"] / GIB)
+    row(
+        "estimate: start, s; where tables were kept",
+        lambda p: f"{start(p)['seconds']:.3g}; {start(p)['again_seconds']:.2g}",
+    )
+    row(f"start within {START_SECONDS} s", within(lambda p: start(p)["seconds"] / START_SECONDS))
+    row("evaluation: programs compiled; for the last one", lambda p: f"{often(p)['programs']}; {final(p)['programs']}")
+    row("evaluation: peak HBM, GiB", lambda p: p["evaluation"]["hbm"] / GIB)
+    for name, which in (("an evaluation", often), ("the last evaluation", final)):
+        row(f"{name}: calls of the network to sample", lambda p, at=which: at(p)["network_calls"], "{:,}")
+        row(f"{name}: rows judged", lambda p, at=which: at(p)["judged_rows"], "{:,}")
+        row(f"estimate: {name} on the devices, s", lambda p, at=which: at(p)["device"])
+        row(f"estimate: {name} on the hosts, s", lambda p, at=which: at(p)["host"])
+        row(f"estimate: {name}, of {TRAINING_STEPS} training steps", lambda p, at=which: at(p)["share"], "{:.0%}")
+    row(f"an evaluation within {TRAINING_STEPS} training steps", within(lambda p: often(p)["share"]))
 
 
 def print_plan(report: Mapping, out: str | None) -> None:

@@ -28,8 +28,11 @@ class _Held(Exception):
     """Another process holds the lock; its text says which."""
 
 
-def take(place: epath.Path) -> Callable[[], None]:
+def take(place: epath.Path, or_else: str = "give another --workdir") -> Callable[[], None]:
     """Takes the lock at `place` and gives what releases it. Of several processes of one run all must call; the first holds it.
+
+    Args:
+      or_else: how to do without it, for the error.
 
     Raises:
       ValueError: another process holds it; says which. OSError: nothing can be written there.
@@ -43,8 +46,8 @@ def take(place: epath.Path) -> Callable[[], None]:
                 release = attempt()
             except _Held as error:
                 wrong = ValueError(
-                    f"{place.parent} is being written by {error or 'another process'}: wait until it has ended, or give "
-                    "another --workdir"
+                    f"{place.parent} is being written by {error or 'another process'}: wait until it has ended, or "
+                    f"{or_else}"
                 )
             except OSError as error:
                 wrong = error

@@ -3,8 +3,11 @@
 Every host runs the same command, and cluster.py finds the others. On CPUs the processes talk over gloo.
 """
 
+import json
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from jax.experimental import multihost_utils
 from flowlm.system import cluster, signals
 from flowlm.system.signals import Stopped
 
+Item = TypeVar("Item")
 # Under this key JAX tells all processes that one of them was sent SIGTERM.
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
@@ -68,10 +72,34 @@ def all_agree(holds: bool) -> bool:
 
 
 def total(values: np.ndarray) -> np.ndarray:
-    """The sum of every process's values, in their own type, in every process; all must call."""
+    """The sum of every process's values [n, ...], in their own type, in every process; all must call."""
     if jax.process_count() == 1:
         return values
-    return multihost_utils.process_allgather(values).sum(0, dtype=values.dtype)
+    # Halves of 8 bytes are sent, because jax would round them to 4.
+    halves = np.ascontiguousarray(values).view(np.uint32) if values.dtype.itemsize == 8 else values
+    return multihost_utils.process_allgather(halves).view(values.dtype).sum(0, dtype=values.dtype)
+
+
+def turns(items: Sequence[Item]) -> Iterator[Item | None]:
+    """This process's share of the items, which all processes divide: one in each round, or None in a last round that has too few.
+
+    All processes go through as many rounds, so that they may ask each other something in each.
+    """
+    for first in range(0, len(items), jax.process_count()):
+        mine = first + jax.process_index()
+        yield items[mine] if mine < len(items) else None
+
+
+def shared(mine: Any) -> list[Any]:
+    """What each process gives, by process, as JSON has it (floats to the last digit); all must call."""
+    if jax.process_count() == 1:
+        return [mine]
+    said = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(said), np.int32))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(said)] = said
+    every = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(text[:size])) for text, size in zip(every, sizes, strict=True)]
 
 
 def gathered(array: jax.Array) -> np.ndarray:

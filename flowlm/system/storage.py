@@ -6,6 +6,7 @@ their writer closes them; there is no directory, no appending and no renaming, w
 
 import bz2
 import contextlib
+import errno
 import gzip
 import importlib.util
 import io
@@ -24,6 +25,8 @@ SCHEME = "gs://"
 MIRROR = "~/.cache/flowlm/buckets"
 # Bytes of one request to a bucket. A request takes as long as some megabytes, so many small ones would be slow.
 READ = 1 << 25
+# What the operating system says where a disk, a user's share of it or a file takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path(name: str | os.PathLike) -> epath.Path:
@@ -157,14 +160,29 @@ def check_writable_file(file: epath.Path) -> None:
         raise ValueError(f"{file} cannot be written: give another place")
 
 
+@contextlib.contextmanager
+def writing(place: os.PathLike) -> Iterator[None]:
+    """Raises OSError, one line that names the place, where a disk is full or a bucket refuses what is written to it."""
+    try:
+        yield
+    except Exception as error:  # writers of records and of buckets raise their own
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not (full or in_bucket(place) or isinstance(error, RuntimeError)):
+            raise
+        told = _line(error.strerror if full else error)
+        mend = "get the right to write there" if in_bucket(place) else "make room there"
+        raise OSError(f"{os.fspath(place)} cannot be written ({told}): {mend}, and do the same again") from error
+
+
 def write_text(place: epath.Path, text: str) -> None:
     """Replaces a file at once: whoever reads it sees the old text or the new one, never a part."""
-    if in_bucket(place):
-        place.write_text(text, encoding="utf-8")
-    else:
-        temporary = place.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(place)
+    with writing(place):
+        if in_bucket(place):
+            place.write_text(text, encoding="utf-8")
+        else:
+            temporary = place.with_suffix(".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(place)
 
 
 def read_json(place: epath.Path) -> Any:
@@ -208,6 +226,21 @@ def move(source: epath.Path, target: epath.Path) -> None:
         source.rmtree()
     else:
         source.rename(target)
+
+
+def put(file: str | os.PathLike, target: epath.Path) -> None:
+    """Moves a local file to its place, where it appears whole or not at all; it stays where it was if that fails."""
+    if in_bucket(target):
+        import gcsfs
+
+        gcsfs.GCSFileSystem().put_file(os.fspath(file), os.fspath(target))  # unlike a file object it leaves no part
+        os.unlink(file)
+        return
+    with open(file, "rb") as content:
+        os.fsync(
+            content.fileno()
+        )  # now, because after a crash of the machine the name could be there and the content not
+    os.replace(file, target)
 
 
 def copy(source: epath.Path, target: epath.Path, last: str = "") -> None:
