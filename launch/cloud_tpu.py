@@ -6,7 +6,8 @@ the client's own (`gcloud auth application-default login`) and are never read he
 
 import contextlib
 import json
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # How long the service may take to delete a slice with its machines.
@@ -122,3 +123,13 @@ class CloudTpu:
     @property
     def _resource(self) -> str:
         return f"{self._place}/queuedResources/{self.name}"
+
+
+class FlexStart(CloudTpu):
+    """A queued resource on flex-start capacity, which gcloud can ask for and the client cannot. `create` takes gcloud's line."""
+
+    def create(self, request: Sequence[str]) -> None:
+        """Raises Failed with gcloud's words where there is no such resource after it."""
+        answer = subprocess.run(request, capture_output=True, text=True, check=False)
+        if answer.returncode and self.look() is None:
+            raise Failed(f"Cloud TPU could not make it: {' '.join(answer.stderr.split())}")

@@ -24,6 +24,11 @@ class Refused(RuntimeError):
         super().__init__(message)
         self.status = status
 
+    @property
+    def quota(self) -> bool:
+        """Whether there would be room for it at another time."""
+        return self.status == 403 and "quota" in str(self)
+
 
 class Cluster:
     """One namespace of a cluster.
@@ -154,7 +159,7 @@ def _mend(error: Refused, kind: str) -> str:
     if error.status == 404:
         return f". Has the cluster this namespace, and what runs a {kind}?"
     if error.status == 403:
-        return ". Stop what runs, or ask for a larger quota" if "quota" in str(error) else ". Ask for that right"
+        return ". Stop what runs, or ask for a larger quota" if error.quota else ". Ask for that right"
     return ""
 
 

@@ -14,7 +14,9 @@ import yaml
 
 from flowlm.studies.study import finished
 from flowlm.system import storage
+from launch.bucket_checks import check_buckets
 from launch.cluster_api import Cluster, Refused
+from launch.credentials import refuse_secrets
 from launch.gke_manifests import INDEX_OF_POD, LABEL, Resources, manifests, name_of, slices
 from launch.job import Handle, Job, error_in, last_lines, settings
 from launch.tpu_slices import check_devices
@@ -22,8 +24,6 @@ from launch.tpu_slices import check_devices
 __all__ = ["Resources", "check", "describe", "logs", "status", "stop", "submit"]
 
 POLL_SECONDS = 10
-# Variables of such names hold what nobody may read, and what is given here is shown to all who may see the job.
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY|PRIVATE_KEY)$", re.IGNORECASE)
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
@@ -49,10 +49,7 @@ def _check_resources(jobs: Sequence[Job]) -> None:
                 "--secrets takes names of Secrets, split by commas: `kubectl create secret generic NAME "
                 "--from-env-file=FILE` makes one"
             )
-        if secret := [name for name in job.environment if SECRET.search(name)]:
-            raise ValueError(
-                f"--environment={secret[0]} would be shown to all who see the job: put it into a Secret, and give --secrets=NAME"
-            )
+        refuse_secrets(job.environment, "put it into a Secret, and give --secrets=NAME")
         if not job.workdir.startswith(storage.SCHEME):
             raise ValueError(f"pods share nothing but a bucket: --workdir must be gs://..., got {job.workdir}")
         _check_mesh(job)
@@ -83,12 +80,18 @@ def check(jobs: Sequence[Job]) -> None:
 
     Raises:
       ValueError: what could never run. ImportError: no client.
-      RuntimeError: no cluster, or what the cluster would refuse.
+      RuntimeError: no cluster, or what the cluster or a bucket would refuse.
     """
     _check_resources(jobs)
     cluster = _cluster(jobs[0])
-    for manifest in (manifest for job in jobs for manifest in manifests(job)):
-        cluster.create(manifest, dry_run=True)
+    for job in jobs:
+        try:
+            for manifest in manifests(job):
+                cluster.create(manifest, dry_run=True)
+        except Refused as error:
+            if not _may_wait(job, error):
+                raise
+    check_buckets(jobs)
 
 
 def describe(jobs: Sequence[Job]) -> str:
@@ -119,24 +122,61 @@ def _cluster(job: Job) -> Cluster:
 
 
 def submit(jobs: Sequence[Job], record: Callable[[Job, Handle], None]) -> None:
-    """Sends the jobs; of several at most `parallel` are there at a time. Raises Refused at the first that the cluster refuses."""
-    cluster, most, up = _cluster(jobs[0]), jobs[0].resources.parallel, []
-    for job in jobs:
-        while most and len(up := [other for other in up if _runs(cluster, *other)]) >= most:
-            time.sleep(POLL_SECONDS)
-        made = manifests(job)
-        kind, name = made[-1]["kind"], name_of(job)
-        if _runs(cluster, kind, name):
+    """Sends the jobs; with `parallel` of them at most so many are there at a time, and a full quota is waited for.
+
+    Raises:
+      Refused: the cluster refuses a job. Those after it are not sent.
+    """
+    cluster = _cluster(jobs[0])
+    there = [job for job in jobs if _runs(cluster, *_place(job))]
+    # These come first, because what ends while others wait is done, and must not be sent again.
+    for job in [*there, *(job for job in jobs if job not in there)]:
+        kind, name = _place(job)
+        if job in there:
             told = "is there already, and is left as it is"
         else:
+            _wait_for_room(cluster, [_place(other) for other in jobs if other is not job], job.resources.parallel)
             _cleared(cluster, kind, name, job.resources.grace)
-            for manifest in made:
-                cluster.create(manifest)
+            _send(cluster, job, jobs)
             told = f"is sent, as the {kind} {name} of namespace {job.resources.namespace}"
-        up.append((kind, name))
         place = {"context": cluster.context, "namespace": job.resources.namespace}
         record(job, {**place, "kind": kind, "name": name, "workdir": job.workdir})
         print(f"{job.name} {told}", file=sys.stderr, flush=True)
+
+
+def _place(job: Job) -> tuple[str, str]:
+    """(kind, name) of the object that runs a job."""
+    return manifests(job)[-1]["kind"], name_of(job)
+
+
+def _wait_for_room(cluster: Cluster, others: Sequence[tuple[str, str]], most: int) -> None:
+    """Waits until fewer than `most` (0: any number) of the others are there, sent by whichever command."""
+    while most and sum(_runs(cluster, *other) for other in others) >= most:
+        time.sleep(POLL_SECONDS)
+
+
+def _may_wait(job: Job, error: Refused) -> bool:
+    return error.quota and job.resources.parallel > 0
+
+
+def _send(cluster: Cluster, job: Job, jobs: Sequence[Job]) -> None:
+    """Makes a job's objects. With `parallel` it waits while a quota is full, of which it deletes the jobs that are complete."""
+    told, left = False, manifests(job)
+    while left:
+        try:
+            cluster.create(left[0])
+            del left[0]
+        except Refused as error:
+            if not _may_wait(job, error):
+                raise
+            if not told:
+                print(f"{job.name} waits for room: {error}", file=sys.stderr, flush=True)
+            told = True
+            for kind, name in map(_place, jobs):
+                found = cluster.read(kind, name)
+                if found and _complete(found) and "deletionTimestamp" not in found["metadata"]:
+                    _delete(cluster, kind, name)
+            time.sleep(POLL_SECONDS)
 
 
 def _runs(cluster: Cluster, kind: str, name: str) -> bool:
@@ -169,8 +209,12 @@ def _conditions(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["type"]: each for each in conditions if each["status"] == "True"}
 
 
+def _complete(found: dict[str, Any]) -> bool:
+    return bool({"Complete", "Completed"} & set(_conditions(found)))
+
+
 def _ended(found: dict[str, Any]) -> bool:
-    return bool({"Complete", "Completed", "Failed"} & set(_conditions(found)))
+    return _complete(found) or "Failed" in _conditions(found)
 
 
 def status(handle: Handle) -> str:
@@ -258,7 +302,10 @@ def logs(handle: Handle) -> str:
 
 def stop(handle: Handle) -> None:
     """Deletes the job: its processes get SIGTERM, save, and end."""
-    cluster = _made(handle)
-    cluster.delete(handle["kind"], handle["name"])
-    if handle["kind"] == "Job":
-        cluster.delete("Service", handle["name"])
+    _delete(_made(handle), handle["kind"], handle["name"])
+
+
+def _delete(cluster: Cluster, kind: str, name: str) -> None:
+    cluster.delete(kind, name)
+    if kind == "Job":
+        cluster.delete("Service", name)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from flowlm.scale.ahead_of_time import Topology, parse_topology
 from flowlm.system.cluster import ADDRESS, INDEX, NUMBER
+from launch import credentials
 from launch.job import FINISHED, Job, help_of
 
 Manifest = dict[str, Any]
@@ -68,7 +69,7 @@ class Resources:
 
     @property
     def secret_names(self) -> list[str]:
-        return [name.strip() for name in self.secrets.split(",") if name.strip()]
+        return credentials.names(self.secrets)
 
 
 # ---- Slices of TPUs.

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.credentials import refuse_secrets
 from launch.job import Handle, Job, error_in, help_of, tail
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ def check(jobs: Sequence[Job]) -> None:
             )
         if wanted.cpu_devices and wanted.gpus:
             raise ValueError("give cpu_devices or gpus, not both")
+        refuse_secrets(job.environment, "export it before the command, whose processes have what the shell has")
         if "://" in job.workdir:
             raise ValueError(
                 f"the backend local writes its logs beside the run: {job.workdir} must be a directory here"

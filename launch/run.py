@@ -21,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from etils import epath
+
 from flowlm.cli.command import given
 from flowlm.cli.mistakes import nearest, told
 from flowlm.cli.train import TRAIN
@@ -89,7 +91,7 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources: Any) -> list[Jo
     environment = dict(pair.split("=", 1) for pair in asked.environment)
     if asked.sweep is None:
         return [training_job(asked.config, extra, asked.workdir, resources, environment)]
-    left = study.unfinished(study.load_study(asked.sweep), storage.path(asked.workdir), extra)
+    left = _left(asked, extra)
     ready = [run for run in left if run.ready]
     if not ready:
         raise ValueError(
@@ -101,6 +103,15 @@ def jobs(asked: argparse.Namespace, extra: list[str], resources: Any) -> list[Jo
         print(f"when their teachers are finished, give the same command again for {waiting}", file=sys.stderr)
 
     return [Job(job_name(run.name), run.config, run.flags, str(run.directory), resources, environment) for run in ready]
+
+
+def _left(asked: argparse.Namespace, extra: list[str]) -> list[study.Unfinished]:
+    """The runs of a sweep that are left. A dry run does not look into a bucket, because it needs neither client nor credential."""
+    wanted = study.load_study(asked.sweep)
+    if not (asked.dry_run and storage.in_bucket(asked.workdir)):
+        return study.unfinished(wanted, storage.path(asked.workdir), extra)
+    print(f"what is finished in {asked.workdir} is not looked at by a dry run", file=sys.stderr)
+    return study.unfinished(wanted, epath.Path(asked.workdir), extra, done=lambda run: False)
 
 
 def check_jobs(command_line: list[Job], ours: Sequence[str]) -> None:

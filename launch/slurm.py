@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jinja2
 
+from launch.credentials import refuse_secrets
 from launch.job import FINISHED, Handle, Job, error_in, help_of, tail
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,8 @@ def stop(handle: Handle) -> None:
 
 def _check_resources(jobs: Sequence[Job]) -> None:
     resources = jobs[0].resources
+    for job in jobs:
+        refuse_secrets(job.environment, "keep it in your home, as `wandb login` and `hf auth login` do")
     if any(job.resources != resources for job in jobs):
         raise ValueError("the jobs of one array ask for the same resources")
     if wrong := [job.workdir for job in jobs if "\\" in job.workdir or "\n" in job.workdir]:

@@ -1,14 +1,16 @@
 """Sees a run on Cloud TPU to its end: makes the slice, starts the run again after failures and preemptions, deletes the slice.
 
 What bills must not be forgotten. So an error that may pass is told and the question is asked again for as long as it takes, and
-whatever else ends the supervisor, its last words are what still bills and how to delete it.
+whatever else ends a supervisor, its last words are what still bills and how to delete it. Several work at once, each in a thread of
+its own: signals are for the thread that waits for them (`listening`), which tells them so (`Supervisor.cut`).
 """
 
 import contextlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flowlm.studies.study import finished
@@ -35,13 +37,13 @@ class Supervisor:
     """Carries a job out on its queued resource.
 
     Args:
-      request: of the resource's creation, as `CloudTpu.create` takes it.
+      request: of the resource's creation, as `create` of the cloud takes it.
       delete: the command that deletes it, to be shown.
     """
 
-    def __init__(self, job: Job, cloud: CloudTpu, request: Mapping[str, Any], delete: str):
+    def __init__(self, job: Job, cloud: CloudTpu, request: Mapping[str, Any] | Sequence[str], delete: str):
         self._job, self._cloud, self._request, self._delete = job, cloud, request, delete
-        self._bills = False
+        self._bills, self._left, self._lock = False, False, threading.Lock()
         self._fruitless, self._newest = 0, -1
 
     def run(self, record: Callable[[], None]) -> str:
@@ -50,7 +52,7 @@ class Supervisor:
         Raises:
           Failed: the service could not make it, or it has failed or was preempted too often; it is deleted.
         """
-        with self._last_words():
+        try:
             if self._cloud.look() is None:
                 self._make()
             else:
@@ -64,6 +66,8 @@ class Supervisor:
                 raise
             self._gone()
             return how
+        finally:
+            self.cut()
 
     def _carried_out(self) -> str:
         self._newest = self._ask(tpu_workers.newest_checkpoint, self._job.workdir)
@@ -89,10 +93,13 @@ class Supervisor:
 
     def _make(self) -> None:
         self._ask(tpu_workers.next_turn, self._job.workdir)
-        self._bills = True  # from the moment of asking, since an answer can be lost
+        with self._lock:
+            if self._left:
+                raise SystemExit
+            self._bills = True  # from the moment of asking, since an answer can be lost
         try:
             self._ask(self._cloud.create, self._request)
-        except refusals():
+        except (*refusals(), Failed):
             self._bills = False
             raise
 
@@ -133,6 +140,8 @@ class Supervisor:
         """The answer, however long service, bucket or credentials are out of reach."""
         silent = False
         while True:
+            if self._left:
+                raise SystemExit
             try:
                 answer = question(*arguments)
             except passing() as error:
@@ -148,27 +157,36 @@ class Supervisor:
                     self._say("is in sight again")
                 return answer
 
-    @contextlib.contextmanager
-    def _last_words(self) -> Iterator[None]:
-        """Says on the way out, whatever the way, what still bills; a hang-up and SIGTERM are ways out."""
-
-        def leave(number, frame):
-            sys.exit(128 + number)
-
-        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if self._bills:
-                self._say(
-                    f"IS NOT DELETED AND BILLS. Delete it by `{self._delete}` or `python -m launch.run stop "
-                    f"--workdir={self._job.workdir}`; the same command as before takes it up"
-                )
+    def cut(self) -> None:
+        """Says, once, what still bills; after it nothing is made, and nothing more is said."""
+        with self._lock:
+            left, self._left = self._left, True
+        if self._bills and not left:
+            print(
+                f"{self._job.name} IS NOT DELETED AND BILLS. Delete it by `{self._delete}` or `python -m launch.run stop "
+                f"--workdir={self._job.workdir}`; the same command as before takes it up",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _say(self, text: str) -> None:
-        print(f"{self._job.name} {text}", file=sys.stderr, flush=True)
+        if not self._left:
+            print(f"{self._job.name} {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """A hang-up and SIGTERM end the process as Ctrl-C does, by an exception in its first thread."""
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _line(error: Exception) -> str:

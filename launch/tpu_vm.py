@@ -6,41 +6,37 @@ it is taken up by the same command: the queued resource has the job's name.
 With --existing=NAME the script is started, over gcloud's ssh, on a TPU VM that is there, which then is neither made nor deleted.
 """
 
+import functools
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowlm.studies.study import finished
 from flowlm.system import storage
-from launch import tpu_workers
-from launch.cloud_tpu import CloudTpu, passing, refusals
-from launch.job import Handle, Job, help_of, settings
-from launch.tpu_slices import check_mesh, runtime
-from launch.tpu_supervisor import Supervisor
+from launch import cloud_tpu, tpu_workers
+from launch.at_once import at_once
+from launch.bucket_checks import check_buckets
+from launch.cloud_tpu import CloudTpu, FlexStart, passing, refusals
+from launch.credentials import refuse_secrets
+from launch.job import Handle, Job, settings
+from launch.tpu_requests import ROOT, Resources, flex_start, request, script
+from launch.tpu_slices import check_mesh
+from launch.tpu_supervisor import Supervisor, listening
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["Resources", "check", "describe", "logs", "script", "status", "stop", "submit"]
+
 PATTERNS = frozenset("*?[]#")
-
-
-@dataclass(frozen=True)
-class Resources:
-    accelerator: str = help_of("", "type and size, such as v5litepod-16")
-    project: str = help_of("", "the project that pays")
-    zone: str = help_of("", "where, such as us-central1-a; near the bucket")
-    spot: bool = help_of(False, "spare capacity: cheaper, taken back at any time, created again by this command")
-    existing: str = help_of("", "name of a TPU VM that is there already, to be used in place of a new one")
-    runtime: str = help_of("", "image of the machines; none: the one of the accelerator")
-    service_account: str = help_of(
-        "", "whom the machines act as; none: the project's default. It must reach the bucket"
-    )
-    max_restarts: int = help_of(20, "how often the run is started again, after a preemption or a failure")
+# Secret Manager takes more, but the environment of a process no other names.
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+-[a-z]")
+MOST_HOURS = 168
 
 
 def _check_resources(jobs: Sequence[Job]) -> None:
@@ -49,11 +45,21 @@ def _check_resources(jobs: Sequence[Job]) -> None:
         for name in ("project", "zone", *(() if wanted.existing else ("accelerator",))):
             if not getattr(wanted, name):
                 raise ValueError(f"the backend tpu_vm needs --{name}")
-        if wanted.max_restarts < 0:
-            raise ValueError(f"max_restarts is at least 0, got {wanted.max_restarts}")
-        if wanted.existing and wanted.spot:
-            raise ValueError("--spot is how a TPU is made, and --existing takes one that is made: give one of them")
-        if not job.workdir.startswith(storage.SCHEME):
+        if not ZONE.fullmatch(wanted.zone):
+            raise ValueError(f"--zone={wanted.zone} is not a zone: they are called like us-central1-a")
+        if min(wanted.max_restarts, wanted.parallel) < 0:
+            raise ValueError(
+                f"max_restarts and parallel are at least 0, got {wanted.max_restarts} and {wanted.parallel}"
+            )
+        _check_capacity(wanted)
+        # What was given is not repeated, because whoever mistakes the flag gives a secret itself.
+        if not all(map(VARIABLE.fullmatch, wanted.secret_names)):
+            raise ValueError(
+                "--secrets takes names in Secret Manager that are names of variables too, such as WANDB_API_KEY: "
+                "`gcloud secrets create NAME --data-file=FILE` makes one"
+            )
+        refuse_secrets(job.environment, "put it into Secret Manager, and give its name in --secrets")
+        if not storage.in_bucket(job.workdir):
             raise ValueError(f"workers share nothing but a bucket: --workdir must be gs://..., got {job.workdir}")
         if patterns := PATTERNS & set(job.workdir):
             raise ValueError(
@@ -61,18 +67,42 @@ def _check_resources(jobs: Sequence[Job]) -> None:
             )
         if wanted.accelerator:
             check_mesh(settings(job).mesh, wanted.accelerator)
+    if twice := [name for name, times in Counter(job.name for job in jobs).items() if times > 1]:
+        raise ValueError(f"two runs of the sweep would be called {twice[0]}: rename one of them")
+    if len(jobs) > 1 and jobs[0].resources.existing:
+        raise ValueError(
+            "--existing is one machine, and a sweep has several runs: give --config, or leave out --existing"
+        )
+
+
+def _check_capacity(wanted: Resources) -> None:
+    kinds = {name: getattr(wanted, name) for name in ("spot", "reservation", "flex_start")}
+    asked = [f"--{name}" for name, value in kinds.items() if value]
+    if asked and wanted.existing:
+        raise ValueError(f"{asked[0]} is how a TPU is made, and --existing takes one that is made: give one of them")
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} are kinds of capacity: give one of them")
+    if not 1 <= wanted.hours <= MOST_HOURS:
+        raise ValueError(f"--hours is from 1 to {MOST_HOURS}, got {wanted.hours}")
 
 
 def check(jobs: Sequence[Job]) -> None:
-    """Raises ValueError for what could never run, FileNotFoundError where gcloud is needed and missing. Sends nothing."""
+    """Looks at all that can be seen, and leaves nothing behind.
+
+    Raises:
+      ImportError, FileNotFoundError: what asks for machines is not installed here.
+      ValueError: what could never run, or is not where machines find it.
+      RuntimeError: there are no credentials, or a bucket refuses.
+    """
     _check_resources(jobs)
+    cloud_tpu.client()
     changed = _git("status", "--porcelain", "--untracked-files=no")
     if changed:
         raise ValueError(f"what is sent is the last commit, and these files have changed since: {changed}. Commit them")
     for job in jobs:
+        if shutil.which("gcloud") is None and (job.resources.existing or job.resources.flex_start):
+            raise FileNotFoundError("--existing and --flex_start need gcloud: install the Google Cloud CLI")
         if job.resources.existing:
-            if shutil.which("gcloud") is None:
-                raise FileNotFoundError("--existing needs gcloud, which has the ssh keys: install the Google Cloud CLI")
             node = _cloud(job).node(job.resources.existing)
             if node is None:
                 raise ValueError(f"there is no TPU VM {job.resources.existing} in {job.resources.zone}")
@@ -80,6 +110,7 @@ def check(jobs: Sequence[Job]) -> None:
             if state != "READY":
                 raise ValueError(f"the TPU VM {job.resources.existing} is {state}, not READY")
             check_mesh(settings(job).mesh, accelerator)
+    check_buckets(jobs, jobs[0].resources.zone)
 
 
 def _git(*arguments: str) -> str:
@@ -90,47 +121,11 @@ def _git(*arguments: str) -> str:
 
 
 def _cloud(job: Job) -> CloudTpu:
-    return CloudTpu(job.resources.project, job.resources.zone, job.name)
+    kind = FlexStart if job.resources.flex_start else CloudTpu
+    return kind(job.resources.project, job.resources.zone, job.name)
 
 
 # ---- What is sent.
-
-
-def script(job: Job) -> str:
-    """The startup script: tpu_vm.sh with the job's values above it."""
-
-    def array(words):
-        return f"({shlex.join(words)})"
-
-    values = {
-        "bundle": shlex.quote(f"{job.workdir}/launch/flowlm.bundle"),
-        "logs": shlex.quote(f"{job.workdir}/logs"),
-        "turns": shlex.quote(f"{job.workdir}/launch/turn"),
-        "supervised": "" if job.resources.existing else "yes",
-        "environment": array([f"{key}={value}" for key, value in job.environment.items()]),
-        # On a slice JAX finds the workers itself; if it did not, each would train alone in the one workdir.
-        "command": array([*job.command, "--distributed"]),
-    }
-    lines = [f"{key}={value}" for key, value in values.items()]
-    return "\n".join(["#!/usr/bin/env bash", *lines, (ROOT / "launch/tpu_vm.sh").read_text()])
-
-
-def request(job: Job) -> dict[str, Any]:
-    """The creation of a job's queued resource, which is named as the job, in the service's JSON."""
-    wanted = job.resources
-    parent = f"projects/{wanted.project}/locations/{wanted.zone}"
-    node: dict[str, Any] = {
-        "acceleratorType": wanted.accelerator,
-        "runtimeVersion": wanted.runtime or runtime(wanted.accelerator),
-        "networkConfig": {"enableExternalIps": True},
-        "metadata": {"startup-script": script(job)},
-    }
-    if wanted.service_account:
-        node["serviceAccount"] = {"email": wanted.service_account}
-    resource: dict[str, Any] = {"tpu": {"nodeSpec": [{"parent": parent, "nodeId": job.name, "node": node}]}}
-    if wanted.spot:
-        resource["spot"] = {}
-    return {"parent": parent, "queuedResourceId": job.name, "queuedResource": resource}
 
 
 def ssh(handle: Handle, command: str) -> list[str]:
@@ -162,6 +157,8 @@ def describe(jobs: Sequence[Job]) -> str:
         told.append(f"script -> {job.workdir}/launch/startup.sh")
         if job.resources.existing:
             told.append(shlex.join(_started_over_ssh(job)))
+        elif job.resources.flex_start:
+            told.append(shlex.join(flex_start(job, "SCRIPT")))
         else:
             sent = request(job)
             sent["queuedResource"]["tpu"]["nodeSpec"][0]["node"]["metadata"]["startup-script"] = "the script"
@@ -170,13 +167,16 @@ def describe(jobs: Sequence[Job]) -> str:
     return "\n".join(told)
 
 
-def _upload(job: Job) -> None:
-    """The commit as a git bundle, so that the machines need no access to where it came from, and the script."""
+def _bundle(folder: Path) -> Path:
+    """The commit as a git bundle, so that the machines need no access to where it came from."""
+    _git("bundle", "create", f"{folder}/flowlm.bundle", "HEAD")
+    return folder / "flowlm.bundle"
+
+
+def _upload(job: Job, bundle: Path) -> None:
     folder = storage.path(job.workdir) / "launch"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as here:
-        _git("bundle", "create", f"{here}/flowlm.bundle", "HEAD")
-        storage.copy(storage.path(f"{here}/flowlm.bundle"), folder / "flowlm.bundle")
+    storage.copy(storage.path(bundle), folder / "flowlm.bundle")
     storage.write_text(folder / "startup.sh", script(job))
 
 
@@ -195,25 +195,49 @@ def _handle(job: Job) -> Handle:
 
 
 def submit(jobs: Sequence[Job], record: Callable[[Job, Handle], None]) -> None:
-    """Carries the jobs out, one after another. Raises RuntimeError naming those that failed, after all others were done."""
-    failed = []
-    for job in jobs:
-        cloud = _cloud(job)
+    """Carries the jobs out, so many at a time as they ask for. Raises RuntimeError naming those that failed, after all others."""
+    with tempfile.TemporaryDirectory() as folder, listening():
+        bundle = _bundle(Path(folder))
+        if jobs[0].resources.existing:
+            _start_existing(jobs[0], bundle, record)
+            return
+        supervisors = [_supervisor(job, Path(folder)) for job in jobs]
+        calls = [functools.partial(_carry_out, *each, bundle, record) for each in zip(jobs, supervisors, strict=True)]
         try:
-            _upload(job)
-            if job.resources.existing:
-                tpu_workers.next_turn(job.workdir)
-                record(job, _handle(job))
-                _call(_started_over_ssh(job))
-                told = f"started on {job.resources.existing}"
-            else:
-                supervisor = Supervisor(job, cloud, request(job), shlex.join(_deletion(job)))
-                told = supervisor.run(lambda job=job: record(job, _handle(job)))
-            print(f"{job.name} {told}", file=sys.stderr, flush=True)
-        except (*refusals(), *passing(), RuntimeError) as error:
-            failed.append(f"{job.name}: {getattr(error, 'message', None) or error}")
+            answers = at_once(calls, jobs[0].resources.parallel)
+        finally:
+            for supervisor in supervisors:
+                supervisor.cut()
+    failed = [(job, answer) for job, answer in zip(jobs, answers, strict=True) if answer is not None]
+    for _, error in failed:
+        if not isinstance(error, (*refusals(), *passing(), RuntimeError)):
+            raise error
     if failed:
-        raise RuntimeError("; ".join(failed))
+        raise RuntimeError(
+            "; ".join(f"{job.name}: {getattr(error, 'message', None) or error}" for job, error in failed)
+        )
+
+
+def _start_existing(job: Job, bundle: Path, record: Callable[[Job, Handle], None]) -> None:
+    _upload(job, bundle)
+    tpu_workers.next_turn(job.workdir)
+    record(job, _handle(job))
+    _call(_started_over_ssh(job))
+    print(f"{job.name} started on {job.resources.existing}", file=sys.stderr, flush=True)
+
+
+def _supervisor(job: Job, folder: Path) -> Supervisor:
+    """What carries a job out. folder: for what gcloud reads of files."""
+    startup = folder / job.name
+    startup.write_text(script(job))
+    asked = flex_start(job, str(startup)) if job.resources.flex_start else request(job)
+    return Supervisor(job, _cloud(job), asked, shlex.join(_deletion(job)))
+
+
+def _carry_out(job: Job, supervisor: Supervisor, bundle: Path, record: Callable[[Job, Handle], None]) -> None:
+    _upload(job, bundle)
+    told = supervisor.run(lambda: record(job, _handle(job)))
+    print(f"{job.name} {told}", file=sys.stderr, flush=True)
 
 
 def _deletion(job: Job) -> list[str]:

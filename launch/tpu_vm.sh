@@ -1,5 +1,6 @@
 # What every worker of a TPU VM does when it starts, at every start: fetches the commit, installs it, runs the job once a turn,
-# and tells the bucket how it ended (tpu_workers.py). tpu_vm.py sets above: bundle, logs, turns, supervised, environment, command.
+# and tells the bucket how it ended (tpu_workers.py). tpu_requests.py sets above: bundle, logs, turns, supervised,
+# project, secrets, environment, command.
 set -uo pipefail
 export HOME="${HOME:-/root}" # a startup script has none
 cd "$HOME"
@@ -50,10 +51,20 @@ install() (
     LOCKED=1 PYTHON=python3.11 bash launch/setup.sh tpu,gcp # another turn goes on with the same versions
 )
 
+# The newest version of each secret becomes a variable, and is written nowhere.
+fetch() {
+    local name value
+    for name in "${secrets[@]}"; do
+        value=$(gcloud secrets versions access latest --secret="$name" --project="$project") || return
+        export "$name=$value"
+    done
+}
+
 run() {
     echo "== worker $worker of $(hostname), turn $turn, $(date -u +%FT%TZ)"
     retry install
     local code=$?
+    [ "$code" = 0 ] && { retry fetch; code=$?; }
     [ "$code" = 0 ] || return "$code"
     cd flowlm
     echo "$BASHPID" >../flowlm.pid # which the line below keeps: where to send a signal

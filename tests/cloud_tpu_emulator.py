@@ -25,7 +25,7 @@ status_pb2 = pytest.importorskip("google.rpc.status_pb2")
 ROOT = Path(__file__).parents[1]
 BUCKET = "gs://bucket"
 CONFIG = "--config=experiments/test.py"
-PLACE = ("--backend=tpu_vm", "--project=p", "--zone=z", "--accelerator=v5litepod-16")
+PLACE = ("--backend=tpu_vm", "--project=p", "--zone=us-central1-a", "--accelerator=v5litepod-16")
 State = tpu_v2.QueuedResourceState.State
 
 
@@ -38,7 +38,8 @@ def bucket(tmp_path_factory):
 
 
 class CloudTpu:
-    """google.cloud.tpu.v2.Tpu. Each creation takes the next of `lives`: what GetQueuedResource answers, call after call.
+    """google.cloud.tpu.v2.Tpu. Each creation takes the next of `lives`, or of a dict the one of its name: what GetQueuedResource
+    answers, call after call.
 
     An answer is a state, a code that the call is refused with, or a function that returns one; the last stays. A life that is an
     error refuses the creation.
@@ -53,18 +54,31 @@ class CloudTpu:
         if name in self.resources:
             context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{name} already exists")
         self.created.append(request)
-        life = self.lives.pop(0)
+        life = self._life(name)
         if isinstance(life, grpc.StatusCode):
-            context.abort(life, "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 8 in zone z.")
+            context.abort(
+                life, "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 8 in zone us-central1-a."
+            )
         operation = operations_pb2.Operation(name=f"operations/{len(self.operations)}")
         self.operations[operation.name] = done = operations_pb2.Operation(name=operation.name, done=True)
         if isinstance(life, status_pb2.Status):
             done.error.CopyFrom(life)
         else:
-            resource = tpu_v2.QueuedResource(name=name)
-            self.resources[name] = (resource, iter(itertools.chain(life, itertools.repeat(life[-1]))))
+            resource = self._appears(name, life)
             done.response.Pack(tpu_v2.QueuedResource.pb(resource))
         return operation
+
+    def _life(self, name):
+        return self.lives.pop(name.rpartition("/")[2] if isinstance(self.lives, dict) else 0)
+
+    def _appears(self, name, life):
+        resource = tpu_v2.QueuedResource(name=name)
+        self.resources[name] = (resource, iter(itertools.chain(life, itertools.repeat(life[-1]))))
+        return resource
+
+    def appear(self, name):
+        """Makes what was asked for by another way than this service's."""
+        self._appears(name, self._life(name))
 
     def GetQueuedResource(self, request, context):
         if request.name not in self.resources:
@@ -115,7 +129,7 @@ def handlers(service):
 def cloud(monkeypatch):
     """A service with no lives yet, to which the backend's client talks."""
     service = CloudTpu()
-    server = grpc.server(futures.ThreadPoolExecutor(2))
+    server = grpc.server(futures.ThreadPoolExecutor(8))
     for name, methods in handlers(service).items():
         table = {}
         for method, (request, serialize) in methods.items():
@@ -127,7 +141,12 @@ def cloud(monkeypatch):
     channel = grpc.insecure_channel(f"127.0.0.1:{port}")
     client = tpu_v2.TpuClient(transport=transports.TpuGrpcTransport(channel=channel))
     git = tpu_vm._git
-    monkeypatch.setattr(tpu_vm, "_git", lambda *words: "" if words[0] == "status" else git(*words))
+
+    def quick(*words):
+        """As if nothing were changed, and a bundle without what came before the commit, which is most of it."""
+        return "" if words[0] == "status" else git(*words, *["-1"] * (words[0] == "bundle"))
+
+    monkeypatch.setattr(tpu_vm, "_git", quick)
     monkeypatch.setattr(cloud_tpu, "client", lambda: client)
     monkeypatch.setattr(tpu_supervisor, "POLL_SECONDS", 0.01)
     monkeypatch.chdir(ROOT)

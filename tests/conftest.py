@@ -38,12 +38,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SUITES = ("tpu-plan", "slurm", "gke", "browser", "torch", "hf", "datasets", "mauve", "molecules", "docs")
+SUITES = ("tpu-plan", "slurm", "gke", "sky", "browser", "torch", "hf", "datasets", "mauve", "molecules", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
     "slurm": (os.geteuid() == 0, "not root: tests/slurm_cluster.sh installs and starts a cluster"),
     "gke": (importlib.util.find_spec("kubernetes") is not None, "no kubernetes: pip install -e .[gke]"),
+    "sky": (importlib.util.find_spec("sky") is not None, "no skypilot: pip install skypilot"),
     "browser": (shutil.which("chromium") is not None, "no chromium: apt-get install chromium"),
     "torch": (importlib.util.find_spec("torch") is not None, "no torch: pip install -e .[torch]"),
     "hf": (

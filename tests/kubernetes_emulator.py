@@ -67,13 +67,15 @@ class KubernetesApi:
       objects: {(plural, name): manifest with its status}.
       pods, said, events: pods and events as the API has them, and {pod: its log}.
       refusals: {plural: (status, message)} of what nobody may make.
+      quotas: {plural: how many of them may be there}, complete ones and those that are being deleted too.
       requests: (method, path, query) of all that was asked.
+      created: the plural of every object that was made, in order.
       lingers: how often an object is still seen after it was deleted.
     """
 
     def __init__(self):
         self.objects, self.pods, self.said, self.events = {}, [], {}, []
-        self.refusals, self.requests, self.lingers = {}, [], 1
+        self.refusals, self.quotas, self.requests, self.created, self.lingers = {}, {}, [], [], 1
         self._letters = itertools.count()
 
     # --- requests ---
@@ -86,8 +88,13 @@ class KubernetesApi:
             return 400, f"strict decoding error: {wrong}"
         if (plural, name) in self.objects:
             return 409, f'{plural} "{name}" already exists'
+        used = sum(kind == plural for kind, _ in self.objects)
+        if used >= (limit := self.quotas.get(plural, used + 1)):
+            told = f"requested: count/{plural}=1, used: count/{plural}={used}, limited: count/{plural}={limit}"
+            return 403, f'{plural} "{name}" is forbidden: exceeded quota: team, {told}'
         if query.get("dryRun") != "All":
             self.objects[plural, name] = manifest | {"status": {}}
+            self.created.append(plural)
             if "kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"]:
                 self.condition(name, "Suspended", message="the queue is full")
             elif plural != "services":
@@ -155,8 +162,8 @@ class KubernetesApi:
         )
 
     def run(self, name):
-        """Gives all pods a node."""
-        for pod in self._pods_of(name):
+        """Gives all pods a node that wait for one."""
+        for pod in (pod for pod in self._pods_of(name) if pod["status"]["phase"] == "Pending"):
             pod["status"] = {"phase": "Running"}
             self.said[pod["metadata"]["name"]] = f"step 1\nhere is {pod['metadata']['name']}\n"
 
@@ -166,6 +173,26 @@ class KubernetesApi:
         status = self._found(name)["status"]
         status["restarts"] = status.get("restarts", 0) + 1
         self.start(name)
+
+    def evict(self, name, why):
+        """What Kueue does when others come first: the set is suspended, which ends its pods."""
+        self.pods = [pod for pod in self.pods if pod not in self._pods_of(name)]
+        self.condition(name, "Suspended", why)
+
+    def admit(self, name):
+        """What Kueue does when there is room."""
+        for condition in self._found(name)["status"].get("conditions", []):
+            if condition["type"] == "Suspended":
+                condition["status"] = "False"
+        self.start(name)
+
+    def take_node(self, name):
+        """What becomes of a GPU Job when a node is taken away: one of its pods has failed, and another waits in its place."""
+        made, (pod, *_) = self._found(name), self._pods_of(name)
+        pod["status"] = {"phase": "Failed", "reason": "Terminated", "message": "Pod was terminated: node shutdown"}
+        made["status"]["failed"] = made["status"].get("failed", 0) + 1
+        index = int(pod["metadata"]["annotations"][INDEX])
+        self._pod(made["spec"]["template"], f"{name}-{index}-{next(self._letters)}", {}, index)
 
     def fail(self, name, said, reason):
         for pod in self._pods_of(name)[-1:]:

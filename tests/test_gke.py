@@ -81,12 +81,6 @@ def finish(workdir):
         (storage.path(workdir) / name).write_text(text)
 
 
-def sent(cluster):
-    """The names of what was made, in order; a server's dry run makes nothing."""
-    posts = [(path, query) for method, path, query in cluster.requests if method == "POST"]
-    return [path.rpartition("/")[2] for path, query in posts if "dryRun" not in query]
-
-
 def test_a_run_on_a_slice_from_its_first_request_to_its_end(cluster, told, capsys):
     """What is made is what a dry run shows; a node that is taken away restarts all, and the run goes on."""
     workdir = f"{BUCKET}/runs/one"
@@ -122,7 +116,7 @@ def test_a_run_on_a_slice_from_its_first_request_to_its_end(cluster, told, capsy
 def test_a_run_on_gpus_is_a_job_with_its_service_and_both_are_deleted(cluster, told):
     workdir = f"{BUCKET}/runs/gpus"
     launch(workdir, *GPU)
-    assert sent(cluster) == ["services", "jobs"]
+    assert cluster.created == ["services", "jobs"]
     name = made(workdir)["name"]
     cluster.run(name)
     cluster.objects["jobs", name]["status"]["failed"] = 2
@@ -149,15 +143,15 @@ def test_the_same_command_takes_a_run_up_when_its_pods_are_gone(cluster, told, c
     name = made(workdir)["name"]
     launch(workdir, *TPU)
     assert "is there already, and is left as it is" in capsys.readouterr().err
-    assert sent(cluster) == ["jobsets"]
+    assert cluster.created == ["jobsets"]
     cluster.lingers = 5
     told("stop", workdir)
     launch(workdir, *TPU, "--max_restarts=3")
-    assert sent(cluster) == ["jobsets"] * 2
+    assert cluster.created == ["jobsets"] * 2
     assert cluster.objects["jobsets", name]["spec"]["failurePolicy"]["maxRestarts"] == 3
     cluster.condition(name, "Failed")
     launch(workdir, *TPU)
-    assert sent(cluster) == ["jobsets"] * 3 and told("status", workdir).startswith("waits: 0 of 4")
+    assert cluster.created == ["jobsets"] * 3 and told("status", workdir).startswith("waits: 0 of 4")
 
 
 def test_pods_that_do_not_end_are_not_waited_for_without_end(cluster, told, monkeypatch):
@@ -177,29 +171,117 @@ def test_a_queue_holds_a_run_back(cluster, told):
     assert not cluster.pods and told("logs", workdir) == "waits: the queue is full"
 
 
-def test_at_most_so_many_of_a_sweep_are_there_at_once(cluster, monkeypatch):
-    """The next is sent when one has ended, in the order of the sweep."""
-    points = [
-        jobs.training_job(
-            "experiments/test.py", [], f"{BUCKET}/sweep/{n}/seed0",
-            gke.Resources(image="i", topology="v5e:4x4", parallel=2), {},
-        )
-        for n in range(4)
-    ]  # fmt: skip
+def test_who_comes_first_suspends_a_run_and_it_goes_on(cluster, told):
+    """By Kueue's preemption: the pods are ended, and made again when there is room."""
+    workdir = f"{BUCKET}/runs/evicted"
+    launch(workdir, *TPU, "--queue=team")
+    name = made(workdir)["name"]
+    cluster.admit(name)
+    cluster.run(name)
+    assert told("status", workdir) == "running: 4 of 4 pods run, restarted 0 time(s)"
+    cluster.evict(name, "Preempted to accommodate a workload of another team")
+    assert told("status", workdir) == "waits: Preempted to accommodate a workload of another team"
+    launch(workdir, *TPU, "--queue=team")
+    assert cluster.created == ["jobsets"]
+    cluster.admit(name)
+    cluster.run(name)
+    assert told("status", workdir) == "running: 4 of 4 pods run, restarted 0 time(s)"
+
+
+def test_a_node_with_gpus_that_is_taken_away_is_waited_for(cluster, told):
+    workdir = f"{BUCKET}/runs/node"
+    launch(workdir, *GPU)
+    name = made(workdir)["name"]
+    cluster.run(name)
+    cluster.take_node(name)
+    waits = "waits: 1 of 2 pods run, 1 pod(s) failed: 0/3 nodes are available: 3 Insufficient"
+    assert told("status", workdir) == waits
+    cluster.run(name)
+    assert told("status", workdir) == "running: 2 of 2 pods run, 1 pod(s) failed"
+
+
+# --- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def sweep(number, machines=None, **resources):
+    """The jobs of a sweep's points."""
+    wanted = gke.Resources(image="i", **(machines or {"topology": "v5e:4x4"}), **resources)
+    return [
+        jobs.training_job("experiments/test.py", [], f"{BUCKET}/sweep/{n}/seed0", wanted, {}) for n in range(number)
+    ]
+
+
+def submit(points):
+    gke.submit(points, lambda job, handle: jobs.remember("gke", job, handle))
+
+
+@pytest.fixture
+def one_ends(cluster, monkeypatch):
+    """Whenever it is waited, the first job that is up has ended; how many were up each time."""
     there = []
 
-    def one_ends(seconds):
-        running = [
-            name for _, name in cluster.objects if "conditions" not in cluster.objects["jobsets", name]["status"]
+    def sleep(seconds):
+        up = [
+            each
+            for each in cluster.objects
+            if each[0] != "services" and "conditions" not in cluster.objects[each]["status"]
         ]
-        there.append(len(running))
-        cluster.condition(running[0], "Completed")
+        there.append(len(up))
+        if up:
+            cluster.condition(up[0][1], "Completed" if up[0][0] == "jobsets" else "Complete")
 
-    monkeypatch.setattr(gke, "time", types.SimpleNamespace(sleep=one_ends, monotonic=lambda: 0))
-    gke.submit(points, lambda job, handle: jobs.remember("gke", job, handle))
-    assert there == [2, 2] and sent(cluster) == ["jobsets"] * 4
+    monkeypatch.setattr(gke, "time", types.SimpleNamespace(sleep=sleep, monotonic=lambda: 0))
+    return there
+
+
+def test_at_most_so_many_of_a_sweep_are_there_at_once(cluster, one_ends):
+    """The next is sent when one has ended, in the order of the sweep."""
+    points = sweep(4, parallel=2)
+    submit(points)
+    assert one_ends == [2, 2] and cluster.created == ["jobsets"] * 4
     found = jobs.recall(f"{BUCKET}/sweep")
     assert [handle["name"] for _, _, handle in found] == [gke.name_of(point) for point in points]
+
+
+def test_what_an_earlier_command_has_sent_counts_too(cluster, one_ends):
+    """Also where it stands behind what is to be sent, as when a run before it has failed."""
+    points = sweep(4, parallel=2)
+    submit(points[2:])
+    submit(points)
+    assert max(one_ends) == 2 and cluster.created == ["jobsets"] * 4
+
+
+@pytest.mark.parametrize("machines", [{"topology": "v5e:4x4"}, {"gpu": "nvidia-l4", "nodes": 2}], ids=str)
+def test_a_sweep_waits_for_room_in_a_quota(cluster, one_ends, capsys, machines):
+    """Of which a complete job has its part until it is deleted; with the client's own requests counted by the server."""
+    (plural,) = {"jobsets"} if "topology" in machines else {"jobs"}
+    cluster.quotas[plural] = 2
+    points = sweep(4, machines, parallel=3)
+    submit(points)
+    assert cluster.created.count(plural) == 4 and max(one_ends) == 2
+    assert sum(kind == plural for kind, _ in cluster.objects) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "waits for room" in line]
+    assert told and all("exceeded quota: team" in line for line in told)
+
+
+def test_without_parallel_a_quota_that_is_full_ends_the_command_and_what_is_sent_is_known(cluster):
+    cluster.quotas["jobsets"] = 2
+    with pytest.raises(RuntimeError, match="exceeded quota: team.*Stop what runs, or ask for a larger quota"):
+        submit(sweep(3))
+    assert len(cluster.objects) == 2
+    assert all("/sweep/" in workdir for workdir, _, _ in jobs.recall(f"{BUCKET}/sweep"))
+
+
+def test_a_quota_that_is_full_at_the_start_is_waited_for_too(cluster, one_ends, monkeypatch):
+    """The same command again goes on with a sweep that was cut while all its room was taken."""
+    cluster.quotas["jobsets"] = 1
+    points = sweep(2, parallel=1)
+    submit(points[:1])
+    gke.check(points)
+    submit(points)
+    assert cluster.created == ["jobsets"] * 2
+    with pytest.raises(RuntimeError, match="exceeded quota"):
+        gke.check(sweep(3)[2:])
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -254,3 +336,10 @@ def test_what_was_started_is_asked_of_the_cluster_where_it_was(cluster, told):
     config = Path(kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
     config.write_text(config.read_text().replace('"current-context": "ours"', '"current-context": "away"'))
     assert told("status", workdir).startswith("waits: 0 of 4")
+
+
+def test_data_that_is_nowhere_is_refused_before_anything_is_made(cluster):
+    workdir = f"{BUCKET}/runs/no-data"
+    said = refused(workdir, *TPU, "--config.data.name=text8", "--config.data.tokenizer=sotu_bpe_512")
+    assert said.startswith("launch: a new machine has no text8 in ")
+    assert not cluster.objects and not storage.path(workdir).exists()

@@ -1,4 +1,4 @@
-"""How flowlm is installed: lock files that agree with setup.cfg, the script that makes .venv, the steps of the Dockerfile."""
+"""How flowlm is installed: lock files that agree with setup.cfg, and the script that makes .venv."""
 
 import configparser
 import os
@@ -12,8 +12,6 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from flowlm.runs import directory as run_directory
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -171,93 +169,3 @@ def test_a_set_without_a_lock_is_refused(checkout):
         setup(checkout, "hf,judge", LOCKED="1")
     assert "requirements/hf+judge.txt: make it by `bash requirements/lock.sh hf,judge`" in error.value.stderr
     assert not (checkout / ".venv").exists()
-
-
-# ---- The Dockerfile ----------------------------------------------------------------------------------------------
-
-TOOLS = ("pip", "useradd", "chown")
-
-
-def stages():
-    """[(name of its base, its own name, [(instruction, rest)])] of the Dockerfile."""
-    out = []
-    for line in (ROOT / "Dockerfile").read_text().splitlines():
-        if line and not line.startswith("#"):
-            word, rest = line.split(" ", 1)
-            if word == "FROM":
-                base, _, name = rest.partition(" AS ")
-                out.append((base, name, []))
-            else:
-                out[-1][2].append((word, rest))
-    return out
-
-
-def build(target, folder, **arguments):
-    """Carries the steps out in `folder`, with tools that only say what they were asked. Returns (said, environment, user)."""
-    for tool in TOOLS:
-        path = folder / "bin" / tool
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A file that pip is told to read must have been copied by then.
-        path.write_text(
-            f'#!/bin/sh\n[ "$3" != --requirement ] || [ -e "$4" ] || exit 1\necho "{tool} $@" >> "{folder}/said"\n'
-        )
-        path.chmod(0o755)
-    found = {name: (base, steps) for base, name, steps in stages()}
-    base, steps = found[target]
-    steps = [*(found[base][1] if base in found else []), *steps]
-    inside, environment, user = folder / "image", {"PATH": f"{folder}/bin:{os.environ['PATH']}"}, "root"
-    inside.mkdir()
-    for word, rest in steps:
-        if word == "ARG":
-            name, _, default = rest.partition("=")
-            environment[name] = arguments.get(name, default)
-        elif word == "ENV":
-            name, _, value = rest.partition("=")
-            environment[name] = re.sub(r"\$(\w+)", lambda found: environment[found[1]], value)
-        elif word == "COPY" and rest == ". .":
-            ignored = (ROOT / ".dockerignore").read_text().split()
-            (folder / "said").open("a").write("the code\n")
-            copied = [path for path in ROOT.iterdir() if path.name not in [name.strip("/") for name in ignored]]
-            assert ROOT / "setup.cfg" in copied and ROOT / ".git" not in copied
-        elif word == "COPY":
-            shutil.copytree(ROOT / rest.split()[0], inside / rest.split()[1])
-        elif word == "RUN":
-            subprocess.run(["sh", "-c", rest], cwd=inside, env=environment, check=True)
-        elif word == "USER":
-            user = rest
-        else:
-            assert word in ("WORKDIR", "ENTRYPOINT")
-    return (folder / "said").read_text().splitlines(), environment, user
-
-
-@pytest.mark.parametrize(("extras", "lock"), [("", "core"), ("cuda", "cuda"), ("tpu,gcp", "tpu+gcp")])
-def test_an_image_installs_its_lock_before_the_code(tmp_path, extras, lock):
-    said, environment, user = build("root", tmp_path, EXTRAS=extras, COMMIT="abc")
-    dependencies, code, own = said
-    assert dependencies.endswith(f"--requirement requirements/{lock}.txt") and code == "the code"
-    assert own.endswith("--no-deps --editable .")
-    assert environment["FLOWLM_COMMIT"] == "abc" and user == "root"
-
-
-def test_an_image_is_nobody_in_particular_unless_asked(tmp_path):
-    last = stages()[-1][1]
-    said, environment, user = build(last, tmp_path)
-    assert user == "flowlm" and "useradd --create-home flowlm" in said and environment["FLOWLM_COMMIT"] == "unknown"
-
-
-def test_extras_without_a_lock_end_the_build(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError):
-        build("root", tmp_path, EXTRAS="hf")
-
-
-def test_the_commit_of_an_image_is_what_its_build_was_told(tmp_path, monkeypatch):
-    """Also where the directory around the code is a repository of something else."""
-    for words in (["init", "-q"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "--allow-empty", "-qm", "m"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    assert len(run_directory._git_commit().removesuffix("-dirty")) == 40
-    (tmp_path / "image/flowlm").mkdir(parents=True)
-    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "image/flowlm/runs/directory.py"))
-    monkeypatch.setenv("FLOWLM_COMMIT", "abc")
-    assert run_directory._git_commit() == "abc"
-    monkeypatch.setenv("FLOWLM_COMMIT", "")
-    assert run_directory._git_commit() == "unknown"

@@ -228,7 +228,7 @@ def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, ru
     test = open_dataset("grammar98", "grammar98", 19, data_dir).test
     held_out, seen = test.rows(0, len(test)), []
 
-    def draw(self, params, key, num, begin, given):
+    def draw(self, params, key, num, steps, begin, given):
         fits = [((held_out == gift) | (gift == UNKNOWN)).all(1) for gift in given]
         assert all(each.any() for each in fits)
         rows = held_out[[each.argmax() for each in fits]]

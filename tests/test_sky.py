@@ -64,3 +64,16 @@ def test_a_node_trains_as_one_of_all_and_tells_how_it_ended(tmp_path, steps, sta
     assert (seen["JAX_COORDINATOR_ADDRESS"], seen["JAX_NUM_PROCESSES"], seen["JAX_PROCESS_ID"]) == (
         "10.0.0.1:8476", "2", "1",
     )  # fmt: skip
+
+
+@pytest.mark.needs("sky")
+def test_skypilot_itself_reads_the_task():
+    import sky
+
+    task = sky.Task.from_yaml(str(ROOT / "launch/sky.yaml"))
+    assert (task.name, task.num_nodes, task.envs["EXTRAS"]) == ("flowlm", 1, "cuda,gcp")
+    (asked,) = task.resources
+    assert asked.accelerators == {"H100": 8} and asked.use_spot
+    assert asked.job_recovery == {
+        "strategy": None, "max_restarts_on_errors": 20, "recover_on_exit_codes": [75],
+    }  # fmt: skip

@@ -147,7 +147,9 @@ def test_what_passes_does_not_end_the_supervisor(cloud, monkeypatch, capsys):
     away = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL]
     cloud.lives = [[State.ACTIVE, *away, finishing(workdir)]]
     launch(f"--workdir={workdir}")
-    assert len(cloud.created) == len(cloud.deleted) == 1 and len(asked) == 1 + 5
+    assert (
+        len(cloud.created) == len(cloud.deleted) == 1 and len(asked) == 2 + 5
+    )  # to see that it is here, and to work with
     told = capsys.readouterr().err
     assert told.count("is out of sight and may bill") == told.count("is in sight again") == 2
     assert "Reauthentication is needed" in told
@@ -186,7 +188,7 @@ def test_the_last_words_are_what_still_bills(cloud, capsys, how):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == (
         f"flowlm-{name} IS NOT DELETED AND BILLS. Delete it by `gcloud compute tpus queued-resources delete flowlm-{name} "
-        f"--project=p --zone=z --force --quiet` or `python -m launch.run stop --workdir={workdir}`; "
+        f"--project=p --zone=us-central1-a --force --quiet` or `python -m launch.run stop --workdir={workdir}`; "
         "the same command as before takes it up"
     )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

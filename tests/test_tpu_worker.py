@@ -16,7 +16,11 @@ PATIENCE = 300  # seconds until a test gives up; on an idle machine none waits a
 
 FAKES = {
     # cp and cat of `gcloud storage`; every copy is written down with its size, and fails while there is a file "away".
-    "gcloud": 'verb=$2; shift 2; [ "$1" = --quiet ] && shift; from=$1; to=${2:-/dev/stdout}\n'
+    # Of Secret Manager it has one secret, of one project, and fails once where that is "away".
+    "gcloud": 'if [ "$1" = secrets ]; then shift 3; echo "$@" >> "$BUCKETS/asked"\n'
+    '[ "$*" = "latest --secret=WANDB_API_KEY --project=p" ] || { echo "PERMISSION_DENIED: no such secret" >&2; exit 1; }\n'
+    'mv "$BUCKETS/vault-away" "$BUCKETS/vault" 2>/dev/null && exit 1; cat "$BUCKETS/vault"; exit; fi\n'
+    'verb=$2; shift 2; [ "$1" = --quiet ] && shift; from=$1; to=${2:-/dev/stdout}\n'
     'case $from in gs://*) from="$BUCKETS/${from#gs://}";; esac\n'
     '[ "$verb" = cat ] && exec cat "$from"\n'
     '[ -e "$BUCKETS/away" ] && exit 1\n'
@@ -67,10 +71,14 @@ class Worker:
         path.with_suffix(".new").write_text(f"{number}\n")
         path.with_suffix(".new").rename(path)
 
+    def job(self, do, **resources):
+        """do: what the command does, in bash."""
+        resources = tpu_vm.Resources(project="p", zone="us-central1-a", **resources)
+        return tpu_vm.Job("flowlm-x", "a b", (), "gs://b", resources, {"NOTE": "it's a 'note'", "DO": do})
+
     def start(self, do, **resources):
-        """The startup script, running; do: what the command does, in bash."""
-        resources = tpu_vm.Resources(project="p", zone="z", **resources)
-        job = tpu_vm.Job("flowlm-x", "a b", (), "gs://b", resources, {"NOTE": "it's a 'note'", "DO": do})
+        """The startup script of a job, running."""
+        job = self.job(do, **resources)
         return subprocess.Popen(["bash", "-c", tpu_vm.script(job)], env=self.environment, start_new_session=True)
 
     def end(self, script):
@@ -182,3 +190,21 @@ def test_a_long_log_is_sent_in_parts(worker):
     names = [name for _, name in copies]
     assert names == sorted(names) and len(set(names)) == len(local) // 65536 + 1
     assert max(size for size, _ in copies) == 65536
+
+
+def test_a_secret_is_a_variable_of_the_command_and_nowhere_else(worker):
+    """Not in what was sent, said or written, nor among the words that all users of a machine see."""
+    (worker.buckets / "vault-away").write_text("a key that nobody may see")
+    look = f'[ "$WANDB_API_KEY" = "$(cat {worker.buckets}/vault)" ] && echo it is there; ps -o args= -p $$'
+    job = worker.job(look, existing="mine", secrets="WANDB_API_KEY")
+    assert "secrets=(WANDB_API_KEY)" in tpu_vm.script(job)
+    assert worker.start(look, existing="mine", secrets="WANDB_API_KEY").wait(PATIENCE) == 0
+    assert worker.exit == "1 0\n" and "it is there" in worker.log and worker.log.count("fetch failed") == 1
+    (worker.buckets / "vault").unlink()
+    files = [path for place in (worker.buckets, worker.home) for path in place.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if b"nobody may see" in path.read_bytes()]
+
+
+def test_a_secret_that_may_not_be_read_ends_the_turn_before_the_command(worker):
+    worker.start("echo fine", existing="mine", secrets="HF_TOKEN").wait(PATIENCE)
+    assert worker.exit == "1 1\n" and "PERMISSION_DENIED" in worker.log and "fine" not in worker.log

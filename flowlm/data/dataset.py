@@ -252,6 +252,12 @@ def _find(name: str, tokenizer: str, length: int, data_dir: epath.Path, **how: A
     return _Found(vocabulary, law, sentences, make)
 
 
+def is_prepared(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> bool:
+    """Whether the set lies whole where `open_dataset` would find it. Raises as that does."""
+    place = storage.path(data_dir)
+    return _is_whole(_find(name, tokenizer, length, place).builder(place))
+
+
 def _shards(builder: tfds.core.DatasetBuilder, split: str) -> Shards | RemoteRows:
     told = builder.info.splits[split]
     ends = np.cumsum(told.shard_lengths)

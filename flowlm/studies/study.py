@@ -7,7 +7,7 @@ study is, where its files lie and what is left of it to do; carry_out.py runs it
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -148,15 +148,25 @@ class Unfinished(NamedTuple):
         return command(self.config, self.flags, self.directory)
 
 
-def unfinished(study: Study, workdir: Path, extra: Sequence[str] = (), results: Path | None = None) -> list[Unfinished]:
-    """What is left of the study, in order; with `results`, of what is not kept there. Raises ValueError as `in_order`."""
+def unfinished(
+    study: Study,
+    workdir: Path,
+    extra: Sequence[str] = (),
+    results: Path | None = None,
+    done: Callable[[Path], bool] = finished,
+) -> list[Unfinished]:
+    """What is left of the study, in order; with `results`, of what is not kept there. Raises ValueError as `in_order`.
+
+    Args:
+      done: whether the run in a directory is finished.
+    """
     order, runs = in_order(study)
     left = []
     for run, seed in order:
         path = directory(workdir, run, seed)
-        done = results is not None and is_kept(results / "runs", run, seed)
-        if not done and not finished(path):
-            ready = all(finished(directory(workdir, *other)) for other in before(run, seed, runs))
+        kept = results is not None and is_kept(results / "runs", run, seed)
+        if not kept and not done(path):
+            ready = all(done(directory(workdir, *other)) for other in before(run, seed, runs))
             flags = flags_of(run, seed, workdir, runs, extra)
             left.append(Unfinished(f"{run.name}-seed{seed}", path, run.config, flags, ready))
     return left
