@@ -37,7 +37,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-SUITES = ("tpu-plan", "slurm", "gke", "browser", "torch", "hf", "mauve", "molecules", "docs")
+SUITES = ("tpu-plan", "slurm", "gke", "browser", "torch", "hf", "mauve", "molecules", "wandb", "notebook", "docs")
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
@@ -51,6 +51,11 @@ AVAILABLE = {
     ),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
     "molecules": (importlib.util.find_spec("rdkit") is not None, "no rdkit: pip install -e .[molecules]"),
+    "wandb": (importlib.util.find_spec("wandb") is not None, "no wandb: pip install -e .[wandb]"),
+    "notebook": (
+        all(importlib.util.find_spec(name) is not None for name in ("nbclient", "ipykernel")),
+        "no nbclient and ipykernel: pip install -e .[notebook]",
+    ),
     "docs": (
         all(
             importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")

@@ -37,7 +37,7 @@ PACKAGES = (
     "tokenizers",
 )
 # Settings that may change when a run is taken up again: they do not change what has been learnt so far.
-FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir")
+FREE = ("steps", "log_every", "tensorboard", "wandb", "mesh.", "checkpoint.", "evaluation.", "data.dir")
 FREE += ("model.attention", "model.remat")
 
 
