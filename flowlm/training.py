@@ -20,10 +20,10 @@ from flowlm.models.network import Params
 from flowlm.objectives.base import Teacher
 from flowlm.runs import boards
 from flowlm.runs import directory as run_directory
-from flowlm.runs.checkpoint import Checkpoints, has_params
+from flowlm.runs.checkpoint import Checkpoints
 from flowlm.runs.curves import draw_curves
 from flowlm.runs.metrics import MetricWriter, is_evaluated, read_metrics
-from flowlm.runs.trained import check_one_embedding, load_origin, load_teacher
+from flowlm.runs.trained import check_one_embedding, has_parameters_alone, load_origin, load_teacher
 from flowlm.system import processes, signals, storage
 from flowlm.system.profiling import Profiler, Recompilations
 
@@ -217,7 +217,7 @@ def _prepare(config: ConfigDict, workdir: str):
     origin = load_origin(config, tokenizer, experiment, layout) if starts else None
     if teacher and origin and experiment.family.continues:
         check_one_embedding(config, teacher, origin)
-    if has_params(workdir):
+    if has_parameters_alone(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir)

@@ -86,6 +86,11 @@ def test_safetensors_come_back_as_they_went(family, runs, mesh, tmp_path):
     before, after = load_trained(runs[family], mesh), load_trained(tmp_path / "run", mesh)
     assert same(before.params, after.params) and before.step == after.step == 5
     assert checksum(before.params) in (tmp_path / "one" / "README.md").read_text()
+    # It is a run as it lies there, on any mesh, whatever people write on its card.
+    (tmp_path / "one" / "README.md").write_text("other words")
+    run = load_trained(tmp_path / "one", Layout(make_mesh(data=8)))
+    assert same(before.params, run.params) and run.step == 5
+    assert {len(a.sharding.device_set) for a in jax.tree.leaves(run.params)} == {8}
 
 
 def test_card_says_what_the_reference_has_not(runs, mesh, tmp_path):

@@ -31,10 +31,10 @@ def _evaluate(values: FlagValues) -> None:
         check_drawing(values.checkpoint, asked, **objective)
     model = flowlm.load(values.checkpoint, **objective)
     run = model.run
-    place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)
+    place = values.results or (None if _is_read_only(values.checkpoint) else values.checkpoint)
     if place is None:
         print(
-            f"{values.checkpoint} is the repository's: nothing is written there, --results=DIR keeps it",
+            f"{values.checkpoint} is only read: nothing is written there, --results=DIR keeps it",
             file=sys.stderr,
         )
     else:
@@ -59,8 +59,10 @@ def _evaluate(values: FlagValues) -> None:
     result.show(values.wide)
 
 
-def _is_shipped(checkpoint: str) -> bool:
-    return SHIPPED in Path(checkpoint).expanduser().resolve().parents
+def _is_read_only(checkpoint: str) -> bool:
+    from flowlm.system import hub
+
+    return hub.is_named(checkpoint) or SHIPPED in Path(checkpoint).expanduser().resolve().parents
 
 
 def _compare(values: FlagValues) -> None:
@@ -80,7 +82,7 @@ EVALUATE = Command(
         switch("samples_only", "the sampler as it is set alone: no plain one beside it, no likelihood, no reference"),
         output(
             "results",
-            "where the results go, in place of the run's directory (never written: checkpoints/)",
+            "where the results go, in place of the run's directory (never written: checkpoints/, hub:)",
         ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
         WIDE,

@@ -123,7 +123,7 @@ class Evaluator:
             metrics |= {sample_key(name, taken, k): v for k, v in scores.items()}
         notes, *more = self._told
         if self._samples_only:
-            return Evaluation(step, metrics, texts, {}, notes, *more)
+            return Evaluation(step, metrics, texts, {}, notes, *more, num_samples)
         # As many rows of reference as samples, because distinct-n depends on their number: real text, and what no model wrote.
         train = self._dataset.train
         rows = train.rows(0, min(MAX_ROWS, len(train)))
@@ -136,7 +136,7 @@ class Evaluator:
                 *notes,
                 f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
             )
-        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
+        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more, num_samples)
 
     def _follow(self, params, step: int, begin: Callable[[str], None]) -> dict[str, list]:
         key = purpose_key(self._seed, step, SAMPLE)

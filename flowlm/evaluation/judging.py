@@ -78,7 +78,7 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
             f"{directory} is of the family {run.config.objective.family}: only an autoregressive run can judge"
         )
     nats = layout.jit(partial(family.nats, net))
-    name = storage.path(directory).name
+    name = storage.last_name(directory)
 
     def score(ids):
         return processes.gathered(nats(run.params, jnp.asarray(ids)))

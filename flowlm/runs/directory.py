@@ -3,7 +3,7 @@
 config.json      every setting, resolved          checkpoints/<step>   training state
 inputs.json      digests of what it was made from
 tokenizer.json   the tokenizer itself             metrics.jsonl        curves (curves.png draws them); in a bucket metrics/
-versions.json    packages and git commit          evaluation.json, samples.txt, trajectories.json
+versions.json    packages, commit and command     evaluation.json, samples.txt, trajectories.json
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from flowlm.config import complete, defaults, flat
 from flowlm.data.tokenizers import Tokenizer
-from flowlm.runs import integrity
-from flowlm.system import storage
+from flowlm.runs import integrity, tensors
+from flowlm.system import storage, terminal
 from flowlm.system.processes import is_first
 
 PACKAGES = (
@@ -156,13 +156,13 @@ PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 def is_importable(path: str | os.PathLike) -> bool:
     """Whether a path looks like what importing.load_imported reads: a .ckpt, a .safetensors, or a directory with safetensors."""
     path = storage.path(path)
-    return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
+    return path.suffix in (".ckpt", ".safetensors") or (path / tensors.FILE).exists()
 
 
 def check_is_run(path: str | os.PathLike) -> None:
     """Raises ValueError where a run is wanted and there is what another command reads, or what was not written to its end."""
     integrity.check_finished(path)
-    if is_importable(path):
+    if is_importable(path) and not tensors.has_run(path):
         raise ValueError(
             f"{path} is a checkpoint in another format: make a run of it by `flowlm import {path} --to=DIR`"
         )
@@ -180,6 +180,7 @@ def check_empty(directory: str | os.PathLike) -> None:
 
 def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Raises ValueError where `workdir` holds a run with other settings, which it names, or another tokenizer; or is read-only."""
+    storage.check_writable(workdir)
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
@@ -193,7 +194,6 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tok
             )
         if held_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
-    storage.check_writable(workdir)
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
@@ -220,6 +220,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    if (line := terminal.line()) and not copied:
+        versions["command"] = line
     if not (workdir / "tokenizer.json").exists():
         tokenizer.save(workdir / "tokenizer.json")
     storage.write_text(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
@@ -227,8 +229,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
     if not copied:
         inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
         storage.write_text(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-        # Places are absolute, so that they hold whatever directory the next command is given in.
-        wanted |= {name: str(storage.path(wanted[name])) for name in ("teacher", "init_from") if wanted[name]}
+        # Places are written so that they hold whatever directory the next command is given in.
+        wanted |= {name: storage.spelled(wanted[name]) for name in ("teacher", "init_from") if wanted[name]}
     # The config.json is written last, so that a directory that has one is whole.
     storage.write_text(workdir / "config.json", json.dumps(wanted, indent=2) + "\n")
 
