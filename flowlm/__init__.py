@@ -8,6 +8,7 @@
 
     config = flowlm.experiment("experiments/grammar.py", **{"optimizer.learning_rate": 1e-3})
     flowlm.train(config, "runs/grammar")
+    flowlm.push("runs/grammar", "NAME/MODEL")  # to the Hugging Face Hub, from where load("hub:NAME/MODEL") reads it
 
 `flowlm --help` lists the same and more as commands. Each function imports what it needs, so that importing flowlm takes no time.
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from flowlm.runs.model import Model
 
-__all__ = ["__version__", "experiment", "load", "train"]
+__all__ = ["__version__", "experiment", "load", "push", "train"]
 __version__ = "0.1.0"
 
 
@@ -28,7 +29,8 @@ def load(directory: str | os.PathLike, **objective: Any) -> "Model":
     """Loads a trained model: its averaged parameters, on all devices of this process. Nothing on disk is touched.
 
     Args:
-      directory: of a run, whose newest checkpoint is taken, or what `flowlm export --format=params` or `flowlm import` made.
+      directory: of a run, whose newest checkpoint is taken, what `flowlm export` (but for --format=jax) or `flowlm import` made, or
+        a model on the Hugging Face Hub, hub:NAME/MODEL[@REVISION].
       objective: settings of the run's `objective` section to replace, such as temperature=0.8 or noise_scale=0.5.
 
     Returns:
@@ -37,6 +39,7 @@ def load(directory: str | os.PathLike, **objective: Any) -> "Model":
     Raises:
       FileNotFoundError: it is no such directory, or nothing was saved in it yet.
       ValueError: the run's objective has no such setting, or it cannot be so; or a file is damaged.
+      ImportError, OSError: a model on the Hub cannot be fetched.
     """
     from flowlm.runs import model
 
@@ -78,3 +81,25 @@ def train(config: "ConfigDict", workdir: str | os.PathLike) -> None:
     from flowlm import training
 
     training.train(config, os.fspath(workdir))
+
+
+def push(directory: str | os.PathLike, repo: str, private: bool = False) -> str:
+    """Sends a trained model to the Hugging Face Hub: safetensors, settings, tokenizer, and a card that says how it was made.
+
+    Args:
+      directory: as `load` takes it.
+      repo: NAME/MODEL, which is made if it is not there.
+      private: only who is allowed to can read it.
+
+    Returns:
+      hub:NAME/MODEL@COMMIT, which `load` takes.
+
+    Raises:
+      ImportError: the extra hub is not installed.
+      OSError: there is no login (`hf auth login`), it may not write there, or the Hub cannot be reached.
+      ValueError, FileNotFoundError: as `load`; or `private` was asked for, and the repository is public already.
+    """
+    from flowlm.engine.sharding import Layout, make_mesh
+    from flowlm.exchange import push as exchange
+
+    return exchange.push(directory, repo, Layout(make_mesh(), fsdp=True), private).place

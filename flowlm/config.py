@@ -109,6 +109,7 @@ class Run:
     init_from: str | None = setting(None, "run directory whose averaged weights a fresh run starts from", optional=str)
     log_every: int = setting(20, "steps between lines of metrics", "[1, inf)")
     tensorboard: bool = setting(False, "write for TensorBoard too")
+    wandb: bool = setting(False, "write for Weights & Biases too")
 
 
 SECTIONS = {

@@ -89,7 +89,7 @@ def _check_outputs(call: Call) -> None:
 
     for flag in call.command.flags:
         if flag.is_output and call.values[flag.name].value is not None:
-            storage.check_writable(storage.path(call.values[flag.name].value))
+            storage.check_writable(call.values[flag.name].value)
 
 
 def run() -> None:

@@ -18,11 +18,12 @@ from flowlm.engine.state import TrainState
 from flowlm.evaluation import evaluator as evaluation
 from flowlm.models.network import Params
 from flowlm.objectives.base import Teacher
+from flowlm.runs import boards
 from flowlm.runs import directory as run_directory
-from flowlm.runs.checkpoint import Checkpoints, has_params
+from flowlm.runs.checkpoint import Checkpoints
 from flowlm.runs.curves import draw_curves
 from flowlm.runs.metrics import MetricWriter, is_evaluated, read_metrics
-from flowlm.runs.trained import check_one_embedding, load_origin, load_teacher
+from flowlm.runs.trained import check_one_embedding, has_parameters_alone, load_origin, load_teacher
 from flowlm.system import processes, signals, storage
 from flowlm.system.profiling import Profiler, Recompilations
 
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: range = range(0)) -> 
                 checkpoints.save(step, state)
             if evaluate and not stop:
                 try:
-                    log.evaluation(step, evaluator(state.ema, step, config.evaluation.samples).metrics)
+                    log.evaluation(evaluator(state.ema, step, config.evaluation.samples))
                 except processes.Stopped:  # the same command begins this evaluation anew
                     if step > first:
                         checkpoints.save(step, state)
@@ -136,7 +137,7 @@ def _judge(
         log.say_stopped(f"all {config.steps} steps are saved, and the same command evaluates them")
         return
     if values or not judged:
-        log.write(config.steps, values | result.metrics)
+        log.write(config.steps, values | result.metrics, result.texts)
     if processes.is_first():
         result.save(workdir)
         draw_curves(workdir)
@@ -152,21 +153,21 @@ class _Log:
     def __init__(self, config: ConfigDict, workdir: str, first: int, tokens: int):
         """tokens: how many a step reads."""
         leads = processes.is_first()
-        self._writer = MetricWriter(workdir, start=first, tensorboard=config.tensorboard) if leads else None
+        self._writer = MetricWriter(workdir, first, boards.boards_of(config, workdir)) if leads else None
         self.progress = tqdm(
             total=config.steps, initial=first, unit="step", smoothing=0.05, dynamic_ncols=True, disable=not leads
         )
         self._tokens, self._last, self._clock = tokens, first, time.perf_counter()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """A line of metrics."""
+    def write(self, step: int, values: dict[str, float], texts: dict[str, list[str]] | None = None) -> None:
+        """A line of metrics, and samples for the boards."""
         if self._writer is not None:
-            self._writer.write(step, values)
+            self._writer.write(step, values, texts or {})
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
+    def evaluation(self, result: evaluation.Evaluation) -> None:
         """The line of an evaluation. Its time does not count for the speed of training."""
-        self.write(step, values)
-        self._last, self._clock = step, time.perf_counter()
+        self.write(result.step, result.metrics, result.texts)
+        self._last, self._clock = result.step, time.perf_counter()
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """The line of a step, with the speed since the line before; right after an evaluation there is none."""
@@ -206,6 +207,7 @@ def _prepare(config: ConfigDict, workdir: str):
     """
     data = config.data
     tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
+    boards.check(config)
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
     mixture.check_folders(data.mixture, tokenizer.sha256, data.length)
     layout = sharding.make_layout(config)
@@ -216,7 +218,7 @@ def _prepare(config: ConfigDict, workdir: str):
     origin = load_origin(config, tokenizer, experiment, layout) if starts else None
     if teacher and origin and experiment.family.continues:
         check_one_embedding(config, teacher, origin)
-    if has_params(workdir):
+    if has_parameters_alone(workdir):
         raise ValueError(f"{workdir} holds parameters alone, no training state: give another --workdir")
     run_directory.check_workdir(workdir, config, tokenizer)  # before data are prepared, which may take hours
     dataset = open_dataset(data.name, data.tokenizer, data.length, data.dir, copy=data.copy)

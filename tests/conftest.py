@@ -38,7 +38,21 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SUITES = ("tpu-plan", "slurm", "gke", "sky", "browser", "torch", "hf", "datasets", "mauve", "molecules", "docs")
+SUITES = (
+    "tpu-plan",
+    "slurm",
+    "gke",
+    "sky",
+    "browser",
+    "torch",
+    "hf",
+    "datasets",
+    "mauve",
+    "molecules",
+    "wandb",
+    "notebook",
+)
+SUITES += ("docs",)
 # NAME: (whether it is here, what is missing).
 AVAILABLE = {
     "tpu-plan": (importlib.util.find_spec("libtpu") is not None, "no libtpu: pip install -e .[tpu-plan]"),
@@ -54,6 +68,11 @@ AVAILABLE = {
     "datasets": (importlib.util.find_spec("datasets") is not None, "no datasets: pip install -e .[hf]"),
     "mauve": (importlib.util.find_spec("mauve") is not None, "no mauve-text: pip install -e .[mauve]"),
     "molecules": (importlib.util.find_spec("rdkit") is not None, "no rdkit: pip install -e .[molecules]"),
+    "wandb": (importlib.util.find_spec("wandb") is not None, "no wandb: pip install -e .[wandb]"),
+    "notebook": (
+        all(importlib.util.find_spec(name) is not None for name in ("nbclient", "ipykernel")),
+        "no nbclient and ipykernel: pip install -e .[notebook]",
+    ),
     "docs": (
         all(
             importlib.util.find_spec(name) is not None for name in ("material", "mkdocstrings_handlers", "latex2mathml")

@@ -61,6 +61,8 @@ COMMANDS = {
     "study": "study needs --study=experiments/NAME.py[:ARG], --workdir=DIR and --results=DIR",
     "report": "report needs --runs=DIR,DIR,... (or DIR DIR ... alone) and --out=DIR",
     "export": "export needs --checkpoint=DIR ... and --out=DIR",
+    "push": "push needs --checkpoint=DIR ... and --repo=NAME/MODEL: see `flowlm push --help`",
+    "push {empty} --repo=model": "hub:model is no name of a model on the Hub: write hub:NAME/MODEL",
     "import": "import needs --checkpoint=PATH ... and --to=DIR",
     "inspect": "inspect needs --checkpoint=PATH",
     "plan": "plan needs --config=experiments/NAME.py",

@@ -198,7 +198,7 @@ def test_an_evaluation_is_never_written_beside_the_repositorys_checkpoints(tmp_p
         ended = flowlm("evaluate", place)
         assert ended.status == 0 and ended.out == "shown\n" and saved == []
         (said,) = ended.err.splitlines()
-        assert f"{place} is the repository's: nothing is written there" in said and "--results=DIR" in said
+        assert f"{place} is only read: nothing is written there" in said and "--results=DIR" in said
     ended = flowlm("evaluate", shipped, f"--results={tmp_path / 'out'}")
     assert ended.status == 0 and not ended.err and saved == [f"{tmp_path / 'out'}"]
 

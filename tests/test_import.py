@@ -17,7 +17,7 @@ from flowlm.engine.build import build
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.exchange import importing
 from flowlm.exchange.export import export
-from flowlm.exchange.reference import from_reference, to_reference
+from flowlm.models.reference import from_reference, to_reference
 from flowlm.runs.trained import load_teacher, load_trained
 
 pytestmark = pytest.mark.needs("torch")  # reads a .ckpt

@@ -13,7 +13,7 @@ import pytest
 from flowlm import main
 from flowlm.cli.command import Command
 from flowlm.data import builders, open_dataset
-from flowlm.runs import metrics
+from flowlm.runs import boards, metrics
 from flowlm.system import platforms, processes, progress
 
 
@@ -110,12 +110,12 @@ def test_libtpu_is_asked_only_where_there_may_be_a_tpu(modules, devices, told, w
     assert os.environ.get("JAX_PLATFORMS") == wanted
 
 
-def test_tensorboard_gets_finite_numbers_alone(tmp_path, monkeypatch):
-    """It draws no others, and warns at each."""
+def test_a_board_gets_finite_numbers_alone(tmp_path, monkeypatch):
+    """TensorBoard draws no others, and warns at each."""
     written = []
     board = types.SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar), close=lambda: None)
     monkeypatch.setitem(main.sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda path: board))
-    writer = metrics.MetricWriter(tmp_path, tensorboard=True)
+    writer = metrics.MetricWriter(tmp_path, boards=[boards.TensorBoard(tmp_path)])
     writer.write(3, {"loss": 0.5, "entropy": float("nan"), "nats": float("inf")})
     writer.close()
     assert written == [("loss", 0.5, 3)]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowlm.exchange.reference import from_reference
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Transformer
+from flowlm.models.reference import from_reference
 
 VOCAB, LENGTH, WIDTH, BLOCKS, HEADS, COND = 61, 12, 48, 2, 4, 24
 

@@ -2,7 +2,7 @@
 
 from flowlm.cli.bench import BENCH
 from flowlm.cli.evaluate import COMPARE, EVALUATE
-from flowlm.cli.exchange import EXPORT, IMPORT, INSPECT
+from flowlm.cli.exchange import EXPORT, IMPORT, INSPECT, PUSH
 from flowlm.cli.plan import PLAN
 from flowlm.cli.prepare import PREPARE, PREPARE_DATA, PREPARE_JUDGE, PREPARE_QM9
 from flowlm.cli.sample import SAMPLE
@@ -21,6 +21,7 @@ COMMANDS = (
     STUDY,
     REPORT,
     EXPORT,
+    PUSH,
     IMPORT,
     INSPECT,
     PLAN,

@@ -26,8 +26,8 @@ def _evaluate(values: FlagValues) -> None:
             "--objective, --samples_only and --prompted change what is evaluated: give --results=DIR, so that the run keeps its "
             "own results"
         )
-    if values.follow and _is_shipped(values.checkpoint):
-        raise ValueError(f"{values.checkpoint} is the repository's, which nobody trains: leave out --follow")
+    if values.follow and _is_read_only(values.checkpoint):
+        raise ValueError(f"{values.checkpoint} is only read, and nobody trains it: leave out --follow")
 
     from flowlm.runs.model import check_drawing
 
@@ -41,10 +41,10 @@ def _judge(values: FlagValues, objective: dict[str, object], asked: list[int]) -
     from flowlm.system import signals, storage
 
     run, layout = (model := flowlm.load(values.checkpoint, **objective)).run, model.layout
-    place = values.results or (None if _is_shipped(values.checkpoint) else values.checkpoint)
+    place = values.results or (None if _is_read_only(values.checkpoint) else values.checkpoint)
     if place is None:
         print(
-            f"{values.checkpoint} is the repository's: nothing is written there, --results=DIR keeps it",
+            f"{values.checkpoint} is only read: nothing is written there, --results=DIR keeps it",
             file=sys.stderr,
         )
     else:
@@ -109,8 +109,10 @@ def _evaluator(values: FlagValues, run: "Trained", layout: "Layout", asked: list
     )
 
 
-def _is_shipped(checkpoint: str) -> bool:
-    return SHIPPED in Path(checkpoint).expanduser().resolve().parents
+def _is_read_only(checkpoint: str) -> bool:
+    from flowlm.system import hub
+
+    return hub.is_named(checkpoint) or SHIPPED in Path(checkpoint).expanduser().resolve().parents
 
 
 def _compare(values: FlagValues) -> None:
@@ -132,7 +134,7 @@ EVALUATE = Command(
         switch("prompted", "the same of texts that go on from parts of held-out rows, instead"),
         output(
             "results",
-            "where the results go, in place of the run's directory (never written: checkpoints/)",
+            "where the results go, in place of the run's directory (never written: checkpoints/, hub:)",
         ),
         text("data_dir", "DIR", "where the data lies now, if it has moved"),
         WIDE,

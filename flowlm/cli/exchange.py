@@ -1,8 +1,8 @@
-"""`flowlm export`, `flowlm import` and `flowlm inspect`: what comes from elsewhere, and what goes there."""
+"""`flowlm export`, `flowlm push`, `flowlm import` and `flowlm inspect`: what comes from elsewhere, and what goes there."""
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, choice, experiment, output, text, words
+from flowlm.cli.command import Command, choice, experiment, output, switch, text, words
 from flowlm.cli.sampler_flags import CHECKPOINT, OBJECTIVE, SAMPLER, changed_objective, step_counts
 
 WEIGHTS = choice("weights", "which parameters of a .ckpt", "ema", ["ema", "live"])
@@ -45,6 +45,14 @@ def _inspect(values: FlagValues) -> None:
     print_inspected(inspect(values.checkpoint, Layout(make_mesh(), fsdp=True), values.weights))
 
 
+def _push(values: FlagValues) -> None:
+    from flowlm.engine.sharding import Layout, make_mesh
+    from flowlm.exchange.push import push
+
+    pushed = push(values.checkpoint, values.repo, Layout(make_mesh(), fsdp=True), values.private)
+    print(f"{pushed.place}\n{pushed.address}")
+
+
 EXPORT = Command(
     "export",
     "writes a trained run in a format that others read",
@@ -60,6 +68,20 @@ EXPORT = Command(
     _export,
     needs=("checkpoint", "out"),
     place="checkpoint",
+)
+
+PUSH = Command(
+    "push",
+    "sends a trained run to the Hugging Face Hub",
+    [
+        CHECKPOINT,
+        text("repo", "NAME/MODEL", "the model on the Hub, which is made if it is not there"),
+        switch("private", "only who is allowed to can read it"),
+    ],
+    _push,
+    needs=("checkpoint", "repo"),
+    place="checkpoint",
+    notes="Whoever reads it writes hub:NAME/MODEL[@REVISION] for a run directory. `hf auth login` logs in.",
 )
 
 IMPORT = Command(

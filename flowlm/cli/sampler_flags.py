@@ -7,7 +7,7 @@ from absl.flags import FlagValues
 
 from flowlm.cli.command import text, whole, words
 
-CHECKPOINT = text("checkpoint", "DIR", "the directory of a trained run, or what was exported of one")
+CHECKPOINT = text("checkpoint", "DIR", "a trained run, what was exported of one, or hub:NAME/MODEL[@REVISION]")
 OBJECTIVE = words("objective", "KEY=VALUE,...", "settings in place of the run's, as temperature=0.8,gamma=1", [])
 SAMPLER = text("sampler", "NAME", "one of the family's samplers; the last of them if none is named")
 SEED = whole("seed", "the seed of the noise", 0, 0, 2**32 - 1)

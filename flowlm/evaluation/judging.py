@@ -85,8 +85,9 @@ def run_judge(directory: str, length: int, layout: Layout) -> LanguageModel:
     def score(ids):
         return processes.gathered(nats(run.params, ids, key))
 
-    name = storage.path(directory).name
-    return LanguageModel(name, run.tokenizer.encode_batch, score, family.start_token, length, together=True)
+    return LanguageModel(
+        storage.last_name(directory), run.tokenizer.encode_batch, score, family.start_token, length, together=True
+    )
 
 
 def reference_texts(dataset: Dataset, num: int) -> list[str]:

@@ -28,6 +28,7 @@ class Evaluation:
       notes: what a reader of the metrics must know, a sentence each.
       main: the judges' metrics to read first.
       meanings: {metric of a judge: what it is}.
+      num: how many samples of each sampler were judged; None where it is not told.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Evaluation:
     notes: Sequence[str] = ()
     main: Sequence[str] = ()
     meanings: Mapping[str, str] = field(default_factory=dict)
+    num: int | None = None
 
     def record(self) -> dict:
         """What evaluation.json holds."""
@@ -46,6 +48,7 @@ class Evaluation:
             "samples": {name: texts[0] for name, texts in self.texts.items()},
             "main": list(self.main),
             "meanings": dict(self.meanings),
+            **({} if self.num is None else {"num": self.num}),
             **({"notes": list(self.notes)} if self.notes else {}),
         }
 

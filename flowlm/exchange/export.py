@@ -1,7 +1,7 @@
 """A trained model taken out of its run, in one of three forms, each in a new directory with config, tokenizer and versions.
 
 params       the averaged parameters alone (Orbax): what takes a run directory takes this too, on any mesh
-safetensors  the same in the reference's names (reference.py), with a model card; `flowlm import` reads it back
+safetensors  the same in the reference's names (models/reference.py), with a model card (card.py); `flowlm push` sends it
 jax          programs that run without flowlm (examples/run_exported.py):
                  sampler.jax    (weights, seed uint32 [], rows int32 [b]) -> ids int32 [b, L], those of `flowlm sample --seed`
                  denoiser.jax   (weights, state, tau_s [b], tau_t [b]) -> logits float32 [b, L, V]; state is z float32
@@ -9,52 +9,40 @@ jax          programs that run without flowlm (examples/run_exported.py):
                  weights.npz    {path: array}; bfloat16 as the uint16 of its bits, which the programs undo
              b is any number of rows; the values of `rows` are not read.
 
-Each has a manifest.json that says what it is, with the sha256 of every file (integrity.py). Until all files are there, and the
-parameters were read back as they were, it says that the export is unfinished, and whatever reads exports refuses it.
+Each has a manifest.json that says what it is, with the sha256 of every file but the card (integrity.py). Until all files are there,
+and the parameters were read back as they were, it says that the export is unfinished, and whatever reads exports refuses it.
 """
 
 import io
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import export as jax_export
+from ml_collections import ConfigDict
 
+from flowlm.config import flat
 from flowlm.engine.sampling import named_sampler
 from flowlm.engine.sharding import Layout
-from flowlm.exchange import reference
+from flowlm.exchange.card import make_card
 from flowlm.exchange.inspection import inspect, restore
 from flowlm.runs import directory as run_directory
-from flowlm.runs import integrity
+from flowlm.runs import integrity, tensors
 from flowlm.runs.checkpoint import save_params
 from flowlm.runs.integrity import checksum
 from flowlm.runs.model import check_drawing
 from flowlm.runs.trained import Trained, load_trained
 from flowlm.system import storage
+from flowlm.system.manifest import CARD
 
 FORMATS = ("params", "safetensors", "jax")
 DTYPES = ("float32", "bfloat16")
 PLATFORMS = ("cpu", "cuda", "tpu")
-CARD = """\
-# {{ family }}, {{ "{:,}".format(count) }} parameters
-
-A language model of the family `{{ family }}`: rows of {{ length }} tokens out of {{ vocab }}, trained on `{{ data }}`.
-Averaged parameters of a run of flowlm at step {{ step }}, {{ dtype }}.
-
-`model.safetensors` has the names and layouts of the reference network (arXiv 2602.16813).
-{%- if differs %} The network has more than the reference: {{ differs }}.{% endif %}
-`config.json` has every setting, `tokenizer.json` is a file of the `tokenizers` library, `versions.json` says what wrote them.
-
-    flowlm import . --to=RUNDIR
-    flowlm sample --checkpoint=RUNDIR --steps={{ steps }}
-
-sha256 of the parameters, as `flowlm inspect` prints it: `{{ checksum }}`
-"""
 
 
 def export(
@@ -67,6 +55,7 @@ def export(
     steps: int | None = None,
     sampler: str | None = None,
     objective: Mapping[str, Any] | None = None,
+    published: str | None = None,
 ) -> None:
     """Writes what `load_trained` reads in `directory` to the new directory `out`.
 
@@ -75,6 +64,7 @@ def export(
       steps: for `jax`, the number of sampling steps.
       sampler: for `jax`, one of the family's samplers (default: the last).
       objective: settings of the run's `objective` section to replace.
+      published: for `safetensors`, the place on the Hub that it is for; the card tells then how the run was made and judged.
 
     Raises:
       ValueError, FileNotFoundError: bad arguments, or as load_trained. ImportError: names the extra. RuntimeError: the parameters
@@ -98,21 +88,29 @@ def export(
         check_drawing(directory, [steps], sampler, **(objective or {}))
     run = load_trained(directory, layout, objective)
     params, out = jax.tree.map(np.asarray, run.params), storage.path(out)
-    files = {}
+    facts, files = _facts(run, params, dtype) | {"format": format}, {}
     if format == "jax":
         files = _programs(run, params, dtype, steps, sampler)
+        facts |= {"steps": steps, "platforms": PLATFORMS, "jax": jax.__version__}
     elif format == "safetensors":
-        files = _safetensors(run, params, dtype)
+        files[tensors.FILE], count = tensors.written(params, run.step, jnp.dtype(dtype))
+        card = make_card(run, facts | {"count": count}, published or ".", directory if published else None)
+        files[CARD] = card.encode()
     integrity.begin(out)
-    run_directory.prepare_workdir(out, run.config, run.tokenizer, copied=True)
+    run_directory.prepare_workdir(out, _portable(run.config), run.tokenizer, copied=True)
     if format == "params":
         save_params(out, params, run.step, jnp.dtype(dtype))
     for name, content in files.items():
         (out / name).write_bytes(content)
-    facts = _facts(run, params, dtype) | {"format": format}
-    if format == "jax":
-        facts |= {"steps": steps, "platforms": PLATFORMS, "jax": jax.__version__}
     integrity.seal(out, facts, lambda: inspect(out, layout).params)
+
+
+def _portable(config: ConfigDict) -> ConfigDict:
+    """Settings whose places below the home directory begin with `~`, because whoever reads an export has another home."""
+    home, out = f"{Path.home()}/", config.copy_and_resolve_references()
+    found = {name: value for name, value in flat(config.to_dict()).items() if str(value).startswith(home)}
+    out.update_from_flattened_dict({name: f"~/{value.removeprefix(home)}" for name, value in found.items()})
+    return out
 
 
 def _facts(run: Trained, params, dtype: str) -> dict[str, Any]:
@@ -125,24 +123,6 @@ def _facts(run: Trained, params, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "checksum": checksum(jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params)),
     }
-
-
-def _safetensors(run: Trained, params, dtype: str) -> dict[str, bytes]:
-    from safetensors.numpy import save
-
-    arrays = {
-        name: np.ascontiguousarray(np.asarray(a, jnp.dtype(dtype)))
-        for name, a in reference.to_reference(params).items()
-    }
-    model = run.config.model
-    more = [f"`{key}: {model[key]}`" for key, bare in reference.BARE.items() if model[key] != bare]
-    more = ", ".join(more + ["a mark of given tokens"] * ("mark" in params))
-    facts = _facts(run, params, dtype) | {"count": sum(a.size for a in arrays.values()), "data": run.config.data.name}
-    steps = run.config.data.length - 1 if model.causal else 1 if model.time_embeddings == 2 else 64
-    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    card = environment.from_string(CARD).render(facts, differs=more, steps=steps)
-    # One entry of metadata: the library keeps several in no fixed order.
-    return {"model.safetensors": save(arrays, {"step": str(run.step)}), "README.md": card.encode()}
 
 
 def _programs(run: Trained, params, dtype: str, steps: int, sampler: str | None) -> dict[str, bytes]:

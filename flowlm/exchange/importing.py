@@ -5,7 +5,6 @@ imported or run. The architecture is the checkpoint's own settings', the vocabul
 """
 
 import collections
-import json
 import os
 import pickle
 import typing
@@ -22,9 +21,9 @@ from flowlm.data import tokenizers
 from flowlm.data.tokenizers import Tokenizer
 from flowlm.engine.build import build
 from flowlm.engine.sharding import Layout, make_mesh
-from flowlm.exchange.reference import BARE, MODULES, OUTPUT, from_reference
+from flowlm.models.reference import BARE, MODULES, OUTPUT, from_reference
 from flowlm.runs import directory as run_directory
-from flowlm.runs import integrity
+from flowlm.runs import integrity, tensors
 from flowlm.runs.checkpoint import save_params
 from flowlm.runs.trained import load_trained
 from flowlm.system import storage
@@ -178,20 +177,11 @@ def read_safetensors(path: epath.Path) -> Source:
     Raises:
       ImportError: safetensors is not installed. FileNotFoundError: no config.json. ValueError: damaged.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("safetensors are read with their library: pip install -e .[export]") from error
     beside = path.parent / "config.json"
     if not beside.exists():
         raise FileNotFoundError(f"{path} has no config.json beside it, which says what network it is")
-    try:
-        chosen = json.loads(beside.read_text())
-        with safe_open(path, "flax") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step = int((file.metadata() or {}).get("step", 0))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} or its config.json is damaged: {error}") from error
+    chosen = storage.read_json(beside)
+    held, step = tensors.read(path)
     names = _bare_names(held, str(path))
     arrays = {names[name]: np.asarray(array, np.float32) for name, array in held.items()}
     if ROTARY in arrays:

@@ -3,7 +3,7 @@
 config.json      every setting, resolved          checkpoints/<step>   training state
 inputs.json      digests of what it was made from
 tokenizer.json   the tokenizer itself             metrics.jsonl        curves (curves.png draws them); in a bucket metrics/
-versions.json    packages and git commit          evaluation.json, samples.txt, trajectories.json
+versions.json    packages, commit and command     evaluation.json, samples.txt, trajectories.json
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from flowlm.config import complete, defaults, flat
 from flowlm.data import mixture, own_text
 from flowlm.data.tokenizers import Tokenizer
-from flowlm.runs import integrity
-from flowlm.system import storage
+from flowlm.runs import integrity, tensors
+from flowlm.system import storage, terminal
 from flowlm.system.processes import is_first
 
 PACKAGES = (
@@ -39,7 +39,7 @@ PACKAGES = (
     "tokenizers",
 )
 # Settings that may change when a run is taken up again: they do not change what has been learnt so far.
-FREE = ("steps", "log_every", "tensorboard", "mesh.", "checkpoint.", "evaluation.", "data.dir", "data.copy")
+FREE = ("steps", "log_every", "tensorboard", "wandb", "mesh.", "checkpoint.", "evaluation.", "data.dir", "data.copy")
 FREE += ("model.attention", "model.remat")
 
 
@@ -135,8 +135,8 @@ def _differences(workdir: str | os.PathLike, held: ConfigDict, wanted: ConfigDic
 
 
 def _absolute(told: str | Sequence[str]) -> str | list[str]:
-    """A setting that names one place, or the folders of `data.mixture`, with absolute places."""
-    return str(storage.path(told)) if isinstance(told, str) else [str(part) for part in mixture.parts(told)]
+    """A setting that names one place, or the folders of `data.mixture`, so that it holds wherever it is read."""
+    return storage.spelled(told) if isinstance(told, str) else [str(part) for part in mixture.parts(told)]
 
 
 def _git_commit() -> str:
@@ -162,13 +162,13 @@ PROGRAM = "sampler.jax"  # the file that makes a directory one of programs
 def is_importable(path: str | os.PathLike) -> bool:
     """Whether a path looks like what importing.load_imported reads: a .ckpt, a .safetensors, or a directory with safetensors."""
     path = storage.path(path)
-    return path.suffix in (".ckpt", ".safetensors") or (path / "model.safetensors").exists()
+    return path.suffix in (".ckpt", ".safetensors") or (path / tensors.FILE).exists()
 
 
 def check_is_run(path: str | os.PathLike) -> None:
     """Raises ValueError where a run is wanted and there is what another command reads, or what was not written to its end."""
     integrity.check_finished(path)
-    if is_importable(path):
+    if is_importable(path) and not tensors.has_run(path):
         raise ValueError(
             f"{path} is a checkpoint in another format: make a run of it by `flowlm import {path} --to=DIR`"
         )
@@ -186,6 +186,7 @@ def check_empty(directory: str | os.PathLike) -> None:
 
 def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Raises ValueError where `workdir` holds a run with other settings, which it names, or another tokenizer; or is read-only."""
+    storage.check_writable(workdir)
     workdir = storage.path(workdir)
     storage.check_literal(workdir)
     if (workdir / "config.json").exists():
@@ -199,7 +200,6 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tok
             )
         if held_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"workdir {workdir} holds a run with another tokenizer: give another --workdir")
-    storage.check_writable(workdir)
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: Tokenizer, copied: bool = False) -> None:
@@ -226,6 +226,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    if (line := terminal.line()) and not copied:
+        versions["command"] = line
     if not (workdir / "tokenizer.json").exists():
         tokenizer.save(workdir / "tokenizer.json")
     storage.write_text(workdir / "versions.json", json.dumps(versions, indent=2) + "\n")
@@ -233,7 +235,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict, tokenizer: T
     if not copied:
         inputs = {name: known_content(workdir, config, name) or _content(config, name) for name in INPUTS}
         storage.write_text(workdir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
-        # Places are absolute, so that they hold whatever directory the next command is given in.
+        # Places are written so that they hold whatever directory the next command is given in.
         wanted |= {name: _absolute(wanted[name]) for name in ("teacher", "init_from") if wanted[name]}
         wanted["data"]["mixture"] = _absolute(wanted["data"]["mixture"])
     # The config.json is written last, so that a directory that has one is whole.

@@ -9,7 +9,7 @@ An odd w_i has an inverse, so any one flipped bit changes the sum, and a w_i of 
 places. Sums of integers do not depend on their order: they are the same on every mesh. This costs one pass over the arrays,
 each device its own, and a number for each to be exchanged.
 
-A directory that is written once, such as an export, has a manifest.json with the sha256 of every file in it. While the others are
+A directory that is written once, such as an export, has a manifest (system/manifest.py). While the other files are
 written it says that they are, so that a directory whose writer was killed is not taken for what it was to be.
 """
 
@@ -24,14 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict
 
 from flowlm.engine.sharding import path_of
-from flowlm.system import processes, storage
-
-MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # what it says until all files are there
+from flowlm.system import manifest, processes, storage
+from flowlm.system.manifest import MANIFEST, UNFINISHED
 
 
 def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
@@ -89,25 +86,6 @@ def checksum(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _files(directory: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
-    """(name, file) of all that is in the directory and below it, in order, but for its manifest."""
-    for inside in sorted(directory.iterdir(), key=lambda inside: inside.name):
-        if inside.is_dir():
-            yield from _files(inside, f"{prefix}{inside.name}/")
-        elif prefix + inside.name != MANIFEST:
-            yield prefix + inside.name, inside
-
-
-def _digest(file: epath.Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _own(facts: Mapping[str, Any]) -> str:
-    """Digest of what a manifest says, this digest left out."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def begin(directory: str | os.PathLike) -> None:
     """Makes `directory` one that is refused (`check_finished`) until it is sealed."""
     directory = storage.path(directory)
@@ -117,9 +95,9 @@ def begin(directory: str | os.PathLike) -> None:
 
 def check_finished(directory: str | os.PathLike) -> None:
     """Raises ValueError where who wrote a directory was ended before its last file."""
-    manifest = storage.path(directory) / MANIFEST
+    place = storage.path(directory) / MANIFEST
     try:
-        told = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        told = json.loads(place.read_text()) if place.is_file() else {}
     except ValueError:
         return  # damaged, which `check_files` says
     if isinstance(told, dict) and UNFINISHED in told:
@@ -137,8 +115,9 @@ def seal(directory: str | os.PathLike, facts: Mapping[str, Any], read: Callable[
       RuntimeError: those are others; the directory is refused from then on.
     """
     directory = storage.path(directory)
-    facts = json.loads(json.dumps(dict(facts) | {"sha256": {name: _digest(file) for name, file in _files(directory)}}))
-    storage.write_text(directory / MANIFEST, json.dumps(facts | {"manifest": _own(facts)}, indent=2) + "\n")
+    digests = {name: manifest.digest(file) for name, file in manifest.files(directory)}
+    facts = json.loads(json.dumps(dict(facts) | {"sha256": digests}))
+    storage.write_text(directory / MANIFEST, json.dumps(facts | {"manifest": manifest.own(facts)}, indent=2) + "\n")
     kept = False
     try:
         kept = checksum(read()) == facts["checksum"]
@@ -163,21 +142,13 @@ def check_files(directory: str | os.PathLike) -> dict[str, Any] | None:
     check_finished(directory)
     wrong = None
     try:
-        facts = json.loads((directory / MANIFEST).read_text())
-        if not {"sha256", "manifest"} & facts.keys():
-            return None  # it is a manifest of something else, such as prepared text
-        own = facts.pop("manifest", None)
-        digests = facts["sha256"].items()
-        # Manifests of releases that sealed programs alone said neither their format nor their own digest.
-        wrong = MANIFEST if own != _own(facts) and (own or "format" in facts) else None
-    except (ValueError, KeyError, AttributeError, TypeError):
+        facts = manifest.read(directory)
+        if facts is None:
+            return None
+    except ValueError:
         wrong = MANIFEST
     if wrong is None and processes.is_first():
-
-        def intact(file, digest):
-            return file.is_file() and _digest(file) == digest
-
-        wrong = next((name for name, digest in digests if not intact(directory / name, digest)), None)
+        wrong = next(manifest.wrong(directory, facts), None)
     if not processes.all_agree(wrong is None):
         raise ValueError(
             f"{directory / (wrong or MANIFEST)} is not the file that was written, as {MANIFEST} knows it: restore it from a copy "

@@ -1,4 +1,4 @@
-"""Where numbers go: one JSON line a step, and TensorBoard if asked.
+"""Where numbers go: one JSON line a step, and boards (boards.py) if asked.
 
 They go to metrics.jsonl. A bucket has no appending, so there they go to parts, metrics/000000.jsonl and so on, of which only the
 last one is written anew with a line. Reading joins whatever of both is there.
@@ -14,9 +14,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flowlm.runs.boards import Board
 from flowlm.system import storage
 
 PART = 100  # lines in a part that is full
@@ -86,32 +87,31 @@ class MetricWriter:
 
     Args:
       start: a resumed run's step; lines beyond it, written by the interrupted run, are dropped, so each step stands once.
-      tensorboard: also writes TensorBoard event files; ImportError naming the extra if tensorboardX is missing.
+      boards: they are given the same numbers, and are closed with this.
     """
 
-    def __init__(self, directory: str | os.PathLike, start: int = 0, tensorboard: bool = False) -> None:
+    def __init__(self, directory: str | os.PathLike, start: int = 0, boards: Iterable[Board] = ()) -> None:
         directory = storage.path(directory)
         self._lines = (_Parts if storage.in_bucket(directory) else _File)(directory, start)
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise ImportError("TensorBoard output needs tensorboardX: pip install -e .[tensorboard]") from error
-            self._board = SummaryWriter(os.fspath(directory / "tensorboard"))
+        self._boards = list(boards)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line; non-finite values become null, which is what JSON has for them."""
+    def write(self, step: int, values: Mapping[str, float], texts: Mapping[str, Sequence[str]] = {}) -> None:
+        """Appends one line; non-finite values become null, which is what JSON has for them. Boards are given `texts` too.
+
+        Args:
+          texts: {SAMPLER@STEPS: samples}.
+        """
         self._lines.append({"step": int(step)} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
-        if self._board is not None:
-            for name, value in values.items():
-                if math.isfinite(value):  # TensorBoard cannot draw the others, and warns of each
-                    self._board.add_scalar(name, float(value), int(step))
+        finite = {
+            name: float(value) for name, value in values.items() if math.isfinite(value)
+        }  # others cannot be drawn
+        for board in self._boards:
+            board.write(int(step), finite, texts)
 
     def close(self) -> None:
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class _File:

@@ -84,7 +84,7 @@ def _fitting(lines: Sequence[Line], columns: Sequence[str], named: bool, wide: b
                 table.add_row(Text(run, style="bold"))
             above = run
             label = f"  {name}" if named and run else _called(name)
-            table.add_row(label, *(_cell(values, column, wide) for column in columns))
+            table.add_row(label, *(cell(values, column, wide) for column in columns))
         if wide or len(columns) <= 1 or _width(table) <= console().width:
             return table, columns
         columns = columns[:-1]
@@ -100,7 +100,8 @@ def _called(name: str) -> str:
     return name if _takes_steps(name) else shown(name)
 
 
-def _cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
+def cell(values: Mapping[str, float], metric: str, wide: bool) -> str:
+    """What a table says of a metric: its value, if there is one, and if `wide` its standard error."""
     value, stderr = values.get(metric), values.get(f"{metric}_stderr")
     # A small value has a fourth place, and its error has as many places as it has.
     places = 4 if value is not None and 0 < abs(value) < 0.01 else 3

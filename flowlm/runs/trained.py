@@ -16,7 +16,7 @@ from flowlm.models.attention import runs_on
 from flowlm.objectives import FAMILIES, Family
 from flowlm.objectives.base import Teacher
 from flowlm.runs import directory as run_directory
-from flowlm.runs import integrity
+from flowlm.runs import integrity, tensors
 from flowlm.runs.checkpoint import Checkpoints, has_params, load_params
 from flowlm.system import storage
 
@@ -174,6 +174,11 @@ def _flow_behind(run: Trained, directory: str, layout: Layout) -> Trained:
     return run
 
 
+def has_parameters_alone(directory: str | os.PathLike) -> bool:
+    """Whether a directory holds the parameters of a run and not the state of its training."""
+    return has_params(directory) or tensors.has_run(directory)
+
+
 def load_settings(
     directory: str | os.PathLike, layout: Layout, objective: Mapping[str, Any] | None = None
 ) -> tuple[ConfigDict, Tokenizer, Experiment]:
@@ -215,12 +220,14 @@ def load_trained(
     run_directory.check_is_run(directory)
     integrity.check_files(directory)
     config, tokenizer, experiment = load_settings(directory, layout, objective)
+    abstract = abstract_state(experiment, layout)
     if has_params(directory):
-        abstract = abstract_state(experiment, layout)
         params, step = load_params(directory, abstract.ema, abstract.step)
         return Trained(config, tokenizer, experiment, params, step)
+    if tensors.has_run(directory):
+        return Trained(config, tokenizer, experiment, *tensors.load(directory, experiment.net, abstract.ema))
     checkpoints = Checkpoints(storage.path(directory) / "checkpoints", read_only=True)
-    state = checkpoints.restore(abstract_state(experiment, layout), step)
+    state = checkpoints.restore(abstract, step)
     checkpoints.close()
     if state is None and step is not None:
         raise FileNotFoundError(

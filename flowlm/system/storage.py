@@ -1,4 +1,4 @@
-"""Where files lie: the local disk or a bucket, behind one kind of path.
+"""Where files lie: the local disk, a bucket, or a model on the Hub (hub.py), behind one kind of path.
 
 A bucket (`gs://NAME/...`) is reached by gcsfs, and by tensorstore for the arrays of checkpoints. Objects appear whole when
 their writer closes them; there is no directory, no appending and no renaming, which is copying and deleting.
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from flowlm.system import hub
+
 SCHEME = "gs://"
 MIRROR = "~/.cache/flowlm/buckets"
 # Bytes of one request to a bucket. A request takes as long as some megabytes, so many small ones would be slow.
@@ -30,11 +32,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path(name: str | os.PathLike) -> epath.Path:
-    """`name` as an absolute path, `~` expanded.
+    """`name` as an absolute path, `~` expanded; of a model on the Hub the directory that it is fetched to, which is only read.
 
     Raises:
-      ImportError: it is in a bucket, and what reads buckets is not installed.
+      ImportError: it is in a bucket or on the Hub, and what reads those is not installed. Others: as hub.fetch.
     """
+    if hub.is_named(name):
+        return epath.Path(hub.fetch(os.fspath(name)))
     found = epath.Path(name)
     if not in_bucket(found):
         return found.expanduser().resolve()
@@ -46,6 +50,16 @@ def path(name: str | os.PathLike) -> epath.Path:
     # gcsfs caches listings, in which files that tensorstore or other hosts have just written would stay invisible.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return found
+
+
+def spelled(name: str | os.PathLike) -> str:
+    """`name` so that it means the same wherever and whenever it is read: absolute, or with the commit of a model on the Hub."""
+    return hub.pinned(os.fspath(name)) if hub.is_named(name) else os.fspath(path(name))
+
+
+def last_name(name: str | os.PathLike) -> str:
+    """What a place is called by itself: the last part of its path, or the name of a model on the Hub."""
+    return hub.parts(os.fspath(name))[0].rpartition("/")[2] if hub.is_named(name) else path(name).name
 
 
 def renew() -> None:
@@ -137,6 +151,8 @@ def check_literal(place: epath.Path) -> None:
 
 def check_writable(directory: str | os.PathLike) -> None:
     """Raises ValueError where nothing can be written to a directory that may not be there yet; makes nothing. Not of buckets."""
+    if hub.is_named(directory):
+        raise ValueError(f"{directory} is on the Hub, where only `flowlm push` writes: give a directory of your own")
     place = path(directory)
     if in_bucket(place):
         return

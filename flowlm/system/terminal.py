@@ -1,6 +1,7 @@
 """How text is shown at a terminal: what users and models wrote appears as it stands, and what cannot be printed is replaced."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -41,3 +42,13 @@ def command() -> str:
     """`flowlm` as it is called here: its name where a shell finds it, otherwise its path in the environment that runs."""
     beside = Path(sys.executable).with_name("flowlm")
     return "flowlm" if shutil.which("flowlm") or not beside.exists() else os.path.relpath(beside)
+
+
+def line() -> str | None:
+    """The command line that this process carries out, as it is given anywhere; None where it is not one of flowlm's."""
+    program, *words = sys.argv
+    ours = Path(program).name == "flowlm" or Path(program).parts[-2:] in (
+        ("flowlm", "main.py"),
+        ("flowlm", "__main__.py"),
+    )
+    return shlex.join(["flowlm", *words]) if ours else None
