@@ -166,9 +166,7 @@ def test_a_stop_ends_it_between_two_and_the_same_command_goes_on(run, judged, mo
 
 
 def test_what_cannot_be_followed_is_named(run, tmp_path):
-    assert "is only read, and nobody trains it" in error_of(
-        "evaluate", ROOT / "checkpoints/grammar_fmlm", "--follow"
-    )
+    assert "is only read, and nobody trains it" in error_of("evaluate", ROOT / "checkpoints/grammar_fmlm", "--follow")
     assert "is not a run directory" in error_of("evaluate", tmp_path / "none", "--follow")
     shutil.rmtree(run / "checkpoints")
     (run / "params").mkdir()

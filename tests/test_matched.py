@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 from oracle import correlated_law, log_prob_head, oracle
-from toy import FunctionNetwork
+from toy import FunctionNetwork, overriding
 
 from flowlm import config
 from flowlm.maths.prior import geometry
@@ -265,6 +265,30 @@ def test_rows_at_noise_and_at_noised_data():
     late = np.sort(rows["tau_s"][rows["tau_s"] > 0])
     np.testing.assert_allclose(late, (np.arange(16) + 0.5) / 16, atol=0.5 / 16 + 1e-6)  # one in each stratum
     assert rows["tau_t"].min() >= 0.2 and rows["tau_t"].max() <= 0.6
+
+
+@pytest.mark.parametrize("width", [4, 2])
+def test_noise_that_positions_share_is_the_priors_at_each(width):
+    """In white coordinates I at each position and the shared part between two, in training at s = 0 and in sampling alike."""
+    net, student, auxiliary, flow = networks(width)
+    seen, rows, share = [], 40_000, 0.3
+    fam = family(4, width, shared_noise=share, at_noise=0.75)
+
+    def watched(params, z, tau_s, *others):
+        if "shares" in params and not seen:
+            seen.append(z[tau_s == 0])
+        return net.apply(params, z, tau_s, *others)
+
+    batch = {"ids": jnp.zeros((rows, 2), jnp.int32), **fam.draw(jax.random.key(0), rows)}
+    aux = Auxiliary(Teacher(flow), None, jnp.int32(0))
+    fam.loss(overriding(net, apply=watched), {"student": student, "auxiliary": auxiliary}, aux, batch, None)
+    seen = [seen[0], dataclasses.replace(fam, noise_scale=0.5).begin(net, flow, jax.random.key(1), rows) / 0.5]
+    whiten = geometry(net.embedding(flow)).whiten
+    for z in seen:
+        white = np.asarray(z @ whiten).reshape(len(z), -1)
+        between = np.array([[1, share], [share, 1]])
+        assert len(z) >= 30_000
+        np.testing.assert_allclose(np.cov(white.T), np.kron(between, np.eye(whiten.shape[1])), atol=0.03)
 
 
 def test_rows_that_are_not_matched_have_the_flow_maps_loss():

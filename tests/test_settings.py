@@ -64,7 +64,9 @@ LIMITS = {
     **dict.fromkeys(("objective.teacher_temperature", "objective.curriculum_temperature"), POSITIVE),
     **dict.fromkeys(("model.gate_init", "model.attention_cap", "model.logit_cap"), NOT_NEGATIVE),
     **dict.fromkeys(("optimizer.weight_decay", "objective.guidance", "objective.adaptive"), NOT_NEGATIVE),
-    **dict.fromkeys(("model.dropout", "optimizer.b1", "optimizer.b2", "objective.diagonal"), BELOW_ONE),
+    **dict.fromkeys(
+        ("model.dropout", "optimizer.b1", "optimizer.b2", "objective.diagonal", "objective.shared_noise"), BELOW_ONE
+    ),
     **dict.fromkeys(("objective.eta", "objective.boundary", "objective.gamma", "objective.at_noise"), SHARE),
     **dict.fromkeys((f"objective.{key}" for key in ("noise_scale", "top_p", "jump", "tau_max")), UP_TO_ONE),
     **dict.fromkeys(("mesh.replica", "mesh.data", "mesh.model"), DEVICES),

@@ -146,6 +146,10 @@ class PathSampler(Denoiser, Prompted):
         1.0, "sampler: above 1, away from the same network with dropout", "[0, inf)", note="1: none"
     )
 
+    def begin(self, net: Network, params: Params, key: jax.Array, num: int) -> jax.Array:
+        """The noise at which a sampler begins, [num, L, D]."""
+        return self.fresh(net, params, key, num, self.noise_scale)
+
     @abc.abstractmethod
     def step(self, net: Network, params: Params, predict: Predictor, num: int) -> Callable:
         """The function (z [num, L, D], (tau, tau_next, key)) -> (z at tau_next, the prediction that moved it there)."""
@@ -176,7 +180,7 @@ class PathSampler(Denoiser, Prompted):
         params = net.prepared(params)
         predict = Predictor(net, params, self.guidance)
         start, rest = jax.random.split(key)
-        z = self.fresh(net, params, start, num, self.noise_scale)
+        z = self.begin(net, params, start, num)
         step = self.step(net, params, predict, num)
 
         # Times and keys of a call follow from its number, so that a program need not know how many there will be.

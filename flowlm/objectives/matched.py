@@ -18,6 +18,10 @@ the student's sample, and fresh noise z0':
 the ratio that evidence cancels, and only the evidence of the other tokens is left. But `log` and `ratio` cannot raise a token to
 which p gives nothing, because their gradient has the factor p; `logit` can, and so `both` leaves out less of the flow's law.
 
+At s = 0 a share of the noise's variance may be one draw for all positions (`shared_noise`): each of them then sees at once what
+text is to be written, and need not ask the others. At every position it is the prior's noise all the same, and the law that is
+matched does not depend on it.
+
 x1 is p (`soft`), or the likeliest token with p's gradient (`hard`). If V > D, the score is a vector in the space of z, so d is
 projected on the part that z shows: d P, P = E G^-1 E^T = codes codes^T. `config.teacher` names the run of the map at which the
 student starts, and that run names its flow. Student, auxiliary and flow see the same states, because all keep the teacher's
@@ -49,6 +53,7 @@ from flowlm.system.settings import setting
 
 # Bound on the log-ratio in nats: two denoisers differ by more only at states on which neither was trained.
 LIMIT = 3.0
+SHARED = 11  # tells the keys of the noise that positions share from those of their own
 
 
 def difference(auxiliary: jax.Array, flow: jax.Array, codes: jax.Array | None) -> jax.Array:
@@ -110,6 +115,7 @@ class Matched(FlowMap):
       output: x1, `soft` (the distribution p) or `hard` (the likeliest token).
       matched: share of the rows that are matched, a fraction with a denominator of at most 16.
       at_noise: share of the matched rows that begin at s = 0; the others begin at noised data, with s uniform in warped time.
+      shared_noise: share of the variance of the noise at s = 0 that is one draw for all positions.
       taus: lowest and highest warped time at which laws are compared.
       weight: w as a function of the time t, one of WEIGHTS.
       auxiliary_updates: K, the auxiliary's updates for each update of the student.
@@ -127,6 +133,9 @@ class Matched(FlowMap):
     )
     matched: float = setting(1.0, "share of the rows that are matched; the others stay a flow map's", "(0, 1]")
     at_noise: float = setting(1.0, "share of those that begin at s = 0, the others at noised data", "[0, 1]")
+    shared_noise: float = setting(
+        0.0, "share of the variance of the noise at s = 0 that is the same at all positions", "[0, 1)"
+    )
     taus: tuple[float, ...] = setting((0.02, 0.98), "warped times between which laws are compared", "(0, 1)")
     weight: str = setting("one", "of a time: one, or the KL's own", choices=WEIGHTS)
     auxiliary_updates: int = setting(2, "updates of the auxiliary for one of the student", "[1, inf)")
@@ -224,6 +233,19 @@ class Matched(FlowMap):
         losses, metrics = super().loss(net, student, aux, off, off_keys)
         return self._matching(net, params, aux, on, on_keys) | losses, metrics
 
+    def begin(self, net: Network, params: Params, key: jax.Array, num: int) -> jax.Array:
+        """The noise of a flow map's sampler, with the share that all positions have in common."""
+        if self.shared_noise == 0:
+            return super().begin(net, params, key, num)
+        keys = jax.random.split(jax.random.fold_in(key, SHARED), num)
+        z0 = self.fresh(net, params, key, num, 1.0)
+        return self.noise_scale * self._sharing(keys, net.embedding(params), z0)
+
+    def _sharing(self, keys, embedding, z0):
+        """z0 [B, L, D] ~ N(0, G) with a part of it replaced by a draw of N(0, G) for each row."""
+        common = self.prior.sample(jax.vmap(jax.random.fold_in, (0, None))(keys, SHARED), stop_gradient(embedding), 1)
+        return (1 - self.shared_noise) ** 0.5 * z0 + self.shared_noise**0.5 * common
+
     def _matching(self, net, params, aux, rows, keys):
         net = prompts.prompted(net, rows)
         embedding = stop_gradient(net.embedding(params["student"]))
@@ -234,6 +256,8 @@ class Matched(FlowMap):
         ends = jnp.ones_like(tau_s)
         start_keys, fresh_keys = jnp.moveaxis(jax.vmap(jax.random.split)(rows["noise"]), 1, 0)
         z = self.noised(embedding, rows | {"noise": start_keys}, self.warp.t(tau_s))
+        if self.shared_noise > 0:
+            z = jnp.where((tau_s == 0)[:, None, None], self._sharing(start_keys, embedding, z), z)
 
         def write(params):
             return net.head(params), net.apply(params, z, tau_s, ends, keys)
