@@ -26,7 +26,7 @@ class Told:
     def __init__(self, *args):
         pass
 
-    def __call__(self, params, step, num_samples):
+    def __call__(self, params, step, num_samples, final=False):
         return evaluation.Evaluation(
             step, {"samples/map@1/entropy": step / 8, "samples/map@1/nats": float("nan")}, TEXTS
         )
@@ -154,7 +154,7 @@ def records(directory):
 
 @pytest.mark.needs("wandb")
 def test_offline_all_of_a_run_is_on_this_disk(data_dir, tmp_path):
-    """By the command, twice: the second goes on. What the package wrote is read with its own reader."""
+    """By the command, twice: the second goes on."""
     small = {"model.width": 16, "model.blocks": 1, "evaluation.every": 2}
     experiment = experiment_file(tmp_path / "experiment.py", data_dir, **small)
     with experiment.open("a") as file:

@@ -122,8 +122,8 @@ def test_what_reads_a_checkpoint_reads_one_on_the_hub(run, exported, served, tmp
     served.put(MODEL, exported)
     wanted = checksum(params_of(run))
 
-    def draw(self, num, steps, seed, sampler):
-        return Samples([checksum(self.run.params)], None, "", steps, seed, 0.0, 0.0)
+    def draw(self, num, steps, seed, sampler, prompt):
+        return Samples([checksum(self.run.params)], None, [], "", steps, seed, 0.0, 0.0)
 
     monkeypatch.setattr(Model, "draw", draw)
     assert command("sample", PLACE, "--steps=1").out.splitlines() == [wanted]
@@ -160,12 +160,12 @@ def test_what_is_found_of_a_model_is_kept_where_it_is_told_alone(exported, serve
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, params, step, num):
+        def __call__(self, params, step, num, final=False):
             return evaluation.Evaluation(step, {}, {}, num=num)
 
     monkeypatch.setattr(evaluation, "Evaluator", Looks)
     monkeypatch.setattr(evaluation.Evaluation, "show", lambda self, wide: None)
-    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments: None)
+    monkeypatch.setattr("flowlm.data.open_dataset", lambda *arguments, **how: None)
     assert "is only read: nothing is written there, --results=DIR keeps it" in command("evaluate", PLACE).err
     assert command("evaluate", PLACE, f"--results={tmp_path / 'results'}", "--num=8").status == 0
     assert json.loads((tmp_path / "results/evaluation.json").read_text())["num"] == 8
