@@ -183,7 +183,7 @@ SETTINGS = {
 EXPERIMENTS = {
     "train --config=experiments/gramar.py": "no experiment experiments/gramar.py: did you mean experiments/grammar.py?",
     "train --config experiments/gramar.py": "no experiment experiments/gramar.py: did you mean experiments/grammar.py?",
-    "train --config=nowhere": "no experiment nowhere: there are experiments/grammar.py, ",
+    "train --config=nowhere": "no experiment nowhere: there are experiments/fineweb_edu.py, experiments/grammar.py, ",
     "train --config={empty}": "no experiment {empty}: there are",
     "train --config={link}": "no experiment {link}: there are",
     "train --config=experiments/head_to_head.py": "experiments/head_to_head.py has no get_config",

@@ -188,6 +188,7 @@ def open_dataset(
         # array_record reads the local disk alone. The bucket shares what one host prepared.
         shared = make(data_dir)
         if not _is_whole(shared):
+            _check_source(shared)
             _prepare(shared)
         if copy:
             storage.fetch(shared.data_path)
@@ -218,6 +219,7 @@ def prepare_dataset(
     if _is_whole(builder):
         builder.tidy()
     else:
+        _check_source(builder)
         _prepare(builder)
     return make(data_dir).info if builder.builder_config.hosts.first else None
 
@@ -288,10 +290,14 @@ def _is_whole(builder: builders.Rows) -> bool:
     return (builder.data_path / builders.WHOLE).exists()
 
 
-def _prepare(builder: builders.Rows) -> None:
+def _check_source(builder: builders.Rows) -> None:
     config = builder.builder_config
     if config.documents is None and config.source in corpora.CORPORA:
         corpora.check_corpus(config.source, config.data_dir)
+
+
+def _prepare(builder: builders.Rows) -> None:
+    config = builder.builder_config
     print(f"preparing {config.source} in rows of {config.length}, once:", file=sys.stderr)
     print(f"  {builder.data_path}", file=sys.stderr)
     builder.write()
