@@ -169,7 +169,9 @@ def counted_rows(array):
         note("drawn", sum(shard.data.shape[0] for shard in array.addressable_shards))
     return gathered(array)
 
-judging.score_all, sampling.gathered = counted_scores, counted_rows
+# A command may read its experiment more than once, and each row is noted once.
+if score_all.__name__ != "counted_scores":
+    judging.score_all, sampling.gathered = counted_scores, counted_rows
 rows = sharding.global_rows
 
 def global_rows(*arguments):
