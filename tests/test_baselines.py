@@ -25,10 +25,10 @@ def losses(workdir):
     "family",
     [pytest.param("autoregressive", marks=pytest.mark.slow), "masked", pytest.param("uniform", marks=pytest.mark.slow)],
 )
-def test_eight_devices_train_as_one(family, data_dir, tmp_path):
+def test_microbatches_on_four_devices_train_as_one(family, data_dir, tmp_path):
     """The uniform one through its curriculum and out of it."""
     changes = {"objective.curriculum_steps": 3, "objective.curriculum_temperature": 0.3} if family == "uniform" else {}
-    for name, mesh, accumulation in (("one", 1, 1), ("eight", 8, 1), ("parts", 4, 2)):
+    for name, mesh, accumulation in (("one", 1, 1), ("parts", 4, 2)):
         config = run_config(data_dir, family, **changes, **{"mesh.data": mesh, "accumulation": accumulation})
         train_only(config, tmp_path / name)
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=2e-5)

@@ -107,11 +107,10 @@ def test_the_teacher_stays_out_of_the_checkpoint(student, distilled, teacher):
 
 
 @pytest.mark.parametrize("target", ["psd", pytest.param("lsd", marks=pytest.mark.slow)])
-def test_eight_devices_distil_as_one(student, distilled, target):
-    """And in two microbatches of four: the exact counts of diagonal rows hold in each."""
+def test_microbatches_on_four_devices_distil_as_one(student, distilled, target):
+    """The exact counts of diagonal rows hold in each of the two microbatches."""
     changes = {"objective.target": target}
     one = losses(distilled if target == "psd" else student("one", **changes))
-    np.testing.assert_allclose(losses(student("eight", **changes, **{"mesh.data": 8})), one, rtol=1e-5)
     parts = losses(student("parts", **changes, **{"mesh.data": 4, "accumulation": 2}))
     np.testing.assert_allclose(parts, one, rtol=1e-5)
 

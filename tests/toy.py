@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flowlm import config as settings
+from flowlm import training
 from flowlm.evaluation import evaluator as evaluation
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Transformer
@@ -125,9 +126,10 @@ class NoEvaluation:
 
 
 def train_only(config, workdir):
-    """`train` without its evaluations."""
+    """`train` without its evaluations and its picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "Evaluator", NoEvaluation)
+        patch.setattr(training, "draw_curves", lambda workdir: None)
         train(config, workdir)
 
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from flowlm.system import manifest, processes, storage
 from flowlm.system.manifest import MANIFEST, UNFINISHED
 
 
+@jax.jit
 def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
     """The part of an array's sum that a block of it makes, which begins at `starts` of an array with such strides."""
     width = {1: jnp.uint8, 2: jnp.uint16}.get(block.dtype.itemsize, jnp.uint32)
@@ -42,31 +42,22 @@ def _sum(block: jax.Array, starts: jax.Array, strides: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * ((mixed ^ (mixed >> 15)) | 1), dtype=jnp.uint32)
 
 
-# All blocks of a device are summed by one program, because compiling one for each block would take long.
-_sums = jax.jit(lambda *blocks: jnp.stack([_sum(*block) for block in blocks]))
-
-
-def _blocks(array: jax.Array) -> Iterator[tuple[jax.Device, tuple]]:
-    """(device, arguments of `_sum`) of the blocks of an array in this process, each block once over all processes."""
+def _blocks(array: jax.Array) -> Iterator[tuple]:
+    """The arguments of `_sum` for the blocks of an array in this process, each block once over all processes."""
     shape = array.shape + (2,) * (array.dtype.itemsize == 8)  # 8 bytes are summed as two words
     strides = np.array([math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
     for block in array.addressable_shards:
         if block.replica_id == 0:
             start = [place.start or 0 for place in block.index] + [0] * (len(shape) - array.ndim)
-            yield block.device, (block.data, np.array(start, np.uint32), strides)
+            yield block.data, np.array(start, np.uint32), strides
 
 
 def sums(tree: Any) -> np.ndarray:
     """Sums uint32 [n] of a tree of n arrays that may lie on the devices of several processes; all must call."""
-    leaves, places = jax.tree.leaves(tree), defaultdict(list)
-    for number, array in enumerate(leaves):
-        for device, block in _blocks(jnp.asarray(array)):
-            places[device].append((number, block))
     # No program spans processes, so only finished sums are exchanged. All programs are started before the first is waited for.
-    started = [([number for number, _ in blocks], _sums(*(block for _, block in blocks))) for blocks in places.values()]
-    total = np.zeros(len(leaves), np.uint32)
-    for numbers, parts in started:
-        np.add.at(total, numbers, np.asarray(parts))
+    # Blocks of one shape have one program, which is compiled once for all states that have such blocks.
+    started = [[_sum(*block) for block in _blocks(jnp.asarray(array))] for array in jax.tree.leaves(tree)]
+    total = np.array([np.sum(parts, dtype=np.uint32) for parts in jax.device_get(started)], np.uint32)
     return processes.total(total)
 
 
