@@ -32,6 +32,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "bench": tables.bench,
     "plans": tables.plans,
     "evaluations": tables.evaluations,
+    "kills": tables.kills,
     "metrics": metrics_table.table,
     "settings": settings_table.table,
     "commands": commands_table.table,

@@ -230,3 +230,17 @@ def evaluations(*names: str) -> str:
         tables.append([["", f"{data}, {cells[0][1]}"], *cells[first:]])
     head, *rows = [[beside[0][0], *(row[1] for row in beside)] for beside in zip(*tables, strict=True)]
     return markdown(head, rows)
+
+
+def kills(*paths: str) -> str:
+    """Runs that were killed again and again beside those that were not, as tests/kills.py reports them."""
+    rows = []
+    for path in paths:
+        found = read(path)
+        early = sum(kill["reached"] < 0 for kill in found["met"])
+        both = sum(kill["process"] is None for kill in found["met"])
+        ends = [found["difference"], found["difference_of_losses"]]
+        counts = [found["kills"], early, both, found["steps"], found["seed"]]
+        rows.append([str(found["processes"]), *map(str, counts), *("0" if end == 0 else f"{end:.1e}" for end in ends)])
+    head = ["processes", "kills", "before a first step", "of all at once", "steps", "seed"]
+    return markdown([*head, "largest difference of an array", "of a loss"], rows)
