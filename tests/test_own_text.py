@@ -505,6 +505,21 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     prepare_text("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
     assert "was prepared from something else (length differ)" in bad(tmp_path, length=9)
     assert "was prepared from something else (tokenizer_sha256 differ)" in bad(tmp_path, tokenizer="bpe:300")
+    with pytest.raises(ValueError, match="unknown --packing=pages: choose one of concatenated, documents"):
+        prepare_text("jsonl", str(tmp_path / "texts"), "chars", 8, str(tmp_path / "new"), "", packing="pages")
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    for setting in ("data.length=9", "data.tokenizer=chars", "data.name=own_documents"):
+        more = f"--config.{setting}", f"--config.model.vocab_size={28 if 'chars' in setting else 512}"
+        said = error_of(
+            "train", f"--config=experiments/my_text.py:{tmp_path / 'out'}", f"--workdir={tmp_path}/x", *more
+        )
+        if setting == "data.name=own_documents":
+            assert "has no [PAD] to fill it up: set --config.data.tokenizer=DIR/tokenizer.json" in said
+        else:
+            assert f"{tmp_path / 'out'} has own_text in rows of 8 by its tokenizer.json alone, and its text " in said
+            assert f"{tmp_path / 'texts'} is gone: leave data.name, data.length and data.tokenizer as" in said
+        assert "\n" not in said
+    (tmp_path / "moved").rename(tmp_path / "texts")
     config = "--config=experiments/my_text.py"
     assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")

@@ -173,8 +173,18 @@ def argument(told: str) -> tuple[str, str]:
 
 
 def check_sources(sources: Path) -> None:
-    """`Corpus.check` of own text: raises FileNotFoundError unless the folder has a manifest."""
-    load_manifest(sources.parent)
+    """`Corpus.check` of own text: raises FileNotFoundError where the folder has no manifest, or its text is gone.
+
+    It is asked only for rows that the folder does not have, because those that it has need no text.
+    """
+    folder, manifest = sources.parent, load_manifest(sources.parent)
+    source = SOURCES[manifest["kind"]]
+    if source.sha256 and not source.at(manifest["path"], manifest["sources"][0]["file"]).exists():
+        name, length = data_name(manifest), manifest["length"]
+        raise FileNotFoundError(
+            f"{folder} has {name} in rows of {length} by its tokenizer.json alone, and its text {manifest['path']} is gone: "
+            "leave data.name, data.length and data.tokenizer as my_text.py:DATA sets them"
+        )
 
 
 def read_sources(sources: Path) -> Iterator[tuple[str, str, str]]:
