@@ -249,7 +249,7 @@ def test_from_raw_files_to_a_training_step_by_the_commands(layout, prepared_set,
     assert made.status == 0, made.err
     padded = PADDED in raw
     assert (
-        len(re.findall(r"rows of 8, [0-9.]+ % of them pads; 100 % of documents have several rows", made.out))
+        len(re.findall(r"rows of 8, [0-9.]+ % of their ids pads; 100 % of documents have several\n", made.out))
         == 3 * padded
     )
     line = made.out.splitlines()[-1].replace("DIR", str(tmp_path / "run")).split()

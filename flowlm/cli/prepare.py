@@ -44,7 +44,7 @@ def _padding(manifest: dict, split: str) -> str:
     """What a split pays for rows that begin with documents."""
     ids = manifest["rows"][split] * (manifest["length"] - 1)
     cut = manifest["cut_documents"][split] / manifest["documents"][split]
-    return f"{100 * manifest['pads'][split] / ids:.3g} % of them pads; {100 * cut:.3g} % of documents have several rows"
+    return f"{100 * manifest['pads'][split] / ids:.3g} % of their ids pads; {100 * cut:.3g} % of documents have several"
 
 
 def _prepare_data(values: FlagValues) -> None:
