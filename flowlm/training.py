@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowlm.data import mixture, open_dataset, tokenizers
+from flowlm.data import corpora, mixture, open_dataset, tokenizers
 from flowlm.engine import sharding
 from flowlm.engine import state as train_state
 from flowlm.engine.build import Experiment, abstract_state, build, jit_step
@@ -209,7 +209,7 @@ def _prepare(config: ConfigDict, workdir: str):
     tokenizer = tokenizers.shipped(data.tokenizer, data.dir)
     boards.check(config)
     experiment = build(config, tokenizer.vocab_size, tokenizer.start)
-    mixture.check_folders(data.mixture, tokenizer.sha256, data.length)
+    mixture.check_folders(data.mixture, tokenizer.sha256, data.length, corpora.is_padded(data.name))
     layout = sharding.make_layout(config)
     processes.check_mesh(layout.mesh)
     sharding.check_batch(config.batch_size, config.accumulation, experiment.family.group, layout.devices)

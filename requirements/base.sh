@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prints the name of the image that the Dockerfile builds on, with the digest that its tag has in Docker's registry today:
 #   docker build --build-arg BASE=$(bash requirements/base.sh) ...
-# To build on the same again, write what it prints behind `ARG BASE=` in the Dockerfile, and commit that: then it prints just that.
+# To build on the same again, write that into the Dockerfile, and commit it; then it prints just that:
+#   base=$(bash requirements/base.sh) && sed -i "s|^ARG BASE=.*|ARG BASE=$base|" Dockerfile
 # usage: bash requirements/base.sh [NAME:TAG]     none: the Dockerfile's. It needs curl, and no account.
 set -euo pipefail
 cd "$(dirname "$0")/.."

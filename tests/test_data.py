@@ -245,7 +245,7 @@ def test_grammar_rows(data_dir, monkeypatch):
             "grammar97",
             "grammar98",
             19,
-            "known are sotu, everyday, qm9, text8, lm1b, openwebtext, own_text, grammar1k, grammar98",
+            "known are sotu, everyday, qm9, text8, lm1b, openwebtext, own_text, own_documents, grammar1k, grammar98",
         ),
         ("grammar98", "chars", 19, "its tokenizer is 'grammar98'"),
         ("grammar98", "grammar98", 18, "have 19 ids"),

@@ -75,7 +75,7 @@ def test_references_and_judged_rows_are_of_different_splits(data_dir, monkeypatc
     data = opened(config)
     splits = {name: Rows(getattr(data, name), token) for token, name in enumerate(("train", "validation", "test"), 3)}
     dataset = SimpleNamespace(
-        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences")},
+        **{name: getattr(data, name) for name in ("tokenizer", "length", "grammar", "sentences", "pad")},
         **splits,
         fitted=lambda name, facts, fit: fit(),
     )

@@ -59,7 +59,7 @@ def together(number, work):
 
 
 def rows_of(out):
-    dataset = open_dataset("own_text", str(out / "tokenizer.json"), 16, out)
+    dataset = open_dataset(own_text.settings(str(out))["name"], str(out / "tokenizer.json"), 16, out)
     return {split: getattr(dataset, split).rows(0, len(getattr(dataset, split))) for split in corpora.SPLITS}
 
 
@@ -88,10 +88,13 @@ def test_parts_are_neighbours_and_nearly_even(number):
             assert max(shares) - min(shares) <= 2 * max(sizes)
 
 
-@pytest.mark.parametrize(("number", "tokenizer"), [(2, "bpe:300"), (3, "sotu_bpe_512"), (7, "sotu_bpe_512")])
-def test_several_hosts_make_the_rows_of_one(number, tokenizer, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "tokenizer", "packing"),
+    [(2, "bpe:300", "documents"), (3, "sotu_bpe_512", "concatenated"), (7, "sotu_bpe_512", "concatenated")],
+)
+def test_several_hosts_make_the_rows_of_one(number, tokenizer, packing, folder, tmp_path):
     """And its manifest; seven are more than there are files."""
-    whole = prepare(folder, tmp_path / "one", tokenizer=tokenizer)
+    whole = prepare(folder, tmp_path / "one", tokenizer=tokenizer, packing=packing)
     assert whole["duplicates"] == 2 and whole["distinct_documents"] == 60
     encoded, lock, encode = [], threading.Lock(), Tokenizer.encode_counted
 
@@ -102,7 +105,7 @@ def test_several_hosts_make_the_rows_of_one(number, tokenizer, folder, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tokenizer, "encode_counted", counted)
-        made = together(number, lambda host: prepare(folder, tmp_path / "all", host, tokenizer))
+        made = together(number, lambda host: prepare(folder, tmp_path / "all", host, tokenizer, packing=packing))
     assert made[0] == whole == own_text.load_manifest(tmp_path / "all")
     assert all(each["rows"] is None for each in made[1:])
     found, truth = rows_of(tmp_path / "all"), rows_of(tmp_path / "one")
@@ -112,7 +115,8 @@ def test_several_hosts_make_the_rows_of_one(number, tokenizer, folder, tmp_path)
     assert sorted(encoded) == sorted(2 * [text for text in [*texts(60), *texts(60)[3:5]]])
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"manifest.json", "tokenizer.json", "tfds", "tokens"}
     # The same line again finds all done, on every host.
-    assert together(number, lambda host: prepare(folder, tmp_path / "all", host, tokenizer)) == [whole] * number
+    again = together(number, lambda host: prepare(folder, tmp_path / "all", host, tokenizer, packing=packing))
+    assert again == [whole] * number
 
 
 def test_hosts_that_were_killed_go_on_to_the_same_bytes(folder, tmp_path, monkeypatch):

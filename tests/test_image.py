@@ -246,7 +246,16 @@ def test_no_digest_is_no_name(base, digest):
 
 
 def test_a_base_that_is_pinned_stays(base, tmp_path):
-    pinned = f"python:3.11-slim@{DIGEST}"
-    text = (tmp_path / "Dockerfile").read_text()
-    (tmp_path / "Dockerfile").write_text(text.replace("ARG BASE=python:3.11-slim\n", f"ARG BASE={pinned}\n"))
+    """By the line of the runbook, which changes nothing where the registry gives no digest."""
+    (line,) = re.findall(r"^    (base=.* Dockerfile)$", (ROOT / "launch/README.md").read_text(), re.MULTILINE)
+
+    def pin(digest):
+        base(digest)
+        path = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=path, capture_output=True)
+        return done.returncode, (tmp_path / "Dockerfile").read_text()
+
+    text, pinned = (tmp_path / "Dockerfile").read_text(), f"python:3.11-slim@{DIGEST}"
+    assert pin("latest") == (1, text)
+    assert pin(DIGEST) == (0, text.replace("ARG BASE=python:3.11-slim\n", f"ARG BASE={pinned}\n"))
     assert base("sha256:" + "f" * 64).stdout == f"{pinned}\n"

@@ -145,6 +145,10 @@ def test_what_is_wrong_with_a_mixture_is_one_line(folders, tmp_path, monkeypatch
         ({"rows": None}, "was cut: run the same `flowlm prepare` again"),
         ({"tokenizer_sha256": "0" * 64}, "has another tokenizer than data.dir (sha256 000000000000, here "),
         ({"length": 9}, "has rows of 9, data.length is 8: prepare it anew"),
+        (
+            {"packing": {"rows": "documents"}},
+            "has other rows than data.dir (documents, here concatenated): prepare it with --packing=concatenated",
+        ),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
         assert (told := wrong(f"{tmp_path}:0.5")) and str(tmp_path) in told and said in told

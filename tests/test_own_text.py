@@ -101,6 +101,43 @@ def test_prepared_from_files(folder, tmp_path, monkeypatch):
     assert builders.RowsConfig.of("x", tokenizer, 16, "").name and not (out / "tokens" / "own_text").exists()
 
 
+def test_a_document_begins_a_row_and_pads_are_behind_it(folder, tmp_path, monkeypatch):
+    """Long documents have several rows, which are cut nowhere else; the same text packed end to end is another data set."""
+    (folder / "short.txt").write_text("A few words.")
+    (folder / "full.txt").write_text("the " * 200)
+    monkeypatch.setattr(builders, "SHARD_ROWS", 50)
+    arguments = "textfiles", str(folder), "sotu_bpe_512", 32
+    out = tmp_path / "out"
+    manifest = prepare_text(*arguments, str(out), "", packing="documents")
+    given, tokenizer = shipped("sotu_bpe_512"), Tokenizer.load(out / "tokenizer.json")
+    assert (given.pad, tokenizer.pad, manifest["vocab_size"]) == (None, 512, 513)
+    assert manifest == own_text.load_manifest(out)
+    assert manifest["packing"] == {"rows": "documents", "longer_documents": "cut", "behind_documents": "[PAD]"}
+
+    settings = own_text.settings(str(out))
+    assert settings["name"] == "own_documents"
+    dataset = open_dataset(settings["name"], settings["tokenizer"], settings["length"], settings["dir"])
+    assert dataset.pad == 512 and not dataset.sentences and not dataset.unspelled
+    for split, side in by_split(out).items():
+        expected, longer = [], 0
+        for text in side:
+            ids = given.encode(text).tolist()
+            pieces = [ids[begin : begin + 31] for begin in range(0, len(ids), 31)]
+            expected += [[given.start, *piece, *[512] * (31 - len(piece))] for piece in pieces]
+            longer += len(pieces) > 1
+        rows = getattr(dataset, split)
+        np.testing.assert_array_equal(rows.rows(0, len(rows)), expected)
+        assert rows.text() == " ".join(map(given.decode, (np.array(row)[np.array(row) < 512] for row in expected)))
+        assert manifest["rows"][split] == len(expected) and manifest["cut_documents"][split] == longer
+        assert manifest["pads"][split] == sum(row.count(512) for row in expected) > 0
+    assert sum(manifest["cut_documents"].values()) < sum(manifest["documents"].values()) == 64
+
+    packed = prepare_text(*arguments, str(tmp_path / "packed"), "")
+    assert "pads" not in packed and own_text.content(tmp_path / "packed") != own_text.content(out)
+    with pytest.raises(ValueError, match=r"out was prepared from something else \(packing differ\)"):
+        prepare_text(*arguments, str(out), "")
+
+
 def test_lines_and_files_split_alike(folder, tmp_path):
     """The same documents, in another order and another form: each is on the same side."""
     lines = [json.dumps({"text": p.read_text(), "n": 1}) for p in sorted(folder.rglob("*.txt"), reverse=True)]
@@ -363,6 +400,29 @@ def test_a_stream_of_other_texts_is_not_taken_up(tmp_path, monkeypatch):
     assert encoded == ["0123456789"]
 
 
+def test_pads_and_documents_of_several_rows_are_counted_once_when_it_is_taken_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 500)
+    tokenizer = shipped("sotu_bpe_512").with_pad()
+    documents = [("train", text[: 40 * (1 + number % 9)]) for number, text in enumerate(texts(20))]
+
+    def write(folder, documents):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return packing.write_streams(documents, tokenizer, True, tmp_path / folder, 31, padded=True)
+
+    def cut():
+        yield from documents[:12]
+        raise OSError("cut")
+
+    with pytest.raises(OSError, match="cut"):
+        write("cut", cut)
+    found, truth = write("cut", lambda: iter(documents)), write("whole", lambda: iter(documents))
+    np.testing.assert_array_equal(found.rows["train"], truth.rows["train"])
+    assert found.record == truth.record
+    lengths = [len(tokenizer.encode(text)) for _, text in documents]
+    assert found.record.cut["train"] == sum(length > 31 for length in lengths) and min(lengths) < 31 < max(lengths)
+    assert found.record.pads["train"] == sum(-length % 31 for length in lengths)
+
+
 def test_one_process_in_a_workspace(tmp_path):
     """A second one works beside it; what is left by one that failed is there for the next; success leaves nothing."""
     place = tmp_path / "tokens/x"
@@ -445,6 +505,21 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     prepare_text("jsonl", str(tmp_path / "texts"), "sotu_bpe_512", 8, str(tmp_path / "out"), "")
     assert "was prepared from something else (length differ)" in bad(tmp_path, length=9)
     assert "was prepared from something else (tokenizer_sha256 differ)" in bad(tmp_path, tokenizer="bpe:300")
+    with pytest.raises(ValueError, match="unknown --packing=pages: choose one of concatenated, documents"):
+        prepare_text("jsonl", str(tmp_path / "texts"), "chars", 8, str(tmp_path / "new"), "", packing="pages")
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    for setting in ("data.length=9", "data.tokenizer=chars", "data.name=own_documents"):
+        more = f"--config.{setting}", f"--config.model.vocab_size={28 if 'chars' in setting else 512}"
+        said = error_of(
+            "train", f"--config=experiments/my_text.py:{tmp_path / 'out'}", f"--workdir={tmp_path}/x", *more
+        )
+        if setting == "data.name=own_documents":
+            assert "has no [PAD] to fill it up: set --config.data.tokenizer=DIR/tokenizer.json" in said
+        else:
+            assert f"{tmp_path / 'out'} has own_text in rows of 8 by its tokenizer.json alone, and its text " in said
+            assert f"{tmp_path / 'texts'} is gone: leave data.name, data.length and data.tokenizer as" in said
+        assert "\n" not in said
+    (tmp_path / "moved").rename(tmp_path / "texts")
     config = "--config=experiments/my_text.py"
     assert "my_text takes DATA or DATA:flow_map" in error_of("train", config, "--workdir=x")
     assert "out:map has no manifest.json" in error_of("train", f"{config}:{tmp_path / 'out'}:map", "--workdir=x")

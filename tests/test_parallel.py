@@ -62,15 +62,15 @@ def small(monkeypatch, tmp_path):
     return tmp_path / "texts"
 
 
-def test_any_number_of_processes_makes_the_same_bytes(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["concatenated", "documents"])
+def test_any_number_of_processes_makes_the_same_bytes(how, small, tmp_path, monkeypatch):
     encoded, encode = [], Tokenizer.encode_counted
     monkeypatch.setattr(Tokenizer, "encode_counted", lambda *given: encoded.append(0) or encode(*given))
     made, calls = [], []
     for workers in (1, 3):  # two are in the test of a kill
         encoded.clear()
-        manifest = prepare_text(
-            "textfiles", str(small), "sotu_bpe_512", 16, str(tmp_path / str(workers)), "", workers=workers
-        )
+        out = str(tmp_path / str(workers))
+        manifest = prepare_text("textfiles", str(small), "sotu_bpe_512", 16, out, "", workers=workers, packing=how)
         made.append((manifest, tree(tmp_path / str(workers))))
         calls.append(len(encoded))
     assert made[0] == made[1]

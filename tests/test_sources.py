@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from command_line import error_of, flowlm
 from pyarrow import parquet
 from test_own_text import by_split, shards, texts
+from toy import NoEvaluation
 
+from flowlm import training
 from flowlm.cli import prepare as command
 from flowlm.data import sources
 from flowlm.data.prepare import prepare_text
+from flowlm.evaluation import evaluator
+from flowlm.runs.metrics import read_metrics
 
+ROOT = Path(__file__).parents[1]
 WRITTEN = [f"\u00c9tude: {text}" for text in texts(40)]
 
 
@@ -182,10 +188,78 @@ def test_a_set_of_tfds_gives_its_documents_in_its_order(prepared_set, tmp_path, 
             assert side == [text for text in wanted if text in side]
 
 
-def test_the_command_takes_a_set_and_trains_on_its_folder(prepared_set, tmp_path):
-    line = f"--source=tfds:{prepared_set[1]}:train", "--text_key=sentence", "--tokenizer=bpe:300", "--length=8"
-    printed = flowlm("prepare", *line, "--workers=1", f"--out={tmp_path / 'out'}").out
-    assert f"flowlm train --config=experiments/my_text.py:{tmp_path / 'out'} --workdir=DIR" in printed
+# --- from raw files to a training step ---------------------------------------------------------------------------
+
+PADDED = "--packing=documents"
+
+
+def as_files(folder, prepared_set):
+    for number, text in enumerate(WRITTEN):
+        (folder / f"{number}.txt").write_text(text)
+    return "--source=textfiles", f"--path={folder}"
+
+
+def as_lines_of_json(folder, prepared_set):
+    (folder / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"body": t}) + "\n" for t in WRITTEN).encode())
+    )
+    return "--source=jsonl", f"--path={folder}", "--text_key=body", PADDED
+
+
+def as_parquet(folder, prepared_set):
+    for part in range(2):
+        table = pa.table({"id": range(20), "text": WRITTEN[20 * part :][:20]})
+        parquet.write_table(table, folder / f"train-0000{part}-of-00002.parquet")
+    return "--source=parquet", f"--path={folder}"
+
+
+def as_set_of_tfds(folder, prepared_set):
+    return f"--source=tfds:{prepared_set[1]}:train", "--text_key=sentence", PADDED
+
+
+def as_records(folder, prepared_set):
+    write_records(folder / "a.array_record", [example(text=text) for text in WRITTEN])
+    return "--source=array_record", f"--path={folder}"
+
+
+def as_set_of_hugging_face(folder, prepared_set):
+    parquet.write_table(pa.table({"text": WRITTEN}), folder / "train-00000-of-00001.parquet")
+    return (f"--source=hf:{folder}:train",)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(as_files, marks=pytest.mark.slow),  # a test of own text trains on them
+        as_lines_of_json,
+        as_parquet,
+        as_set_of_tfds,
+        as_records,
+        pytest.param(as_set_of_hugging_face, marks=pytest.mark.needs("datasets")),
+    ],
+)
+def test_from_raw_files_to_a_training_step_by_the_commands(layout, prepared_set, tmp_path, monkeypatch):
+    """What `prepare` prints last is the line that trains; only its settings are smaller here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluator, "Evaluator", NoEvaluation)
+    monkeypatch.setattr(training, "draw_curves", lambda workdir: None)
+    (tmp_path / "raw").mkdir()
+    raw = layout(tmp_path / "raw", prepared_set)
+    made = flowlm("prepare", *raw, "--tokenizer=bpe:300", "--length=8", "--workers=1", f"--out={tmp_path / 'data'}")
+    assert made.status == 0, made.err
+    padded = PADDED in raw
+    assert (
+        len(re.findall(r"rows of 8, [0-9.]+ % of their ids pads; 100 % of documents have several\n", made.out))
+        == 3 * padded
+    )
+    line = made.out.splitlines()[-1].replace("DIR", str(tmp_path / "run")).split()
+    assert line[1] == "train"
+    small = "batch_size=8 steps=1 log_every=1 mesh.data=1 model.width=16 model.blocks=1 model.heads=2 model.cond=16"
+    assert flowlm(*line[1:], *(f"--config.{setting}" for setting in small.split())).status == 0
+    (loss,) = [each["loss"] for each in read_metrics(tmp_path / "run") if "loss" in each]
+    assert 0 < loss < 2 * np.log(300)
+    told = json.loads((tmp_path / "run/config.json").read_text())["data"]
+    assert told["name"] == ("own_documents" if padded else "own_text") and told["dir"] == str(tmp_path / "data")
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------

@@ -226,8 +226,9 @@ def evaluations(*names: str) -> str:
         lines = (ROOT / f"results/plan/{name}/plan.md").read_text(encoding="utf-8").splitlines()
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         first = next(i for i, row in enumerate(cells) if row[0].startswith("start: "))
-        data = read(f"results/plan/{name}/plan.json")["config"]["data"]["name"]
-        tables.append([["", f"{data}, {cells[0][1]}"], *cells[first:]])
+        config = read(f"results/plan/{name}/plan.json")["config"]
+        told = f"{config['data']['name']}, {shown(config['objective']['family'])}, {cells[0][1]}"
+        tables.append([["", told], *cells[first:]])
     head, *rows = [[beside[0][0], *(row[1] for row in beside)] for beside in zip(*tables, strict=True)]
     return markdown(head, rows)
 

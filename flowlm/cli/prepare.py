@@ -2,7 +2,7 @@
 
 from absl.flags import FlagValues
 
-from flowlm.cli.command import Command, experiment, output, switch, text, whole
+from flowlm.cli.command import Command, choice, experiment, output, switch, text, whole
 from flowlm.system.terminal import command
 
 # The kinds of flowlm/data/sources.py, which is not imported here, because that takes a second.
@@ -18,7 +18,7 @@ def _prepare(values: FlagValues) -> None:
     from flowlm.data.round_trip import RoundTrip
 
     wanted = values.source, values.path, values.tokenizer, values.length, values.out
-    how = values.text_key, values.allow_lossy, values.workers, values.host
+    how = values.text_key, values.allow_lossy, values.workers, values.host, values.packing
     manifest = prepare_text(*wanted, values.data_dir, *how)
     if manifest["rows"] is None:
         print(f"host {values.host} is done; the first host writes the manifest when all are")
@@ -35,8 +35,16 @@ def _prepare(values: FlagValues) -> None:
             f"tokenizer: {manifest['vocab_size']} ids; {100 * found.share:.2g} % of the characters change or are dropped"
         )
     for split, rows in manifest["rows"].items():
-        print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}")
+        padding = f", {_padding(manifest, split)}" if "pads" in manifest else ""
+        print(f"{split}: {manifest['documents'][split]} documents, {rows} rows of {manifest['length']}{padding}")
     print(f"{command()} train --config=experiments/my_text.py:{values.out} --workdir=DIR")
+
+
+def _padding(manifest: dict, split: str) -> str:
+    """What a split pays for rows that begin with documents."""
+    ids = manifest["rows"][split] * (manifest["length"] - 1)
+    cut = manifest["cut_documents"][split] / manifest["documents"][split]
+    return f"{100 * manifest['pads'][split] / ids:.3g} % of their ids pads; {100 * cut:.3g} % of documents have several"
 
 
 def _prepare_data(values: FlagValues) -> None:
@@ -81,6 +89,12 @@ PREPARE = Command(
         output("out", "the folder to make, also in a bucket"),
         text(
             "text_key", "KEY", "the text's key in jsonl, its column in parquet or hf, its feature in a record", "text"
+        ),
+        choice(
+            "packing",
+            "documents laid end to end, or each in a row of its own with pads behind it; a longer one has several",
+            "concatenated",
+            ["concatenated", "documents"],
         ),
         WORKERS,
         text("host", "I/N", "this is host I of N that share the work and see DIR, the first being 0; or: cluster"),

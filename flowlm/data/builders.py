@@ -32,6 +32,8 @@ SHARD_ROWS = 8192
 WHOLE = "dataset_info.json"
 _SUFFIX = ".array_record"
 _MANY_IDS = 4_000_000  # ids of a split that several processes write; of fewer, starting these would take as long
+# Under this name the metadata of a set say how many pads its rows have, and how many documents have several rows, by split.
+PADDED = "padded"
 GRAMMAR_ROWS = {"train": 131_072, "validation": 4_096, "test": 4_096}
 
 
@@ -229,10 +231,10 @@ def _example(ids: np.ndarray) -> bytes:
 
 
 class PackedText(Rows, skip_registration=True):
-    """Documents of a corpus, tokenised, laid end to end and cut to rows of one length."""
+    """Documents of a corpus, tokenised, laid end to end or each filled up with pads, and cut to rows of one length."""
 
     def _content(self, workspace: pathlib.Path) -> _Content:
-        config = self.builder_config
+        config, corpus = self.builder_config, corpora.CORPORA[self.builder_config.source]
 
         def documents():
             every = config.documents() if config.documents else corpora.read_corpus(config.source, config.data_dir)
@@ -242,12 +244,15 @@ class PackedText(Rows, skip_registration=True):
         rows, counts, record = packing.write_streams(
             documents,
             config.tokenizer,
-            corpora.CORPORA[config.source].separated,
+            corpus.separated,
             workspace,
             config.length - 1,
             config.workers,
             config.hosts,
+            corpus.padded,
         )
+        if corpus.padded:
+            self.info.metadata.update({PADDED: {"pads": record.pads, "cut_documents": record.cut}})
         if any(record.unspelled.values()):
             self.info.metadata.update(count=record.unspelled, such_as=record.such_as)
             if config.hosts.first:

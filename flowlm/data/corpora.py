@@ -37,8 +37,9 @@ class Corpus:
       check: (sources directory) raises FileNotFoundError where files are missing.
       read: (sources directory) -> the documents (split, id, text), lazily, in one pass over the files.
       separated: whether documents are independent texts, so that a start token belongs between them.
-      rows: None where documents are packed. Otherwise each document is a row of its own, and `rows` names a tokenizer with a pad
-        that suits the corpus; documents that the tokenizer cannot spell or that are longer than a row are left out.
+      rows: None of most. Otherwise documents are sentences, each a row of its own, and `rows` names a tokenizer with a pad that
+        suits the corpus; documents that the tokenizer cannot spell or that are longer than a row are left out.
+      padded: whether each document begins a row, with pads behind it. Without `rows`, one that is longer has several rows.
       licence: of its texts, in words.
     """
 
@@ -46,6 +47,7 @@ class Corpus:
     read: Callable[[Path], Iterator[Document]]
     separated: bool
     rows: str | None = None
+    padded: bool = False
     licence: str = "not known here"
 
 
@@ -230,14 +232,21 @@ CORPORA = {
         _read_everyday,
         separated=True,
         rows="everyday_1000",
+        padded=True,
         licence="CC BY 2.0 FR, sentences by the contributors of Tatoeba (https://tatoeba.org)",
     ),
-    "qm9": Corpus(qm9.check_sources, qm9.read_sources, separated=True, rows="qm9"),
+    "qm9": Corpus(qm9.check_sources, qm9.read_sources, separated=True, rows="qm9", padded=True),
     "text8": Corpus(_check_text8, _read_text8, separated=False),
     "lm1b": Corpus(_check_lm1b, _read_lm1b, separated=True),
     "openwebtext": Corpus(_check_openwebtext, _read_openwebtext, separated=True),
-    "own_text": Corpus(own_text.check_sources, own_text.read_sources, separated=True),
+    own_text.NAMES["concatenated"]: Corpus(own_text.check_sources, own_text.read_sources, separated=True),
+    own_text.NAMES["documents"]: Corpus(own_text.check_sources, own_text.read_sources, separated=True, padded=True),
 }
+
+
+def is_padded(name: str) -> bool:
+    """Whether each text of `data.name` begins a row, with pads behind it; rows of a grammar are not meant."""
+    return name in CORPORA and CORPORA[name].padded
 
 
 def licence(name: str) -> str:

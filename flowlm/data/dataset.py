@@ -47,13 +47,13 @@ class Split:
       source: random access to records {"ids": int32 [length]}.
       tokenizer: what decodes the rows.
       length: ids in a row, the start token included.
-      sentences: whether each row is a text of its own, padded.
+      padded: whether each row is a text of its own, with pads behind it.
     """
 
     source: Shards | RemoteRows
     tokenizer: Tokenizer
     length: int
-    sentences: bool = False
+    padded: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,8 +116,8 @@ class Split:
 
     def _text(self, num_rows: int) -> str:
         """The first rows as one text."""
-        # A packed row has start tokens between its documents. Sentences have none inside, so the one in front of each row is kept.
-        stream = self.rows(0, num_rows)[:, 0 if self.sentences else 1 :].reshape(-1)
+        # A packed row has start tokens between its documents. Padded ones have none inside, so the one in front of each is kept.
+        stream = self.rows(0, num_rows)[:, 0 if self.padded else 1 :].reshape(-1)
         documents = np.split(stream, np.flatnonzero(stream == self.tokenizer.start))
         return " ".join(filter(None, self.tokenizer.decode_batch(documents)))
 
@@ -132,7 +132,8 @@ class Dataset:
       grammar: the exact law of the rows (without their start token); None for a corpus.
       unspelled: empty if the tokenizer could spell all of the text. Otherwise "count" is how often it could not, by split
         (`Tokenizer.encode_counted`), and "such_as" lists some of what it could not spell.
-      sentences: whether each row is a text of its own, padded.
+      sentences: whether each row is a sentence, as a whole.
+      padded: whether each row is a text of its own, with pads behind it.
       place: where the prepared set lies, maybe in a bucket; None of one that is in memory only.
     """
 
@@ -144,7 +145,13 @@ class Dataset:
     test: Split
     unspelled: dict = dataclasses.field(default_factory=dict)
     sentences: bool = False
+    padded: bool = False
     place: epath.Path | None = None
+
+    @property
+    def pad(self) -> int | None:
+        """Id of the token behind a text that is a row of its own; None where rows are full."""
+        return self.tokenizer.pad if self.padded else None
 
     def fitted(self, name: str, facts: Mapping[str, Any], fit: Callable[[], Arrays]) -> Arrays:
         """What `fit` makes of this data, kept beside it (fitted.py). facts: all that it depends on beside the data."""
@@ -156,7 +163,6 @@ class _Found(NamedTuple):
 
     vocabulary: Tokenizer
     law: Grammar | None
-    sentences: bool
     builder: Callable[[epath.Path], builders.Rows]
 
 
@@ -181,7 +187,7 @@ def open_dataset(
       ValueError: the name or tokenizer does not exist, or name, tokenizer and length do not fit together.
     """
     data_dir = storage.path(data_dir)
-    vocabulary, law, sentences, make = _find(name, tokenizer, length, data_dir, workers=workers)
+    vocabulary, law, make = _find(name, tokenizer, length, data_dir, workers=workers)
     here = storage.mirror(data_dir) if copy else data_dir
     builder = make(here)
     if not _is_whole(builder):
@@ -193,10 +199,12 @@ def open_dataset(
         if copy:
             storage.fetch(shared.data_path)
         builder = make(here)
-    splits = {split: Split(_shards(builder, split), vocabulary, length, sentences) for split in corpora.SPLITS}
-    unspelled = dict(builder.info.metadata or {})
+    padded = corpora.is_padded(name)
+    kind = dict(sentences=law is None and corpora.CORPORA[name].rows is not None, padded=padded)
+    splits = {split: Split(_shards(builder, split), vocabulary, length, padded) for split in corpora.SPLITS}
+    unspelled = {key: told for key, told in (builder.info.metadata or {}).items() if key != builders.PADDED}
     place = data_dir / os.fspath(builder.data_path.relative_to(here))
-    return Dataset(vocabulary, length, law, **splits, unspelled=unspelled, sentences=sentences, place=place)
+    return Dataset(vocabulary, length, law, **splits, unspelled=unspelled, **kind, place=place)
 
 
 def prepare_dataset(
@@ -235,13 +243,12 @@ def _find(name: str, tokenizer: str, length: int, data_dir: epath.Path, **how: A
     if law is not None:
         _check_grammar(name, law, vocabulary, length)
     fitting = None if law is not None else corpora.CORPORA[name].rows
-    sentences = fitting is not None
-    if sentences and vocabulary.pad is None:
+    if corpora.is_padded(name) and vocabulary.pad is None:
         raise ValueError(
             f"a text of {name!r} is a row, and tokenizer {tokenizer!r} has no [PAD] to fill it up: "
-            f"set --config.data.tokenizer={fitting}"
+            f"set --config.data.tokenizer={fitting or 'DIR/tokenizer.json, of the folder data.dir'}"
         )
-    builder_class = builders.Sentences if sentences else builders.PackedText if law is None else builders.GrammarRows
+    builder_class = builders.Sentences if fitting else builders.PackedText if law is None else builders.GrammarRows
 
     def make(place: epath.Path) -> builders.Rows:
         with _less_said():  # because tfds warns that each set has a configuration of its own
@@ -251,7 +258,7 @@ def _find(name: str, tokenizer: str, length: int, data_dir: epath.Path, **how: A
                 file_format="array_record",
             )
 
-    return _Found(vocabulary, law, sentences, make)
+    return _Found(vocabulary, law, make)
 
 
 def is_prepared(name: str, tokenizer: str, length: int, data_dir: str | pathlib.Path) -> bool:

@@ -61,8 +61,12 @@ def content(told: Sequence[str]) -> str | None:
     return " ".join(f"{digest}:{part.share}" for digest, part in zip(digests, parts(told), strict=True))
 
 
-def check_folders(told: Sequence[str], tokenizer_sha256: str, length: int) -> None:
-    """Raises ValueError or FileNotFoundError where a folder is not prepared, with this tokenizer, in rows of this length."""
+def check_folders(told: Sequence[str], tokenizer_sha256: str, length: int, padded: bool) -> None:
+    """Checks that each folder is prepared, with this tokenizer, in rows of this length, and padded or not.
+
+    Raises:
+      FileNotFoundError, ValueError: one is not.
+    """
     for folder, *_ in parts(told):
         manifest = own_text.whole_manifest(storage.path(folder))
         if manifest["tokenizer_sha256"] != tokenizer_sha256:
@@ -73,6 +77,12 @@ def check_folders(told: Sequence[str], tokenizer_sha256: str, length: int) -> No
         if manifest["length"] != length:
             raise ValueError(
                 f"data.mixture: {folder} has rows of {manifest['length']}, data.length is {length}: prepare it anew"
+            )
+        packing = "documents" if padded else "concatenated"
+        if manifest["packing"]["rows"] != packing:
+            raise ValueError(
+                f"data.mixture: {folder} has other rows than data.dir ({manifest['packing']['rows']}, here {packing}): "
+                f"prepare it with --packing={packing}"
             )
 
 
@@ -91,7 +101,7 @@ def shuffled(dataset: Dataset, told: Sequence[str], seed: int, copy: bool = True
     mixed = parts(told)
     if not mixed:
         return dataset.train.shuffled(seed)
-    check_folders(told, dataset.tokenizer.sha256, dataset.length)
+    check_folders(told, dataset.tokenizer.sha256, dataset.length, dataset.padded)
     splits = [dataset.train, *(_train(part.folder, dataset.length, copy) for part in mixed)]
     streams = [split.shuffled(seed) for split in splits]
     shares = [1 - sum(part.share for part in mixed), *(part.share for part in mixed)]
@@ -134,4 +144,5 @@ def _rounded(numbers: np.ndarray, share: Fraction) -> np.ndarray:
 
 def _train(folder: str, length: int, copy: bool) -> Split:
     tokenizer = os.fspath(storage.path(folder) / "tokenizer.json")
-    return open_dataset("own_text", tokenizer, length, folder, copy=copy).train
+    name = own_text.data_name(own_text.load_manifest(storage.path(folder)))
+    return open_dataset(name, tokenizer, length, folder, copy=copy).train

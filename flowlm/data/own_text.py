@@ -22,6 +22,8 @@ from flowlm.system import parallel, storage
 from flowlm.system.hosts import ALONE, Hosts
 
 MANIFEST = "manifest.json"
+# How rows are made of documents: `data.name` of a folder that was prepared so.
+NAMES = {"concatenated": "own_text", "documents": "own_documents"}
 HELD_OUT = 0.05  # share of the distinct documents that validation and test get each
 _FEW_BYTES = 1 << 24  # of so little text, starting processes would take longer than reading it
 _NAMED = 5  # how many of the files that are left out a manifest names
@@ -122,7 +124,12 @@ def load_manifest(folder: Path) -> dict:
             f"{folder} has no {MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
         )
     found = json.loads((folder / MANIFEST).read_text())
-    return found | {"text_key": found.get("text_key", "text")}  # which the oldest ones do not say
+    return {"text_key": "text", "packing": {"rows": "concatenated"}} | found  # which the oldest ones do not say
+
+
+def data_name(manifest: dict) -> str:
+    """`data.name` of the folder that a manifest describes."""
+    return NAMES[manifest["packing"]["rows"]]
 
 
 def whole_manifest(folder: Path) -> dict:
@@ -156,7 +163,7 @@ def settings(folder: str) -> dict:
     place = storage.path(folder)
     manifest = whole_manifest(place)
     tokenizer = os.fspath(place / "tokenizer.json")
-    return dict(name="own_text", tokenizer=tokenizer, length=manifest["length"], dir=os.fspath(place))
+    return dict(name=data_name(manifest), tokenizer=tokenizer, length=manifest["length"], dir=os.fspath(place))
 
 
 def argument(told: str) -> tuple[str, str]:
@@ -166,8 +173,18 @@ def argument(told: str) -> tuple[str, str]:
 
 
 def check_sources(sources: Path) -> None:
-    """`Corpus.check` of own text: raises FileNotFoundError unless the folder has a manifest."""
-    load_manifest(sources.parent)
+    """`Corpus.check` of own text: raises FileNotFoundError where the folder has no manifest, or its text is gone.
+
+    It is asked only for rows that the folder does not have, because those that it has need no text.
+    """
+    folder, manifest = sources.parent, load_manifest(sources.parent)
+    source = SOURCES[manifest["kind"]]
+    if source.sha256 and not source.at(manifest["path"], manifest["sources"][0]["file"]).exists():
+        name, length = data_name(manifest), manifest["length"]
+        raise FileNotFoundError(
+            f"{folder} has {name} in rows of {length} by its tokenizer.json alone, and its text {manifest['path']} is gone: "
+            "leave data.name, data.length and data.tokenizer as my_text.py:DATA sets them"
+        )
 
 
 def read_sources(sources: Path) -> Iterator[tuple[str, str, str]]:

@@ -3,6 +3,9 @@
 Documents are tokenised and laid end to end, with a start token behind each one (not in a corpus that is one text). The
 stream is cut every `length - 1` tokens, and each piece gets a start token in front, so a row has `length` ids and
 every document in it stands between start tokens. Only the last, incomplete piece of a split is dropped.
+
+Or each document begins a row (`padded`): pads behind it fill up its last row, and one that is longer than a row has several. The
+stream is then cut at the same places, none of which is within a document that fits.
 """
 
 import collections
@@ -81,6 +84,8 @@ class Record:
       tokens: number of tokens by split.
       unspelled: by split, how often the vocabulary could not spell the text (`Tokenizer.encode_counted`).
       such_as: examples of what it could not spell.
+      pads: number of pads by split, which `tokens` includes.
+      cut: by split, number of documents that have rows of their own, and more than one.
     """
 
     texts: int = 0
@@ -88,6 +93,8 @@ class Record:
     tokens: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     unspelled: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     such_as: list[str] = dataclasses.field(default_factory=list)
+    pads: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    cut: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
 
 class Streams(NamedTuple):
@@ -112,8 +119,11 @@ def write_streams(
     width: int,
     workers: int = 1,
     hosts: Hosts = ALONE,
+    padded: bool = False,
 ) -> Streams:
     """Writes the token stream of each split under `folder`, in one pass over the documents.
+
+    With `padded` each document begins a row, and the tokenizer must have a pad; `separated` then says nothing.
 
     Goes on where an interrupted call stopped, if the documents still begin with those that the interrupted call had written. Any
     number of `workers`, processes that tokenise, writes the same.
@@ -129,10 +139,12 @@ def write_streams(
             files[split] = stack.enter_context(_place(folder, split).open("r+b"))
             files[split].truncate(4 * record.tokens[split])
             files[split].seek(0, os.SEEK_END)
-        encode = functools.partial(_encode, tokenizer, separated)
+        encode = functools.partial(_encode, tokenizer, separated, width if padded else None)
         for batch, found in _encoded(_batches(rest), encode, workers):
             with storage.writing(folder):
                 _append(batch, found, tokenizer, files, record, digest)
+                if padded:
+                    _count(batch, found, tokenizer.pad, width, record)
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())  # now, because the record must not count tokens that a crash could lose
@@ -202,20 +214,31 @@ def _encoded(
         yield waiting.popleft(), found
 
 
-def _encode(tokenizer: Tokenizer, separated: bool, batch: list[Document]) -> Encoded:
+def _encode(tokenizer: Tokenizer, separated: bool, filled: int | None, batch: list[Document]) -> Encoded:
+    """`filled`: the number of ids that each text is filled up to a multiple of; None where texts lie end to end."""
     found, unspelled = tokenizer.encode_counted([text for _, text in batch])
     behind = np.full(int(separated), tokenizer.start, np.int32)
-    lengths = np.asarray([len(ids) + separated for ids in found])
-    return (
-        np.concatenate([part for ids in found for part in (ids, behind)], dtype=np.int32),
-        lengths,
-        np.asarray(unspelled),
-    )
+    if filled:
+        pads = np.full(filled, tokenizer.pad, np.int32)
+        parts = [(ids, pads[: -len(ids) % filled]) for ids in found]
+    else:
+        parts = [(ids, behind) for ids in found]
+    lengths = np.asarray([len(ids) + len(end) for ids, end in parts])
+    return np.concatenate([*itertools.chain(*parts)], dtype=np.int32), lengths, np.asarray(unspelled)
 
 
 def _has_a_long_text(batch: list[Document]) -> bool:
     """Whether the windows of one text are encoded in parallel, for which one process is enough."""
     return any(len(text) > 2 * windows.WINDOW for _, text in batch)
+
+
+def _count(batch: list[Document], found: Encoded, pad: int, width: int, record: Record) -> None:
+    ids, lengths, _ = found
+    sides = np.asarray([SPLITS.index(split) for split, _ in batch])
+    is_pad = ids == pad  # no text is encoded as one
+    for side, split in enumerate(SPLITS):
+        record.pads[split] += int(is_pad[np.repeat(sides, lengths) == side].sum())
+        record.cut[split] += int((lengths[sides == side] > width).sum())
 
 
 def _append(batch: list[Document], found: Encoded, tokenizer: Tokenizer, files: dict, record: Record, digest) -> None:
@@ -256,9 +279,8 @@ def _rows(file: BinaryIO, begin: int, num: int, width: int, behind: Iterable[int
 
 def _total(told: Sequence[dict]) -> Record:
     """The records of all hosts as one, but for the digest, which changes when any of theirs does."""
-    sums = {
-        name: {split: sum(each[name][split] for each in told) for split in SPLITS} for name in ("tokens", "unspelled")
-    }
+    names = ("tokens", "unspelled", "pads", "cut")
+    sums = {name: {split: sum(each[name][split] for each in told) for split in SPLITS} for name in names}
     such_as = next((each["such_as"] for each in told if each["such_as"]), [])
     digests = [each["sha256"] for each in told]
     digest = digests[0] if len(told) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

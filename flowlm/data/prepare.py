@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
 
+from flowlm.data import builders, own_text, round_trip, sources, tokenizers, train_tokenizers
 from flowlm.data import dataset as reader
-from flowlm.data import own_text, round_trip, sources, tokenizers, train_tokenizers
 from flowlm.data.corpora import SPLITS
 from flowlm.data.sources import SOURCES
 from flowlm.data.tokenizers import Tokenizer
@@ -27,9 +27,7 @@ from flowlm.system import parallel, storage
 from flowlm.system.hosts import Hosts
 
 # What a folder was prepared from: it is reused only if these keys of its manifest agree.
-_ASKED = ("kind", "path", "text_key", "sources", "length")
-# How rows are made of documents, as the manifest says it.
-PACKING = {"rows": "concatenated", "last_incomplete_row": "dropped"}
+_ASKED = ("kind", "path", "text_key", "sources", "length", "packing")
 # The share of characters that a tokenizer may change or drop without --allow_lossy.
 LOSSY = 0.01
 # About how many characters are encoded and decoded to measure the loss; of a larger text, evenly spaced pieces are.
@@ -47,6 +45,7 @@ def prepare_text(
     allow_lossy: bool = False,
     workers: int | None = None,
     host: str | None = None,
+    packing: str = "concatenated",
 ) -> dict:
     """Packs text into rows of `length` ids under `out` and returns the manifest; resumes an interrupted call.
 
@@ -61,6 +60,8 @@ def prepare_text(
       workers: processes that read and tokenise; by default one for each core. Any number makes the same bytes.
       host: which of several hosts that see `out` this is (`hosts.which`). Each reads its part of the files and writes its own
         shards; any number makes the same rows. The first writes the manifest at the end, others return one without numbers of rows.
+      packing: "concatenated", documents laid end to end, or "documents": each begins a row, is filled up with pads, and has
+        several rows if it is longer (packing.py). A tokenizer without a pad then gets one, as one more id.
 
     Raises:
       FileNotFoundError: the text or the tokenizer is missing.
@@ -68,30 +69,32 @@ def prepare_text(
         it was before.
       RuntimeError: another host has failed.
     """
+    if packing not in own_text.NAMES:
+        raise ValueError(f"unknown --packing={packing}: choose one of {', '.join(own_text.NAMES)}")
+    padded = packing == "documents"
     kind, place = _asked(source, path, text_key)
     workers = workers or parallel.cores()
     index, number = system_hosts.which(host)
-    recipe = train_tokenizers.recipe(tokenizer)
-    vocabulary = None if recipe else tokenizers.shipped(tokenizer, data_dir)
+    recipe = train_tokenizers.recipe(tokenizer, padded)
+    vocabulary = None if recipe else _given(tokenizer, data_dir, padded)
     files, folder = SOURCES[kind].files(place), storage.path(out)
     held = own_text.load_manifest(folder) if (folder / own_text.MANIFEST).exists() else {}
+    settings = {"kind": kind, "text_key": text_key, "length": length, "packing": {"rows": packing}}
     if number > 1 and held.get("rows"):
-        _check_same(
-            held, {"kind": kind, "text_key": text_key, "length": length}, ["kind", "text_key", "length"], folder
-        )
+        _check_same(held, settings, [*settings], folder)
         return held
-    asked = [kind, place, text_key, tokenizer, length, [*map(SOURCES[kind].size, files[1])]]
+    asked = [kind, place, text_key, tokenizer, length, packing, [*map(SOURCES[kind].size, files[1])]]
     words = folder / "hosts" / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     hosts = Hosts(index, number, words)
     hosts.begin()
     try:
         manifest = own_text.describe(kind, files, text_key, workers, hosts)
-        manifest |= {"length": length, "recipe": tokenizer if recipe else None}
+        manifest |= settings | {"recipe": tokenizer if recipe else None}
         _check_same(held, manifest, _ASKED, folder)
         if recipe:
             made = hosts.of_first("tokenizer", lambda: _made(recipe, manifest, held, folder).json)
             vocabulary = Tokenizer(made)
-        manifest |= _of_tokenizer(vocabulary) | {"rows": None}
+        manifest |= _of_tokenizer(vocabulary, packing) | {"rows": None}
         _check_same(held, manifest, ["tokenizer_sha256"], folder)
         if not held or held["rows"] is None:
             manifest["round_trip"] = held.get("round_trip") or _measure(vocabulary, manifest, hosts)
@@ -124,6 +127,11 @@ def _asked(source: str, path: str | None, text_key: str) -> tuple[str, str]:
     return kind, place or path
 
 
+def _given(tokenizer: str, data_dir: str, padded: bool) -> Tokenizer:
+    vocabulary = tokenizers.shipped(tokenizer, data_dir)
+    return vocabulary.with_pad() if padded and vocabulary.pad is None else vocabulary
+
+
 def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: dict, out: epath.Path) -> Tokenizer:
     """The folder's tokenizer if the same recipe made it (the text is known to be the same); otherwise trains a new one."""
     if held.get("recipe") == manifest["recipe"] and (out / "tokenizer.json").is_file():
@@ -134,7 +142,10 @@ def _made(recipe: Callable[[Iterable[str]], Tokenizer], manifest: dict, held: di
 
 
 def _check_same(held: dict, manifest: dict, names: Sequence[str], out: epath.Path) -> None:
-    if held and (differ := sorted(name for name in names if held.get(name) != manifest[name])):
+    def said(told: dict, name: str):
+        return told["packing"]["rows"] if name == "packing" else told.get(name)
+
+    if held and (differ := sorted(name for name in names if said(held, name) != said(manifest, name))):
         raise ValueError(f"{out} was prepared from something else ({', '.join(differ)} differ): give another --out")
 
 
@@ -152,13 +163,14 @@ def _part(manifest: dict, hosts: Hosts) -> slice:
     return hosts.part([source["bytes"] for source in manifest["sources"]])
 
 
-def _of_tokenizer(vocabulary: Tokenizer) -> dict:
+def _of_tokenizer(vocabulary: Tokenizer, packing: str) -> dict:
     """What a manifest says of the tokenizer, and of how rows are made of the documents (packing.py)."""
-    return {
-        "tokenizer_sha256": vocabulary.sha256,
-        "vocab_size": vocabulary.vocab_size,
-        "packing": PACKING | {"between_documents": vocabulary.pieces[vocabulary.start]},
-    }
+    if packing == "documents":
+        how = {"longer_documents": "cut", "behind_documents": vocabulary.pieces[vocabulary.pad]}
+    else:
+        how = {"last_incomplete_row": "dropped", "between_documents": vocabulary.pieces[vocabulary.start]}
+    told = {"tokenizer_sha256": vocabulary.sha256, "vocab_size": vocabulary.vocab_size}
+    return told | {"packing": {"rows": packing} | how}
 
 
 def _check_kept(manifest: dict, tokenizer: str, allow_lossy: bool) -> None:
@@ -177,7 +189,7 @@ def _pack(manifest: dict, vocabulary: Tokenizer, out: epath.Path, workers: int, 
     hosts.of_first("begun", lambda: _begin(manifest, vocabulary, out))
     try:
         info = reader.prepare_dataset(
-            "own_text",
+            own_text.data_name(manifest),
             os.fspath(out / "tokenizer.json"),
             manifest["length"],
             out,
@@ -193,10 +205,10 @@ def _pack(manifest: dict, vocabulary: Tokenizer, out: epath.Path, workers: int, 
         raise
     if info is None:
         return manifest
-    manifest = manifest | {
-        "rows": {split: info.splits[split].num_examples for split in SPLITS},
-        "unspelled": dict(info.metadata or {}),
-    }
+    unspelled = dict(info.metadata or {})
+    padded = unspelled.pop(builders.PADDED, {})
+    rows = {split: info.splits[split].num_examples for split in SPLITS}
+    manifest = manifest | {"rows": rows, "unspelled": unspelled} | padded
     _write(out, manifest)
     if (out / "hosts").exists():
         (out / "hosts").rmtree()

@@ -110,8 +110,10 @@ def frequent_words(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
 RECIPES = {"bpe": (byte_level_bpe, 257), "words": (frequent_words, 3)}
 
 
-def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
+def recipe(name: str, padded: bool = False) -> Callable[[Iterable[str]], Tokenizer] | None:
     """The function that trains `bpe:SIZE` or `words:SIZE` on texts, in one pass; None if `name` has no such form.
+
+    With `padded` one of the ids is a pad.
 
     Raises:
       ValueError: SIZE is no number, or is less than the kind of tokenizer needs.
@@ -120,11 +122,17 @@ def recipe(name: str) -> Callable[[Iterable[str]], Tokenizer] | None:
     if not colon or kind not in RECIPES:
         return None
     make, least = RECIPES[kind]
-    if not size.isdecimal() or int(size) < least:
-        raise ValueError(f"--tokenizer={name}: {kind} takes a number of ids from {least} on, such as {kind}:4096")
-    return lambda texts: Tokenizer(
-        make((piece for text in texts for piece in windows.pieces(text)), int(size)).to_str()
-    )
+    if not size.isdecimal() or int(size) < least + padded:
+        raise ValueError(
+            f"--tokenizer={name}: {kind} takes a number of ids from {least + padded} on, such as {kind}:4096"
+        )
+
+    def train(texts: Iterable[str]) -> Tokenizer:
+        pieces = (piece for text in texts for piece in windows.pieces(text))
+        made = Tokenizer(make(pieces, int(size) - padded).to_str())
+        return made.with_pad() if padded else made
+
+    return train
 
 
 def of_grammars() -> dict[str, tokenizers.Tokenizer]:

@@ -113,12 +113,11 @@ class Material:
     Attributes:
       dataset: the run's data.
       start: id of the start token.
-      pad: id of the token behind a sentence that is a row of its own; None of other data.
+      pad: id of the token behind a text that is a row of its own; None of other data.
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.start = dataset, dataset.tokenizer.start
-        self.pad = dataset.tokenizer.pad if dataset.sentences else None
+        self.dataset, self.start, self.pad = dataset, dataset.tokenizer.start, dataset.pad
 
     @cached_property
     def held_out(self) -> np.ndarray:

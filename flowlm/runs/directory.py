@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -75,9 +75,13 @@ def content_of_run(directory: str | os.PathLike) -> str | None:
     return _digest(*(file.read_text() if file.exists() else "" for file in files), str(max(steps, default="")))
 
 
+def _is_own(data: Mapping) -> bool:
+    return data["name"] in own_text.NAMES.values()
+
+
 def content_of_data(config: ConfigDict) -> str | None:
     """Digest of the user's own text, wherever it lies: its manifest but for where its sources were; None of other data."""
-    return own_text.content(storage.path(config.data.dir)) if config.data.name == "own_text" else None
+    return own_text.content(storage.path(config.data.dir)) if _is_own(config.data) else None
 
 
 def data_name(directory: str | os.PathLike) -> str | None:
@@ -88,9 +92,9 @@ def data_name(directory: str | os.PathLike) -> str | None:
         return None
     data = told["data"]
     name = f"{data['name']}, {data['tokenizer']}"
-    if data["name"] == "own_text":  # its settings name places, which say nothing of the text
+    if _is_own(data):  # its settings name places, which say nothing of the text
         content = known_content(directory, ConfigDict({"data": data}), "data.dir")
-        name = f"own_text {content[:8] if content else data['dir']}"
+        name = f"{data['name']} {content[:8] if content else data['dir']}"
     return f"{name}, rows of {data['length']}"
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowlm.data.corpora import CORPORA
+from flowlm.data.corpora import is_padded
 from flowlm.data.grammar import Grammar, shipped_names
 from flowlm.data.packing import framed
 from flowlm.data.tokenizers import Tokenizer
@@ -252,7 +252,7 @@ def _pad(config: ConfigDict, tokenizer: Tokenizer) -> int | None:
     name = config.data.name
     if name in shipped_names():
         return Grammar.load(name).pad
-    return tokenizer.pad if name in CORPORA and CORPORA[name].rows else None
+    return tokenizer.pad if is_padded(name) else None
 
 
 def _given(prompts: Sequence[str], config: ConfigDict, tokenizer: Tokenizer, family: Family) -> np.ndarray:
