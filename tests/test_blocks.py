@@ -134,7 +134,7 @@ def test_all_texts_of_a_block_are_drawn_until_none_goes_on():
         calls.append(block)
         return np.array([[9, 1, 2, 3], [9, 4, 0, 5]]) if block == 0 else np.array([[9, 3, 6, 0], [9, 5, 7, 8]])
 
-    found = blocks.texts(draw, None, 100, 1, 9, [9, 0])
+    found = blocks.texts(draw, None, np.array([100, 100]), 1, 9, [9, 0])
     assert [text.tolist() for text in found] == [[1, 2, 3, 6], [4]] and calls == [0, 1]
 
 
@@ -142,7 +142,7 @@ def test_what_is_given_is_in_the_text_whatever_ends_before_it():
     """The model writes an end, 0, into a gap; the text ends at the first one behind the prompt."""
     given = np.array([[9, -1, 4, -1, -1], [9, 5, 0, 0, 0], [9, -1, -1, -1, -1]])
     rows = np.array([[9, 0, 4, 6, 0], [9, 5, 0, 0, 0], [9, 0, 1, 1, 1]])
-    found = blocks.texts(lambda block, given: rows, given, 4, 0, 9, [9, 0])
+    found = blocks.texts(lambda block, given: rows, given, np.full(3, 4), 0, 9, [9, 0])
     assert [text.tolist() for text in found] == [[0, 4, 6], [5], []]
 
 
@@ -196,6 +196,16 @@ def test_the_command_cuts_texts_and_writes_longer_ones(flow, tmp_path):
     assert all(line.startswith("the old") for line in lines[::2])
     ended = command("sample", flow, "--steps=1", "--num=1", "--max_tokens=19")
     assert "prompts: a further block goes on by replacement, an approximation that one step knows nothing" in ended.err
+
+
+def test_a_text_that_ends_with_its_prompt_does_not_go_on(flow):
+    """Even where the prompt fills the row, so that no pad ends it; one that is left open does, if no pad comes."""
+    model = flowlm.load(flow)
+    prompts = ["the ___:16 .", "the old ___ ."]
+    closed = model.draw(2, 1, prompt=prompts, max_tokens=30)
+    assert [text.split()[-1] for text in closed.texts] == ["."] * 4
+    pad = Grammar.load("grammar98").pad
+    assert (closed.ids[:, 19:] == pad).all() and (closed.ids[:, 18] != pad).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

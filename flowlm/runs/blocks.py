@@ -38,28 +38,29 @@ def check_prompts(prompts: Sequence[str], given: np.ndarray, max_tokens: int, en
 def texts(
     draw: Callable[[int, np.ndarray | None], np.ndarray],
     given: np.ndarray | None,
-    max_tokens: int,
+    most: np.ndarray,
     tail: int,
     start: int,
     ends: Collection[int],
 ) -> list[np.ndarray]:
-    """The ids of each text, without a start token and without what is behind its end; at most `max_tokens` of them.
+    """The ids of each text, without a start token and without what is behind its end.
 
     Args:
       draw: (number of the block, prompts [num, L] or None) -> rows [num, L]. All rows of a block are drawn, even of texts that have
         ended, so that what a row is does not depend on the others.
       given: prompts [num, L] of the first block, or None.
+      most: how many tokens each text has at most, int [num].
     """
     rows = draw(0, given)
     ids, width = rows[:, 1:], rows.shape[1]
     least = np.zeros(len(ids), int) if given is None else prompted_tokens(given, ends)
     block = 0
-    while ids.shape[1] < max_tokens and (_lengths(ids, least, ends) == ids.shape[1]).any():
+    while ((_lengths(ids, least, ends) == ids.shape[1]) & (ids.shape[1] < most)).any():
         block += 1
         prompt = np.full((len(ids), width), UNKNOWN, np.int32)
         prompt[:, 0], prompt[:, 1 : 1 + tail] = start, ids[:, -tail:]
         ids = np.concatenate([ids, draw(block, prompt)[:, 1 + tail :]], 1)
-    return [row[: min(length, max_tokens)] for row, length in zip(ids, _lengths(ids, least, ends))]
+    return [row[:length] for row, length in zip(ids, np.minimum(_lengths(ids, least, ends), most))]
 
 
 def _lengths(ids: np.ndarray, least: np.ndarray, ends: Collection[int]) -> np.ndarray:

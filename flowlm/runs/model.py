@@ -19,7 +19,7 @@ from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.objectives import Family
 from flowlm.objectives.prompts import check
 from flowlm.runs import blocks
-from flowlm.runs.prompts import given_rows
+from flowlm.runs.prompts import given_rows, is_open
 from flowlm.runs.trained import Trained, load_settings, load_trained
 
 _SHOWN = 5  # texts that an error names
@@ -175,12 +175,20 @@ class Model:
             found = ids = rows(0, given)
         else:
             start, ends = self.tokenizer.start, _ends(self.config, self.tokenizer)
-            found = blocks.texts(rows, given, max_tokens, tail, start, ends)
+            found = blocks.texts(rows, given, self._most(prompts, num, max_tokens), tail, start, ends)
             filled = np.full((num, max_tokens), ends[-1], np.int32)
             for row, text in zip(filled, found):
                 row[: len(text)] = text
             ids = framed(filled, start)
         return Samples(self.tokenizer.decode_batch(found), ids, prompts, name, steps, seed, *took.tolist())
+
+    def _most(self, prompts: list[str], num: int, max_tokens: int) -> np.ndarray:
+        """Most tokens [num] of each text; one that ends with its prompt has no more than a row."""
+        most = np.full(num, max_tokens)
+        if _pad(self.config, self.tokenizer) is not None:
+            ended = [i for i, prompt in enumerate(prompts) if not is_open(prompt)]
+            most[ended] = np.minimum(most[ended], self.config.data.length - 1)
+        return most
 
     def _sampler(self, name: str, family: Family, num: int, prompted: bool) -> sampling.Sampler:
         kind = name, min(num, ROWS), prompted
