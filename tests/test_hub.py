@@ -122,7 +122,7 @@ def test_what_reads_a_checkpoint_reads_one_on_the_hub(run, exported, served, tmp
     served.put(MODEL, exported)
     wanted = checksum(params_of(run))
 
-    def draw(self, num, steps, seed, sampler, prompt):
+    def draw(self, num, steps, seed, sampler, *length):
         return Samples([checksum(self.run.params)], None, [], "", steps, seed, 0.0, 0.0)
 
     monkeypatch.setattr(Model, "draw", draw)

@@ -221,9 +221,16 @@ def test_a_teacher_without_prompts_cannot_teach_them(runs, data_dir):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [pytest.param("trained", 2, marks=pytest.mark.slow), ("autoregressive", 18)]
+    ("name", "steps", "sampler"),
+    [
+        pytest.param("trained", 2, "ancestral-prompted-guided1.5", marks=pytest.mark.slow),
+        ("masked", 2, "ancestral-prompted-guided1.5"),
+        ("autoregressive", 18, "draws-prompted"),
+    ],
 )
-def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, runs, tmp_path, data_dir, monkeypatch):
+def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(
+    name, steps, sampler, runs, tmp_path, data_dir, monkeypatch
+):
     """What is drawn is put in place of by the held-out rows, but for every second one: half of what was asked is recovered."""
     test = open_dataset("grammar98", "grammar98", 19, data_dir).test
     held_out, seen = test.rows(0, len(test)), []
@@ -237,7 +244,8 @@ def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, ru
         return np.where((np.arange(num) % 2 == 0)[:, None] | (given != UNKNOWN), rows, 0)
 
     monkeypatch.setattr(sampling.Sampler, "__call__", draw)
-    where = f"--results={tmp_path / 'out'}", f"--data_dir={data_dir}"
+    where = [f"--results={tmp_path / 'out'}", f"--data_dir={data_dir}"]
+    where += ["--objective=prompt_guidance=1.5"] * ("guided" in sampler)
     ended = command("evaluate", runs[name], "--prompted", f"--steps={steps}", "--num=64", *where)
     assert ended.status == 0, ended.err
     (given,) = seen
@@ -246,9 +254,8 @@ def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(name, steps, ru
     if name == "autoregressive":
         assert (known[:, 1:] <= known[:, :-1]).all()
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
-    assert {key.split("/")[1] for key in metrics} == {
-        f"{'draws' if name == 'autoregressive' else 'ancestral'}-prompted@{steps}"
-    }
+    assert {key.split("/")[1] for key in metrics} == {f"{sampler}@{steps}"}
+    assert {"entropy", "distinct_rows", "distinct_2"} < {key.split("/")[2] for key in metrics}
     recovered = next(value for key, value in metrics.items() if key.endswith("/recovered"))
     # Several rows may hold what is given, so the one that was drawn is not always the one that it was taken from.
     assert 0.2 < recovered < 0.7

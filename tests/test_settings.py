@@ -63,7 +63,8 @@ LIMITS = {
     **dict.fromkeys(("model.time_scale", "model.end_time_scale", "optimizer.learning_rate"), POSITIVE),
     **dict.fromkeys(("objective.teacher_temperature", "objective.curriculum_temperature"), POSITIVE),
     **dict.fromkeys(("model.gate_init", "model.attention_cap", "model.logit_cap"), NOT_NEGATIVE),
-    **dict.fromkeys(("optimizer.weight_decay", "objective.guidance", "objective.adaptive"), NOT_NEGATIVE),
+    **dict.fromkeys(("optimizer.weight_decay", "objective.guidance", "objective.prompt_guidance"), NOT_NEGATIVE),
+    "objective.adaptive": NOT_NEGATIVE,
     **dict.fromkeys(
         ("model.dropout", "optimizer.b1", "optimizer.b2", "objective.diagonal", "objective.shared_noise"), BELOW_ONE
     ),
@@ -171,7 +172,7 @@ def test_the_defaults_that_an_error_tells_are_in_range():
             "objective.family",
             "residual",
             "the family residual does not go with this experiment's objective (boundary, eta, guidance, loss, noise_scale, "
-            "pairs, prompts, temperature): choose an experiment of that family",
+            "pairs, prompt_guidance, prompts, temperature): choose an experiment of that family",
         ),
     ],
 )

@@ -24,13 +24,15 @@ def _sample(values: FlagValues) -> None:
     out = None if values.out is None else storage.path(values.out)
     if out is not None:
         storage.check_writable_file(out)
-    check_drawing(values.checkpoint, counts, values.sampler, prompt, **objective)
+    length = values.max_tokens, values.tail
+    check_drawing(values.checkpoint, counts, values.sampler, prompt, *length, **objective)
     model = flowlm.load(values.checkpoint, **objective)
-    if prompt and model.follows_prompts == "replacement":
-        _tell("trained without prompts: followed by replacement, an approximation that one step knows nothing of")
+    if model.follows_prompts == "replacement" and (prompt or (values.max_tokens or 0) >= model.config.data.length):
+        what = "prompts: followed" if prompt else "prompts: a further block goes on"
+        _tell(f"trained without {what} by replacement, an approximation that one step knows nothing of")
     written = []
     for steps in counts:
-        drawn = model.draw(values.num, steps, values.seed, values.sampler, prompt)
+        drawn = model.draw(values.num, steps, values.seed, values.sampler, prompt, *length)
         _tell(f"{drawn.sampler}, {_number(steps, 'step')}, seed {drawn.seed}")
         for line in _json_lines(drawn) if values.json else _lines(drawn.texts, values.delimiter):
             if out is None:
@@ -99,6 +101,8 @@ SAMPLE = Command(
         whole("num", "how many samples", 8, 1),
         text("prompt", "TEXT", "what texts go on from: `___` is a token to write, `___:3` three, `...` the rest"),
         text("prompts", "FILE", 'several: {"prompt": TEXT} a line, --num texts of each'),
+        whole("max_tokens", "cut texts at their end, at the latest here; beyond a row they go on in blocks", None, 1),
+        whole("tail", "tokens that a further block goes on from (default: half of a row's)", None, 1),
         SAMPLER,
         SEED,
         OBJECTIVE,

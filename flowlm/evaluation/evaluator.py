@@ -51,6 +51,11 @@ def followed_steps(steps: Sequence[int]) -> list[int]:
     return sorted(n for n in steps if n <= FOLLOWED_STEPS)[-1:]
 
 
+def _prompted_name(family: Family) -> str:
+    """What the name of a sampler that goes on from prompts ends in, with its guidance where there is any."""
+    return "-prompted" + (f"-guided{family.prompt_guidance:g}" if family.prompt_guidance != 1 else "")
+
+
 class Evaluator:
     """evaluator(params, step, num_samples) -> Evaluation.
 
@@ -63,7 +68,7 @@ class Evaluator:
       only_steps: numbers of sampling steps, whenever it is called, instead of `settings.steps`.
       samples_only: judge the sampler as it is set, and nothing else: no plain sampler, no likelihood, no rows of reference.
       prompted: the same of texts that go on from parts of held-out rows, drawn as for training with prompts; their sampler's
-        name ends in "-prompted", and `recovered` is among their metrics.
+        name ends in "-prompted", with guidance in "-prompted-guided1.5", and `recovered` is among their metrics.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as `Panel`, of which nothing is left to the first call.
@@ -90,7 +95,7 @@ class Evaluator:
         if self._samples_only:
             chosen = dict([*chosen.items()][-1:])
         self._samplers = {
-            name + "-prompted" * prompted: Sampler(net, variant, layout, prompted=prompted)
+            name + _prompted_name(variant) * prompted: Sampler(net, variant, layout, prompted=prompted)
             for name, variant in chosen.items()
         }
         key = jax.random.key(0)

@@ -69,6 +69,7 @@ class Family(abc.ABC):
       continues: whether the student starts at the run `config.teacher` and follows that run's own teacher.
       any_steps: whether samplers take any number of steps, which may then be traced, so that one program serves all numbers.
       prompts: share of the rows of training that show a part of their text (prompts.py); 0 where a family cannot be trained so.
+      prompt_guidance: how far its sampler goes from what it would write without a prompt (prompts.py); 1 where there is no such.
       conditions: what a prompt is to a network that was not trained with prompts: `shown` where it sees clean tokens among noised
         ones anyway, `prefix` in autoregression; otherwise `replacement`, an approximation.
       updates: how each of several networks that are trained together is updated, by their names; {} for a single network.
@@ -85,6 +86,7 @@ class Family(abc.ABC):
     continues: ClassVar[bool] = False
     any_steps: ClassVar[bool] = False
     prompts: float = 0.0
+    prompt_guidance: float = 1.0
     conditions: ClassVar[str] = "replacement"
 
     @property

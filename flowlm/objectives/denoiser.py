@@ -146,6 +146,11 @@ class PathSampler(Denoiser, Prompted):
         1.0, "sampler: above 1, away from the same network with dropout", "[0, inf)", note="1: none"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance != 1 and self.prompt_guidance != 1:
+            raise ValueError("objective.guidance and objective.prompt_guidance both mix predictions: set only one")
+
     def begin(self, net: Network, params: Params, key: jax.Array, num: int) -> jax.Array:
         """The noise at which a sampler begins, [num, L, D]."""
         return self.fresh(net, params, key, num, self.noise_scale)

@@ -10,11 +10,19 @@
             then take these positions along their noised path, z_t = (1 - t) z0 + t E[token]. This is an approximation, because
             the other positions read that path through its noise: early steps, and a single step, know nothing of the prompt.
             In autoregression the same stands in place of draws, which for a prefix is exact.
+    Guided  guidance (2207.12598): predictions with the prompt, p_c, taken further away from those without, p_u,
+
+                p ~ p_c^w p_u^(1 - w) = p_u (p_c / p_u)^w
+
+            token by token, in logits, so that p is a distribution at every w. Where one token is to be written, p_c and p_u are
+            its laws times the same evidence of its noise. So p is the posterior of the law p(y | given)^w p(y)^(1-w), and that
+            law is written. w = 1 is Shown itself, in one call; any other value costs a second call.
 
 `sample` puts the given tokens into what any sampler returns, so that they come back as they were given.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +45,25 @@ class Prompted(Family):
 
     Attributes:
       prompts: share of the rows that show a random part of their text clean.
+      prompt_guidance: w, how far the sampler goes from what it would write without the prompt: 0 is without it, 1 with it, and
+        above 1 beyond.
     """
 
     prompts: float = setting(
         0.0, "share of the rows that show parts of their text clean, so that a prompt can be followed", "[0, 1]"
     )
+    prompt_guidance: float = setting(
+        1.0, "sampler: above 1, away from what is written without the prompt", "[0, inf)", note="1: none"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        knows_both = self.prompts < 1 if self.prompts > 0 else self.conditions == "shown"
+        if self.prompt_guidance != 1 and not knows_both:
+            raise ValueError(
+                f"objective.prompt_guidance {self.prompt_guidance:g} needs a run that learnt to write with and without a prompt, "
+                f"and this one's objective.prompts is {self.prompts:g}: leave it out, or take a run with a share between 0 and 1"
+            )
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -101,8 +123,13 @@ def check(family: Family, given: np.ndarray) -> None:
 
 def sample(family: Family, net: Network, params: Params, key: jax.Array, given: jax.Array, steps: int) -> jax.Array:
     """ids [B, L] by `family.sample`, with the tokens of given [B, L] among them."""
-    knows = Shown if family.prompts > 0 or family.conditions == "shown" else Told
-    ids = family.sample(knows(net, given), params, key, given.shape[0], steps)
+    if family.prompt_guidance != 1:
+        knowing = Guided(net, given, family.prompt_guidance)
+    elif family.prompts > 0 or family.conditions == "shown":
+        knowing = Shown(net, given)
+    else:
+        knowing = Told(net, given)
+    ids = family.sample(knowing, params, key, given.shape[0], steps)
     return jnp.where(given == UNKNOWN, ids, given)
 
 
@@ -167,6 +194,40 @@ class Shown(_Knowing):
         return self.net.head(params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Guided(_Knowing):
+    """A network whose logits are those of `Shown`, taken further from the network's own. Its hidden states are both, side by side.
+
+    Its own call knows nothing of the prompt. Where there is a mask, given positions are masked in it. Elsewhere the sampler writes
+    there what it would without the prompt, because the network has learnt to read rows that are noised as a whole.
+
+    Attributes:
+      guidance: w, at least 0.
+    """
+
+    guidance: float
+
+    def apply(
+        self,
+        params: Params,
+        z: jax.Array,
+        tau_s: jax.Array,
+        tau_t: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """hidden [B, L, 2 F], by two calls of the network; at given positions both halves are of the call without the prompt."""
+        known = (self.given != UNKNOWN)[..., None]
+        shown = Shown(self.net, self.given).apply(params, z, tau_s, tau_t, keys)
+        if self.embedding(params).shape[0] > self.vocab:
+            z = jnp.where(known, self.embed(params, jnp.full_like(self.given, self.vocab)), z)
+        without = self.net.apply(params, z, tau_s, tau_t, keys)
+        return jnp.concatenate([jnp.where(known, without, shown), without], -1)
+
+    def head(self, params: Params) -> Head:
+        """log p_u + w (log p_c - log p_u), but for a constant."""
+        return Partial(functools.partial(_guided, self.guidance), self.net.head(params))
+
+
 class Told(_Knowing):
     """A network that predicts given tokens with certainty. Its hidden states have one number more, the given id."""
 
@@ -199,6 +260,11 @@ class Told(_Knowing):
         """(cache, hidden [B, 1, F + 1]) of the next token, which is given or not."""
         cache, hidden = self.net.decode(params, cache, ids)
         return cache, _telling(hidden, jax.lax.dynamic_slice_in_dim(self.given, cache["position"], 1, 1))
+
+
+def _guided(guidance, head, hidden):
+    shown, without = (head(half) for half in jnp.split(hidden, 2, -1))
+    return without + guidance * (shown - without)
 
 
 def _telling(hidden, given):

@@ -18,10 +18,12 @@ from flowlm.engine.sampling import ROWS, named_sampler, on_rows
 from flowlm.engine.sharding import Layout, make_mesh
 from flowlm.objectives import Family
 from flowlm.objectives.prompts import check
-from flowlm.runs.prompts import given_rows
+from flowlm.runs import blocks
+from flowlm.runs.prompts import given_rows, is_open
 from flowlm.runs.trained import Trained, load_settings, load_trained
 
 _SHOWN = 5  # texts that an error names
+_FURTHER = 2**32  # a further block's key is numbered from here down, where no call of a sampler is
 
 
 class Samples(NamedTuple):
@@ -29,7 +31,8 @@ class Samples(NamedTuple):
 
     Attributes:
       texts: num of them.
-      ids: the same as int32 [num, L], each row with its start token.
+      ids: the same as int32 [num, L], each row with its start token; of texts of at most max_tokens [num, 1 + max_tokens], filled
+        with the end token behind where they end.
       prompts: of each text the prompt that it goes on from; [] without one.
       sampler: the name of the sampler that drew them.
       steps: how many it took.
@@ -99,6 +102,8 @@ class Model:
         seed: int = 0,
         sampler: str | None = None,
         prompt: str | Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        tail: int | None = None,
     ) -> list[str]:
         """Writes `num` texts by `steps` network calls each.
 
@@ -110,12 +115,15 @@ class Model:
           sampler: one of `samplers`; the last of them by default.
           prompt: a text with gaps, as runs/prompts.py reads it, such as "the old ___ feeds ...", or several: `num` texts of each.
             What it gives is in every text; `follows_prompts` says how well the rest goes with it.
+          max_tokens: most tokens of a text, which is then cut where it ends. More than the L - 1 of a row are written block by
+            block, `steps` network calls each (runs/blocks.py); `follows_prompts` says how well a block goes on. None: a row.
+          tail: tokens of the text so far that a further block goes on from, fewer than a row has; half of them by default.
 
         Raises:
           ValueError: there is no such sampler, the family does not sample in so many steps, a number is out of its range, or a
-            prompt does not fit a row.
+            prompt does not fit a row or max_tokens.
         """
-        return self.draw(num, steps, seed, sampler, prompt).texts
+        return self.draw(num, steps, seed, sampler, prompt, max_tokens, tail).texts
 
     def sample_ids(
         self,
@@ -124,9 +132,11 @@ class Model:
         seed: int = 0,
         sampler: str | None = None,
         prompt: str | Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        tail: int | None = None,
     ) -> np.ndarray:
-        """`sample` as token ids int32 [num, L], each row with its start token."""
-        return self.draw(num, steps, seed, sampler, prompt).ids
+        """`sample` as ids, `Samples.ids`."""
+        return self.draw(num, steps, seed, sampler, prompt, max_tokens, tail).ids
 
     def draw(
         self,
@@ -135,6 +145,8 @@ class Model:
         seed: int = 0,
         sampler: str | None = None,
         prompt: str | Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        tail: int | None = None,
     ) -> Samples:
         """`sample`, with the ids, the sampler's name and the time.
 
@@ -143,20 +155,46 @@ class Model:
         """
         num, steps = _whole("num", num, 1), _whole("steps", steps, 1)
         seed = _whole("seed", seed, 0, 2**32 - 1)
+        tail = _checked_tail(max_tokens, tail, self.config)
         name, family = named_sampler(self.run.experiment.family, sampler)
         prompts = [prompt] if isinstance(prompt, str) else [] if prompt is None else list(prompt)
         given = None
         if prompt is not None:
-            given = np.repeat(_given(prompts, self.run.config, self.tokenizer, family), num, 0)
+            given = np.repeat(_given(prompts, self.config, self.tokenizer, family, max_tokens), num, 0)
             prompts, num = [each for each in prompts for _ in range(num)], len(given)
-        kind = name, min(num, ROWS), given is not None
+        key, took = jax.random.key(seed), np.zeros(2)
+
+        def rows(block: int, given: np.ndarray | None) -> np.ndarray:
+            drawing = self._sampler(name, family, num, given is not None)
+            own = jax.random.fold_in(key, _FURTHER - block) if block else key
+            ids = drawing(self.run.params, own, num, steps, given=given)
+            took[:] += drawing.draw_seconds, drawing.compile_seconds
+            return ids
+
+        if max_tokens is None:
+            found = ids = rows(0, given)
+        else:
+            start, ends = self.tokenizer.start, _ends(self.config, self.tokenizer)
+            found = blocks.texts(rows, given, self._most(prompts, num, max_tokens), tail, start, ends)
+            filled = np.full((num, max_tokens), ends[-1], np.int32)
+            for row, text in zip(filled, found):
+                row[: len(text)] = text
+            ids = framed(filled, start)
+        return Samples(self.tokenizer.decode_batch(found), ids, prompts, name, steps, seed, *took.tolist())
+
+    def _most(self, prompts: list[str], num: int, max_tokens: int) -> np.ndarray:
+        """Most tokens [num] of each text; one that ends with its prompt has no more than a row."""
+        most = np.full(num, max_tokens)
+        if _pad(self.config, self.tokenizer) is not None:
+            ended = [i for i, prompt in enumerate(prompts) if not is_open(prompt)]
+            most[ended] = np.minimum(most[ended], self.config.data.length - 1)
+        return most
+
+    def _sampler(self, name: str, family: Family, num: int, prompted: bool) -> sampling.Sampler:
+        kind = name, min(num, ROWS), prompted
         if kind not in self._drawing:
-            net, rows = self.run.experiment.net, min(num, ROWS)
-            self._drawing[kind] = sampling.Sampler(net, family, self.layout, rows, given is not None)
-        draw = self._drawing[kind]
-        ids = draw(self.run.params, jax.random.key(seed), num, steps, given=given)
-        texts = self.tokenizer.decode_batch(ids)
-        return Samples(texts, ids, prompts, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
+            self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, self.layout, kind[1], prompted)
+        return self._drawing[kind]
 
     def log_prob_bound(self, texts: Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
         """An upper bound on -log p of each text, in nats, given the start token: float32 [num].
@@ -225,23 +263,28 @@ def check_drawing(
     steps: Sequence[int],
     sampler: str | None = None,
     prompt: Sequence[str] | None = None,
+    max_tokens: int | None = None,
+    tail: int | None = None,
     **objective: Any,
 ) -> None:
     """Says of the settings of a run alone what `Model.draw` would say when all parameters are read, which may take minutes.
 
     Args:
       prompt: what texts are to go on from, or None.
+      max_tokens: as `Model.sample` takes it.
+      tail: likewise.
       objective: as `flowlm.load` takes them.
 
     Raises:
       ValueError: there is no such sampler, the family does not sample in one of these numbers of steps, a prompt does not fit a
-        row, or as `flowlm.load`.
+        row or max_tokens, the tail is as long as a row, or as `flowlm.load`.
     """
     layout = Layout(make_mesh(), fsdp=True)
     config, tokenizer, (net, family, *_) = load_settings(directory, layout, objective)
     _, family = named_sampler(family, sampler)
+    _checked_tail(max_tokens, tail, config)
     if prompt is not None:
-        _given(prompt, config, tokenizer, family)
+        _given(prompt, config, tokenizer, family, max_tokens)
     key = jax.random.key(0)
     for count in steps:
         sampling.Sampler(net, family, layout, 1).check(jax.eval_shape(net.init, key), key, count)
@@ -255,11 +298,36 @@ def _pad(config: ConfigDict, tokenizer: Tokenizer) -> int | None:
     return tokenizer.pad if is_padded(name) else None
 
 
-def _given(prompts: Sequence[str], config: ConfigDict, tokenizer: Tokenizer, family: Family) -> np.ndarray:
+def _ends(config: ConfigDict, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that stand behind a text in the run's data, the usual one last."""
+    pad = _pad(config, tokenizer)
+    return [tokenizer.start] + ([] if pad is None else [pad])
+
+
+def _given(
+    prompts: Sequence[str], config: ConfigDict, tokenizer: Tokenizer, family: Family, max_tokens: int | None
+) -> np.ndarray:
     """Rows of ids int32 [number of prompts, L] that texts of this run go on from."""
     given = given_rows(prompts, tokenizer, config.data.length, _pad(config, tokenizer))
     check(family, given)
+    if max_tokens is not None:
+        blocks.check_prompts(prompts, given, max_tokens, _ends(config, tokenizer))
     return given
+
+
+def _checked_tail(max_tokens: int | None, tail: int | None, config: ConfigDict) -> int:
+    """How many tokens of a text a further block goes on from. Raises ValueError for numbers that cannot be."""
+    room = config.data.length - 1
+    if max_tokens is None:
+        if tail is not None:
+            raise ValueError(
+                f"a tail is of texts longer than the {room} tokens of a row: give max_tokens too, or leave it out"
+            )
+        return 0
+    goes_on = _whole("max_tokens", max_tokens, 1) > room
+    if tail is None and not goes_on:
+        return 0
+    return _whole("tail", room // 2 if tail is None else tail, 1, room - 1)
 
 
 def _named(numbers: Sequence[int]) -> str:

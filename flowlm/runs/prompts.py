@@ -37,25 +37,30 @@ def given_rows(prompts: Sequence[str], tokenizer: Tokenizer, length: int, pad: i
     return np.stack([_row(prompt, tokenizer, length - 1, pad) for prompt in prompts])
 
 
+def is_open(prompt: str) -> bool:
+    """Whether a prompt leaves it to the model where the text ends."""
+    return prompt.rstrip().endswith(_OPEN)
+
+
 def _row(prompt: str, tokenizer: Tokenizer, room: int, pad: int | None) -> np.ndarray:
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is a text, got {prompt!r}")
     shown = repr(prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}...")
-    text, is_open = prompt, prompt.rstrip().endswith(_OPEN)
-    if is_open:
+    text, goes_on = prompt, is_open(prompt)
+    if goes_on:
         text = prompt.rstrip().removesuffix(_OPEN)
     if _OPEN in text:
         raise ValueError(
             f"the prompt {shown} has `...` before its end, where it leaves open how many tokens there are: write `___:N` for N"
         )
-    ids = _ids(text, is_open, tokenizer, shown)
+    ids = _ids(text, goes_on, tokenizer, shown)
     if len(ids) > room:
         gaps = ids.count(UNKNOWN)
         raise ValueError(
             f"the prompt {shown} has {len(ids)} tokens, {gaps} of them to be written: a row of this run has {room}, give a shorter "
             "prompt"
         )
-    rest = UNKNOWN if is_open or pad is None else pad
+    rest = UNKNOWN if goes_on or pad is None else pad
     row = [*ids, *[rest] * (room - len(ids))]
     if UNKNOWN not in row:
         raise ValueError(
@@ -64,14 +69,14 @@ def _row(prompt: str, tokenizer: Tokenizer, room: int, pad: int | None) -> np.nd
     return np.array([tokenizer.start, *row], np.int32)
 
 
-def _ids(text: str, is_open: bool, tokenizer: Tokenizer, shown: str) -> list[int]:
+def _ids(text: str, goes_on: bool, tokenizer: Tokenizer, shown: str) -> list[int]:
     """The ids of a prompt up to its end, with UNKNOWN in its gaps."""
     pieces, blank, ids = _pieces(text), _blank(tokenizer), []
     for number, (piece, count) in enumerate(pieces):
         is_last = number == len(pieces) - 1
         if count < 1 and not is_last:
             raise ValueError(f"the prompt {shown} has a gap of no token: write `___:N` with N of at least 1")
-        ends_in_gap = is_open or not is_last
+        ends_in_gap = goes_on or not is_last
         if blank is None:
             ids += _encoded(piece.rstrip() if ends_in_gap else piece, tokenizer, shown)
         else:
