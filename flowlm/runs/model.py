@@ -147,7 +147,7 @@ class Model:
         prompts = [prompt] if isinstance(prompt, str) else [] if prompt is None else list(prompt)
         given = None
         if prompt is not None:
-            given = np.repeat(_given(prompts, self.run.config, self.tokenizer, family), num, 0)
+            given = np.repeat(self.given(prompts), num, 0)
             prompts, num = [each for each in prompts for _ in range(num)], len(given)
         kind = name, min(num, ROWS), given is not None
         if kind not in self._drawing:
@@ -157,6 +157,19 @@ class Model:
         ids = draw(self.run.params, jax.random.key(seed), num, steps, given=given)
         texts = self.tokenizer.decode_batch(ids)
         return Samples(texts, ids, prompts, name, steps, seed, draw.draw_seconds, draw.compile_seconds)
+
+    @property
+    def pad(self) -> int | None:
+        """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
+        return _pad(self.config, self.tokenizer)
+
+    def given(self, prompts: Sequence[str]) -> np.ndarray:
+        """Rows of ids int32 [number of prompts, L] of prompts, with prompts.UNKNOWN where a token is to be written.
+
+        Raises:
+          ValueError: one does not fit a row, or is nothing that the family can go on from.
+        """
+        return _given(prompts, self.config, self.tokenizer, self.run.experiment.family)
 
     def log_prob_bound(self, texts: Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
         """An upper bound on -log p of each text, in nats, given the start token: float32 [num].
@@ -202,7 +215,7 @@ class Model:
         if wrong := [i for i, (_, (count,)) in enumerate(spelled) if count]:
             parts = ", ".join(map(repr, self.tokenizer.unspelled(texts[wrong[0]])))
             raise ValueError(f"{_named(wrong)} cannot be spelled by the run's tokenizer, such as {parts}")
-        pad, room = _pad(self.config, self.tokenizer), length - 1
+        pad, room = self.pad, length - 1
         if wrong := [i for i, ids in enumerate(found) if len(ids) > room or (len(ids) < room and pad is None)]:
             sizes = ", ".join(str(len(found[i])) for i in wrong[:_SHOWN])
             raise ValueError(
