@@ -49,6 +49,7 @@ class Browser:
         self._session = self("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         self("Runtime.enable")
         self("Page.enable")
+        self("Emulation.setFocusEmulationEnabled", enabled=True)  # because no window of a screen gives it the focus
 
     def __enter__(self) -> "Browser":
         return self

@@ -17,6 +17,7 @@ def _serve(values: FlagValues) -> None:
         raise ImportError(f"flowlm serve needs {' and '.join(missing)}: pip install -e .[serve]")
 
     from flowlm.serving import models, server
+    from flowlm.system import signals
 
     models.names_of(values.checkpoints)
     with server.listening(values.host, values.port) as opened:  # before parameters are read, which may take minutes
@@ -26,7 +27,10 @@ def _serve(values: FlagValues) -> None:
         print(
             f"{server.address(opened)} serves {', '.join(model.name for model in served)}", file=sys.stderr, flush=True
         )
-        server.Server(served, opened, values.most_rows, values.queue, values.timeout).run()
+        here = server.Server(served, opened, values.most_rows, values.queue, values.timeout)
+        with signals.held(here.stop):
+            here.run()
+    print("stopped: all that was accepted is answered", file=sys.stderr)
 
 
 SERVE = Command(

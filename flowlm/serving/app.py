@@ -10,9 +10,9 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -26,6 +26,9 @@ from flowlm.serving.worker import Closed, Failed, Full, Job, Seen, Worker, Writt
 
 # The page may load nothing but itself.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+T = TypeVar("T")
 
 
 class Answer:
@@ -88,13 +91,18 @@ class Answer:
         choices.sort(key=lambda choice: choice["index"])
         return self._head | {"choices": choices, "usage": usage} | self._how(spent)
 
-    async def streamed(self) -> AsyncIterator[str]:
+    def told(self, event: Seen | Written) -> dict[str, Any]:
+        """An event as a stream tells it."""
+        choices = [choice for choice, _ in self.choices(event)]
+        call = event.call if isinstance(event, Seen) else self.question.steps
+        return self._head | {"choices": choices, "call": call} | self._how(event.seconds)
+
+    async def streamed(self, first: Seen | Written, events: AsyncIterator[Seen | Written]) -> AsyncIterator[str]:
         """Server-sent events. An error on the way is one of them."""
+        yield _event(self.told(first))
         try:
-            async for event in self.events():
-                choices = [choice for choice, _ in self.choices(event)]
-                call = event.call if isinstance(event, Seen) else self.question.steps
-                yield _event(self._head | {"choices": choices, "call": call} | self._how(event.seconds))
+            async for event in events:
+                yield _event(self.told(event))
         except Refused as refused:
             yield _event(refused.body())
         yield "data: [DONE]\n\n"
@@ -136,13 +144,16 @@ class Interface:
             self._metrics.observe(served.name, question.steps, time.monotonic() - start)
 
         if not asked.stream:
-            told = await _unless_gone(request, answer)
+            told = await _unless_gone(request, answer.whole())
             observe()
             return JSONResponse(told)
 
+        events = answer.events()
+        first = await _unless_gone(request, anext(events))  # before the status is sent, because it may be an error's
+
         async def stream() -> AsyncIterator[str]:
-            async with contextlib.aclosing(answer.streamed()) as events:
-                async for event in events:
+            async with contextlib.aclosing(events):
+                async for event in answer.streamed(first, events):
                     yield event
             observe()
 
@@ -182,21 +193,21 @@ class Interface:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
 
-async def _unless_gone(request: Request, answer: Answer) -> dict[str, Any]:
-    """The whole answer. The job is cancelled when the client goes away, because then nobody reads it."""
+async def _unless_gone(request: Request, asked: Awaitable[T]) -> T:
+    """What is asked. It is cancelled when the client goes away, because then nobody reads it."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    whole, left = asyncio.ensure_future(answer.whole()), asyncio.ensure_future(gone())
+    found, left = asyncio.ensure_future(asked), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait((whole, left), return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
+        await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
+        if not found.done():
             raise Refused(499, "the client has gone")
-        return whole.result()
+        return found.result()
     finally:
-        whole.cancel()
+        found.cancel()
         left.cancel()
 
 

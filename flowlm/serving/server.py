@@ -1,12 +1,11 @@
 """A server as a process: its socket, its two threads, and how it stops.
 
-The main thread writes texts (worker.py), because it owns the devices; another one speaks HTTP. A signal to stop closes the socket:
-what was accepted is answered, and then the process ends with exit status 0. Another Ctrl-C ends it at once.
+The thread that calls `run` writes texts (worker.py), because it owns the devices; another one speaks HTTP. To stop is to close the
+socket, and to answer what was accepted.
 """
 
 import errno
 import socket
-import sys
 import threading
 
 import uvicorn
@@ -15,7 +14,6 @@ from flowlm.serving.app import make_app
 from flowlm.serving.metrics import Metrics
 from flowlm.serving.models import Served
 from flowlm.serving.worker import Worker
-from flowlm.system import signals
 
 BACKLOG = 1024  # connections that may wait to be accepted
 
@@ -67,15 +65,13 @@ class Server:
         self._http.should_exit = True
 
     def run(self) -> None:
-        """Serves until `stop`, or a signal to this process."""
+        """Serves until `stop`. Raises RuntimeError: HTTP is no longer spoken, though nobody has stopped it."""
         talk = threading.Thread(target=self._talk)
-        with signals.held(self.stop):
-            talk.start()
-            self.worker.run()
-            talk.join()
+        talk.start()
+        self.worker.run()
+        talk.join()
         if not self._http.should_exit:
             raise RuntimeError("the HTTP server has ended by itself: see its error above")
-        print("stopped: all that was accepted is answered", file=sys.stderr)
 
     def _talk(self) -> None:
         try:
