@@ -13,7 +13,7 @@ from flowlm.serving import models, server
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs/serve.webp"
 CHECKPOINT, ASKED = "checkpoints/grammar_matched", "model=grammar_matched&prompt=the+old+___+feeds+...&seed=3"
-SIZE = 1180, 560
+SIZE = 1260, 620
 SHORT, LONG = 220, 3500  # milliseconds of a frame, and of the last
 # The page gets the next event of a stream when `go` is called, so that there is a picture of each.
 PACED = """
@@ -40,10 +40,12 @@ def frames(address: str) -> list[Image.Image]:
     found, before = [], None
     with tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
         browser.look(*SIZE)
+        browser.open(f"{address}/?{ASKED}")  # once before, so that the times are not those of a browser that starts
+        browser.wait("document.body?.dataset.state === 'done'")
         browser("Page.addScriptToEvaluateOnNewDocument", source=PACED)
         browser.open(f"{address}/?{ASKED}")
         while True:
-            browser.wait("window.go || document.body?.dataset.state === 'done'")
+            browser.wait("Boolean(window.go) || document.body?.dataset.state === 'done'")
             shown, done = browser.value(SHOWN), browser.value("document.body.dataset.state === 'done'")
             if done or shown != before:
                 found.append(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"))
