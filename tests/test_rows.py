@@ -41,7 +41,8 @@ def written(rows, asked, steps):
 
 
 def asked_of(seeds, numbers, **more):
-    return {"seed": np.array(seeds, np.uint32), "number": np.array(numbers, np.int32)} | more
+    nothing = np.full((len(seeds), LENGTH), UNKNOWN)
+    return {"seed": np.array(seeds, np.uint32), "number": np.array(numbers, np.int32), "given": nothing} | more
 
 
 def one(net, family, params, seed, number, steps, given=None):

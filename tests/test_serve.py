@@ -398,7 +398,7 @@ def written(jobs, most_rows):
     told, metrics = [], Metrics()
     worker, model = Worker(most_rows, 1000, metrics), SimpleNamespace(name="m", rows=Counting())
     for name, (seed, rows, steps, watched) in enumerate(jobs):
-        asked = {"seed": np.full(rows, seed), "number": np.arange(rows)}
+        asked = {"seed": np.full(rows, seed), "number": np.arange(rows), "given": np.zeros((rows, 2))}
         worker.submit(Job(model, steps, asked, watched, lambda event, name=name: told.append((name, event))))
     worker.close()
     worker.run()
@@ -439,7 +439,7 @@ def test_one_step_does_not_wait_for_many_and_who_watches_is_told_every_call():
 @needs_serve
 def test_a_process_answers_what_it_accepted_before_it_ends_and_its_port_is_its_own(models, tmp_path):
     """And serves the checkpoint that another server has already."""
-    line = [sys.executable, "-m", "flowlm.main", "serve", str(ROOT / MATCHED), "--port=0"]
+    line = [sys.executable, "-m", "flowlm.main", "serve", str(ROOT / MATCHED), "--port=0", "--most_rows=1"]
     with (tmp_path / "said").open("w") as said:
         one_device = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
         process = subprocess.Popen(line, cwd=ROOT, env=os.environ | one_device | {"PYTHONPATH": str(ROOT)}, stderr=said)

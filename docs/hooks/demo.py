@@ -59,7 +59,7 @@ def main() -> None:
     """Serves, looks, and writes the picture."""
     with server.listening("127.0.0.1", 0) as opened:
         served = models.load_served([str(ROOT / CHECKPOINT)])
-        served[0].warm()
+        models.warm(served, 1)
         here = server.Server(served, opened, most_rows=8, most_waiting=64, timeout=60.0)
         thread = threading.Thread(target=here.run)
         thread.start()

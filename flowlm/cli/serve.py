@@ -22,8 +22,7 @@ def _serve(values: FlagValues) -> None:
     models.names_of(values.checkpoints)
     with server.listening(values.host, values.port) as opened:  # before parameters are read, which may take minutes
         served = models.load_served(values.checkpoints, **objective)
-        for model in served:
-            model.warm()
+        models.warm(served, values.most_rows)
         print(
             f"{server.address(opened)} serves {', '.join(model.name for model in served)}", file=sys.stderr, flush=True
         )
@@ -40,7 +39,7 @@ SERVE = Command(
         words("checkpoints", "DIR,DIR,...", "trained runs, what was exported of one, or hub:NAME/MODEL[@REVISION]"),
         text("host", "ADDRESS", "where it listens; 0.0.0.0 is everywhere, to anyone", "127.0.0.1"),
         whole("port", "of that address; 0 is any that is free", 8000, 0, 65535),
-        whole("most_rows", "texts of a batch at most", 32, 1),
+        whole("most_rows", "texts of a batch at most; every power of two up to it is compiled first", 32, 1),
         whole("queue", "texts that may wait; one more request is answered 429", 1024, 1),
         number("timeout", "seconds that an answer may take", 60.0, 0.001),
         OBJECTIVE,

@@ -17,13 +17,13 @@ from flowlm.models.network import Network, Params
 from flowlm.objectives import Family, prompts
 from flowlm.system.processes import gathered
 
-# What is asked of each row, by name: `seed` uint32 [R], `number` int32 [R], its number among the rows of that seed; and, where the
-# rows have them, `given` int32 [R, L] (objectives/prompts.py) and `temperature` float32 [R].
+# What is asked of each row, by name: `seed` uint32 [R]; `number` int32 [R], its number among the rows of that seed; `given` int32
+# [R, L], its prompt (objectives/prompts.py), all UNKNOWN of a row without one; and maybe `temperature` float32 [R].
 Asked = dict[str, np.ndarray]
 
 
 class Rows:
-    """Programs of one model. jax keeps one for each number of rows, and for rows with and without prompts and temperatures.
+    """Programs of one model. jax keeps one for each size of a batch, and for rows with and without temperatures.
 
     Args:
       family: a sampler of it.
@@ -42,6 +42,10 @@ class Rows:
         """How many rows are computed for `num`: a power of two, so that few programs serve all, and a multiple of the devices."""
         devices = self._layout.devices
         return devices * (1 << (-(-num // devices) - 1).bit_length())
+
+    def sizes(self, most: int) -> list[int]:
+        """Every `size` of up to `most` rows."""
+        return sorted({self.size(num) for num in range(1, most + 1)})
 
     @property
     def at_once(self) -> bool:
@@ -75,7 +79,7 @@ class Rows:
     def read(self, ids: jax.Array, asked: Asked) -> np.ndarray:
         """int32 [R, L], the rows that were asked for."""
         found = gathered(ids)[: len(asked["seed"]), 0]
-        return np.where(asked["given"] == prompts.UNKNOWN, found, asked["given"]) if "given" in asked else found
+        return np.where(asked["given"] == prompts.UNKNOWN, found, asked["given"])
 
     def _padded(self, asked):
         more = self.size(len(asked["seed"])) - len(asked["seed"])
@@ -83,11 +87,10 @@ class Rows:
 
     def _of_row(self, row):
         """(family, network, key) of one row."""
-        family, net = self._family, self._net
+        family = self._family
         if "temperature" in row:
             family = dataclasses.replace(family, temperature=row["temperature"])
-        if "given" in row:
-            net = prompts.knowing(family, net, row["given"][None])
+        net = prompts.knowing(family, self._net, row["given"][None])
         return family, net, jax.random.fold_in(jax.random.key(row["seed"]), row["number"])
 
     def _over_rows(self, part):

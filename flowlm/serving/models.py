@@ -11,8 +11,9 @@ import numpy as np
 from flowlm.engine.rows import Rows
 from flowlm.engine.sampling import named_sampler
 from flowlm.exchange.card import judged
+from flowlm.objectives.prompts import UNKNOWN
 from flowlm.runs.model import Model, load_model
-from flowlm.system import hub, storage
+from flowlm.system import hub, progress, storage
 
 MOST_STEPS = 1024
 SHOWN_STEPS = (1, 2, 4, 8, 64)  # that the page sets side by side
@@ -57,11 +58,11 @@ class Served:
             | {"judged": self.judged}
         )
 
-    def warm(self) -> None:
-        """Compiles the programs of a single row, with and without a prompt, so that the first request need not wait for them."""
-        asked = {"seed": np.zeros(1, np.uint32), "number": np.zeros(1, np.int32)}
-        for more in ({}, {"given": self.model.given(["..."])}):
-            self.rows.compile(asked | more)
+    def warm(self, rows: int) -> None:
+        """Compiles the programs of a batch of so many rows, so that no request need wait for that."""
+        length = self.model.config.data.length
+        asked = {"seed": np.zeros(rows, np.uint32), "number": np.arange(rows, dtype=np.int32)}
+        self.rows.compile(asked | {"given": np.full((rows, length), UNKNOWN, np.int32)})
 
 
 def _takes_temperature(family) -> bool:
@@ -72,6 +73,15 @@ def _takes_temperature(family) -> bool:
     except ValueError:  # because another setting of the run excludes it
         return False
     return True
+
+
+def warm(models: Sequence[Served], most_rows: int) -> None:
+    """Compiles the programs of every size of a batch up to `most_rows`, of all of the models."""
+    sizes = [(model, size) for model in models for size in model.rows.sizes(most_rows)]
+    with progress.parts(len(sizes)) as begin:
+        for model, size in sizes:
+            begin(f"compiling {model.name}")
+            model.warm(size)
 
 
 def load_served(directories: Sequence[str], **objective: Any) -> list[Served]:

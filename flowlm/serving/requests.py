@@ -127,11 +127,14 @@ class Question:
             raise Refused(
                 400, f"n is {request.n} texts for each of {len(prompts)} prompts: {MOST_ROWS} in all at most", "n"
             )
-        self.asked: Asked = {"seed": np.full(num, self.seed, np.uint32), "number": np.arange(num, dtype=np.int32)}
         self._whole = [request.echo or GAP.search(prompt) is not None for prompt in prompts] or [True]
-        if prompts:
-            self.asked["given"] = np.repeat(_given(prompts, served), request.n, 0)
-            self._check_room()
+        given = _given(prompts, served) if prompts else np.full((1, served.model.config.data.length), UNKNOWN, np.int32)
+        self.asked: Asked = {
+            "seed": np.full(num, self.seed, np.uint32),
+            "number": np.arange(num, dtype=np.int32),
+            "given": np.repeat(given, request.n, 0),
+        }
+        self._check_room()
         if request.temperature is not None:
             if not served.takes_temperature:
                 told = f"the sampler of {served.name} draws no tokens, so it has no temperature: leave it out"
@@ -149,14 +152,12 @@ class Question:
     @property
     def prompt_tokens(self) -> int:
         """How many tokens the prompts give."""
-        if "given" not in self.asked:
-            return 0
         rows = self.asked["given"][:: self._request.n, 1:]
         return int(((rows != UNKNOWN) & (rows != _or_none(self._model.pad))).sum())
 
     def choice(self, number: int, ids: np.ndarray) -> tuple[str, str, int]:
         """(text, why it ends there: "stop" or "length", how many tokens were written) of row `number`, ids [L]."""
-        given = self.asked["given"][number] if "given" in self.asked else np.full(len(ids), UNKNOWN)
+        given = self.asked["given"][number]
         written = np.flatnonzero((given == UNKNOWN) & (np.arange(len(ids)) > 0))
         most, end, why = self._request.max_tokens, len(ids), "stop"
         if most is not None and most < len(written) and self._is_open(given):

@@ -1,7 +1,7 @@
 """The one thread that owns the devices, and the rows that wait for it.
 
 Rows of different requests share a batch where the same programs write them: one model, one number of steps, with or without
-prompts, with or without temperatures. Of each such kind one batch is being written at a time, and up to MOST_BATCHES kinds beside
+temperatures. Of each such kind one batch is being written at a time, and up to MOST_BATCHES kinds beside
 one another, a network call of each in turn: so a request of one step does not wait for those of many, and rows that come meanwhile
 gather for the next batch. What a row becomes depends on its own seed alone (engine/rows.py).
 """
@@ -81,7 +81,7 @@ class Job:
     @property
     def kind(self) -> tuple:
         """What rows of one batch have in common."""
-        return self.model.name, self.steps, "given" in self.asked, "temperature" in self.asked
+        return self.model.name, self.steps, "temperature" in self.asked
 
 
 class _Row(NamedTuple):
@@ -208,7 +208,7 @@ class Worker:
     def _advance(self, batch: _Batch) -> bool:
         name, *_ = batch.job.kind
         programs = batch.job.model.rows
-        program = name, programs.size(len(batch.rows)), *batch.job.kind[2:]
+        program = name, programs.size(len(batch.rows)), "temperature" in batch.asked
         if program not in self._compiled:
             start = time.perf_counter()
             programs.compile(batch.asked)
