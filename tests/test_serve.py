@@ -178,12 +178,13 @@ def test_a_stream_tells_the_states_and_its_texts_put_together_are_the_answer(ser
     told = events(server.port, **question)
     assert [event["call"] for event in told] == [1, 2, 3, 4]
     family, net = models[0].model.run.experiment.family, models[0].model.run.experiment.net
+    follow = jax.jit(lambda params, key: family.trajectory(net, params, key, 1, 4))
     for number in range(2):
         mine = [next(choice for choice in event["choices"] if choice["index"] == number) for event in told]
         assert "".join(choice["text"] for choice in mine) == texts(complete(server.port, **question))[number]
         assert [choice["finish_reason"] for choice in mine] == [None, None, None, "stop"]
         key = jax.random.fold_in(jax.random.key(7), number)
-        followed = family.trajectory(net, models[0].model.run.params, key, 1, 4)
+        followed = follow(models[0].model.run.params, key)
         assert [choice.get("state") or choice["text"] for choice in mine] == models[0].model.tokenizer.decode_batch(
             np.asarray(followed[:, 0])
         )

@@ -20,7 +20,7 @@ def _serve(values: FlagValues) -> None:
     from flowlm.system import signals
 
     models.names_of(values.checkpoints)
-    with server.listening(values.host, values.port) as opened:  # before parameters are read, which may take minutes
+    with server.listening(values.address, values.port) as opened:  # before parameters are read, which may take minutes
         served = models.load_served(values.checkpoints, **objective)
         models.warm(served, values.most_rows)
         print(
@@ -37,7 +37,7 @@ SERVE = Command(
     "answers requests for texts by HTTP, and shows a page",
     [
         words("checkpoints", "DIR,DIR,...", "trained runs, what was exported of one, or hub:NAME/MODEL[@REVISION]"),
-        text("host", "ADDRESS", "where it listens; 0.0.0.0 is everywhere, to anyone", "127.0.0.1"),
+        text("address", "ADDRESS", "where it listens; 0.0.0.0 is everywhere, to anyone", "127.0.0.1"),
         whole("port", "of that address; 0 is any that is free", 8000, 0, 65535),
         whole("most_rows", "texts of a batch at most; every power of two up to it is compiled first", 32, 1),
         whole("queue", "texts that may wait; one more request is answered 429", 1024, 1),

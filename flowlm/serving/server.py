@@ -25,7 +25,7 @@ def listening(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except socket.gaierror as error:
-        raise OSError(f"there is no address {host}: give one of this machine, such as --host=127.0.0.1") from error
+        raise OSError(f"there is no address {host}: give one of this machine, such as --address=127.0.0.1") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise OSError(
