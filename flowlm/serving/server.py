@@ -4,6 +4,7 @@ The thread that calls `run` writes texts (worker.py), because it owns the device
 socket, and to answer what was accepted.
 """
 
+import asyncio
 import errno
 import socket
 import threading
@@ -16,6 +17,16 @@ from flowlm.serving.models import Served
 from flowlm.serving.worker import Worker
 
 BACKLOG = 1024  # connections that may wait to be accepted
+
+
+SETTLE = 1.0  # seconds between the order to stop and the end of the socket
+
+
+class _Http(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the socket a little later, because a client that was connected before the order would be cut off unheard."""
+        await asyncio.sleep(SETTLE)
+        await super().shutdown(sockets)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -58,7 +69,7 @@ class Server:
         app = make_app(models, self.worker, metrics, timeout)
         settings = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
         # A request has `timeout` seconds to come and as many to be answered.
-        self._http = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=int(2 * timeout) + 1, **settings))
+        self._http = _Http(uvicorn.Config(app, timeout_graceful_shutdown=int(2 * timeout) + 1, **settings))
 
     def stop(self) -> None:
         """Takes no more connections; `run` ends when those that are there are answered. Any thread may call it."""
