@@ -51,6 +51,7 @@ SUITES = (
     "molecules",
     "wandb",
     "notebook",
+    "serve",
 )
 SUITES += ("docs",)
 # NAME: (whether it is here, what is missing).
@@ -72,6 +73,12 @@ AVAILABLE = {
     "notebook": (
         all(importlib.util.find_spec(name) is not None for name in ("nbclient", "ipykernel")),
         "no nbclient and ipykernel: pip install -e .[notebook]",
+    ),
+    "serve": (
+        all(
+            importlib.util.find_spec(name) is not None for name in ("fastapi", "uvicorn", "prometheus_client", "openai")
+        ),
+        "no fastapi, uvicorn, prometheus-client and openai: pip install -e .[serve] openai",
     ),
     "docs": (
         all(

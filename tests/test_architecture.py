@@ -16,7 +16,7 @@ FLOORS = (
     {"engine"},
     {"runs"},
     {"evaluation", "studies", "scale", "exchange"},
-    {"training"},
+    {"training", "serving"},
     {"cli"},
     {"main"},
     {"__main__"},

@@ -180,4 +180,5 @@ def test_commands_that_go_on_where_they_were():
         "prepare data",
         "evaluate",
         "study",
+        "serve",
     }

@@ -6,12 +6,14 @@ from flowlm.cli.exchange import EXPORT, IMPORT, INSPECT, PUSH
 from flowlm.cli.plan import PLAN
 from flowlm.cli.prepare import PREPARE, PREPARE_DATA, PREPARE_JUDGE, PREPARE_QM9
 from flowlm.cli.sample import SAMPLE
+from flowlm.cli.serve import SERVE
 from flowlm.cli.study import REPORT, STUDY
 from flowlm.cli.train import TRAIN
 
 COMMANDS = (
     TRAIN,
     SAMPLE,
+    SERVE,
     EVALUATE,
     COMPARE,
     PREPARE,

@@ -59,12 +59,16 @@ def _record(run: Trained, place: str, directory: str | os.PathLike) -> dict[str,
         "teacher": bool(config.teacher),
         "minutes": round(tokens / float(np.median(speeds)) / 60, 1) if speeds else None,
         "device": versions.get("device"),
-        "judged": _judged(directory, place),
+        "judged": judged(directory, place),
     }
 
 
-def _judged(directory: str | os.PathLike, place: str) -> dict[str, Any] | None:
-    """What evaluation.json says of samples and held-out rows; None where there is none."""
+def judged(directory: str | os.PathLike, place: str) -> dict[str, Any] | None:
+    """What evaluation.json says of samples and held-out rows, as cells of a table; None where there is none.
+
+    Args:
+      place: what `flowlm evaluate` is given to judge it again.
+    """
     path = storage.path(directory) / "evaluation.json"
     if not path.exists():
         return None

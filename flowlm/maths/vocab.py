@@ -24,9 +24,20 @@ PARTS = 8
 CHUNK = 1024
 
 
+# The name of an axis that jax.vmap maps over rows, which the shapes of a batch inside of it do not show.
+MAPPED = "mapped_rows"
+
+
+def _mapped() -> int:
+    try:
+        return jax.lax.axis_size(MAPPED)
+    except NameError:  # because nothing is mapped so
+        return 1
+
+
 def _span(batch: int, length: int, size: int) -> int:
     """Positions of the length axis in one chunk, for `size` logits a token. A batch that is a symbol (jax.export) counts as 1."""
-    batch = batch if isinstance(batch, int) else 1
+    batch = batch * _mapped() if isinstance(batch, int) else 1
     if batch * length * size <= SMALL:
         return length
     return max(1, min(CHUNK // batch, -(-length // PARTS)))
@@ -114,12 +125,14 @@ def argmax(head: Head, hidden: jax.Array, span: int | None = None) -> jax.Array:
     return _by_chunk(lambda h: jnp.argmax(head(h), -1).astype(jnp.int32), head, (hidden,), span)
 
 
-def tempered(logits: jax.Array, temperature: float) -> jax.Array:
-    """logits [..., V] / temperature; at 0 its limit, which leaves the likeliest token alone."""
-    if temperature > 0:
+def tempered(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """logits [..., V] / temperature; at 0 its limit, which leaves the likeliest token alone. It may be traced."""
+    traced = isinstance(temperature, jax.Array)
+    if not traced and temperature > 0:
         return logits / temperature
     likeliest = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
-    return jnp.where(likeliest, 0.0, -jnp.inf)
+    limit = jnp.where(likeliest, 0.0, -jnp.inf)
+    return jnp.where(temperature > 0, logits / jnp.where(temperature > 0, temperature, 1.0), limit) if traced else limit
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
@@ -172,7 +185,7 @@ def categorical(
       key: one, or one for each row, [B]; a row's draw depends on its own key alone, not on chunks.
       arrays: [B, L], handed to the kernel chunk by chunk.
     """
-    if temperature == 0 and kernel is None:
+    if kernel is None and not isinstance(temperature, jax.Array) and temperature == 0:
         return argmax(head, hidden, span)
 
     def gumbel(key, logits):

@@ -41,6 +41,25 @@ class Auxiliary(NamedTuple):
     step: jax.Array | None = None
 
 
+class Walk(NamedTuple):
+    """A sampler a network call at a time, of num rows; i numbers the calls, and may be traced.
+
+    Attributes:
+      start: the state before the first call, a tree of arrays [num, ...].
+      move: of all calls but the last, (state, i) -> (state after call i, the likeliest ids [num, L] that it would have written as
+        the last one).
+      end: state -> ids [num, L], by the last call.
+    """
+
+    start: Any
+    move: Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+    end: Callable[[Any], jax.Array]
+
+    def finished(self, steps: int | jax.Array) -> jax.Array:
+        """ids [num, L] of all `steps` calls."""
+        return self.end(jax.lax.fori_loop(0, steps - 1, lambda i, state: self.move(state, i)[0], self.start))
+
+
 class Update(NamedTuple):
     """How one of several networks that are trained together is updated.
 
@@ -67,7 +86,8 @@ class Family(abc.ABC):
       differentiates: whether the loss takes forward derivatives of the network.
       taught_by: the family of its teachers, if these keep a network of their own; None if they have the student's.
       continues: whether the student starts at the run `config.teacher` and follows that run's own teacher.
-      any_steps: whether samplers take any number of steps, which may then be traced, so that one program serves all numbers.
+      any_steps: whether samplers take any number of steps, which may then be traced, so that one program serves all numbers; they
+        then have walk(net, params, key, num, steps) -> Walk, whose `finished` is what `sample` writes.
       prompts: share of the rows of training that show a part of their text (prompts.py); 0 where a family cannot be trained so.
       prompt_guidance: how far its sampler goes from what it would write without a prompt (prompts.py); 1 where there is no such.
       conditions: what a prompt is to a network that was not trained with prompts: `shown` where it sees clean tokens among noised

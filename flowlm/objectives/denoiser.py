@@ -21,7 +21,7 @@ from flowlm.maths.prior import HIGHEST, Dirichlet, Gaussian, geometry
 from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
-from flowlm.objectives.base import Batch, Family, check_steps
+from flowlm.objectives.base import Batch, Family, Walk, check_steps
 from flowlm.objectives.guidance import Predictor
 from flowlm.objectives.prompts import Prompted
 from flowlm.system.settings import setting
@@ -165,22 +165,16 @@ class PathSampler(Denoiser, Prompted):
 
     def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [num, L] by exactly `steps` network calls. Raises ValueError for fewer than 1, unless they are traced."""
-        z, move, end = self._walk(net, params, key, num, steps)
-        return end(jax.lax.fori_loop(0, steps - 1, lambda i, z: move(z, i)[0], z))
+        return self.walk(net, params, key, num, steps).finished(steps)
 
     def trajectory(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
         """ids [steps, num, L]: the likeliest tokens at each call of `sample` with the same key; the last are its samples."""
-        z, move, end = self._walk(net, params, key, num, steps)
+        walk = self.walk(net, params, key, num, steps)
+        z, ids = jax.lax.scan(walk.move, walk.start, jnp.arange(steps - 1))
+        return jnp.concatenate([ids, walk.end(z)[None]])
 
-        def seen(z, i):
-            z, prediction = move(z, i)
-            return z, prediction.argmax()
-
-        z, ids = jax.lax.scan(seen, z, jnp.arange(steps - 1))
-        return jnp.concatenate([ids, end(z)[None]])
-
-    def _walk(self, net, params, key, num: int, steps: int):
-        """(noise z, (z, i) -> (z after step i, the prediction that moved it), z -> ids by the last call)."""
+    def walk(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> Walk:
+        """`sample` a network call at a time; its state is z [num, L, D]."""
         check_steps(steps)
         params = net.prepared(params)
         predict = Predictor(net, params, self.guidance)
@@ -190,13 +184,14 @@ class PathSampler(Denoiser, Prompted):
 
         # Times and keys of a call follow from its number, so that a program need not know how many there will be.
         def move(z, i):
-            return step(z, (i / steps, (i + 1) / steps, jax.random.fold_in(rest, i)))
+            z, prediction = step(z, (i / steps, (i + 1) / steps, jax.random.fold_in(rest, i)))
+            return z, prediction.argmax()
 
         def end(z):
             last = jnp.asarray(steps - 1)
             return self.end(predict, z, jnp.full((num,), last / steps), jax.random.fold_in(rest, last))
 
-        return z, move, end
+        return Walk(z, move, end)
 
 
 def _linear(matrix, features):

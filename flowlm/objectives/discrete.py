@@ -8,6 +8,7 @@ teacher's draws. That mean is what the teacher predicts before it draws, so the 
 drops tokens that are likely after only a few of the draws.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 
 from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
-from flowlm.objectives.base import Batch
+from flowlm.models.network import Network, Params
+from flowlm.objectives.base import Batch, Walk
 from flowlm.objectives.prompts import Prompted
 from flowlm.system.settings import setting
 
@@ -55,6 +57,14 @@ class Discrete(Prompted):
     def likelihoods(self) -> dict[str, Callable]:
         """`bound`."""
         return {"bound": self.bound}
+
+    @abc.abstractmethod
+    def walk(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> Walk:
+        """The sampler a network call at a time."""
+
+    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
+        """ids [num, L] by `steps` network calls. Raises ValueError for fewer than 1, unless they are traced."""
+        return self.walk(net, params, key, num, steps).finished(steps)
 
     def apart(self, target: vocab.Readout, student: vocab.Readout) -> jax.Array:
         """The divergence between a student and its target, nats [B, L]. Each is given by (head, hidden [B, L, F])."""

@@ -23,7 +23,7 @@ from flowlm.maths import vocab
 from flowlm.maths.time_sampling import stratified
 from flowlm.models.network import Network, Params
 from flowlm.objectives import prompts
-from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
+from flowlm.objectives.base import Auxiliary, Batch, Losses, Walk, check_steps
 from flowlm.objectives.discrete import Discrete, rows
 
 
@@ -95,23 +95,32 @@ class Masked(Discrete):
         rows = {"ids": batch["ids"], "r": r, "noise": jax.random.split(noise, num)}
         return self._diffusion(net, params, rows).sum(-1)
 
-    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
-        """ids [num, L] by at most `steps` network calls, because a prediction is kept while no token of the batch changes."""
+    def walk(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> Walk:
+        """At most `steps` network calls, because a prediction is kept while no token of the batch changes.
+
+        Its state is (ids [num, L], the hidden states of the last call, whether these are of other ids).
+        """
         check_steps(steps)
         ids = jnp.full((num, net.length), net.vocab, jnp.int32)
         hidden = self._see(net, params, ids)[1]
         head = net.head(params)
 
         # Times and keys of a step follow from its number, so that a program need not know how many there will be.
-        def step(i, carry):
-            ids, hidden, stale = carry
+        def step(state, i, greedy=False):
+            ids, hidden, stale = state
             r, r_next = 1 - i / steps, 1 - (i + 1) / steps
             pick, draw = jax.random.split(jax.random.fold_in(key, i))
             hidden = jax.lax.cond(stale, lambda: self._see(net, params, ids)[1], lambda: hidden)
-            drawn = vocab.categorical(head, hidden, draw, self.temperature, self.top_p)
-            if self.greedy:
-                drawn = jnp.where(r_next > 0, drawn, vocab.argmax(head, hidden))
+            told = draw, self.temperature, self.top_p
+            drawn = vocab.argmax(head, hidden) if greedy else vocab.categorical(head, hidden, *told)
             after = unmask(jax.random.uniform(pick, ids.shape), ids, net.vocab, drawn, r, r_next)
             return after, hidden, jnp.any(after != ids)
 
-        return jax.lax.fori_loop(0, steps, step, (ids, hidden, jnp.array(False)))[0]
+        def move(state, i):
+            ids, hidden, stale = step(state, i)
+            return (ids, hidden, stale), jnp.where(ids == net.vocab, vocab.argmax(head, hidden), ids)
+
+        def end(state):
+            return step(state, jnp.asarray(steps - 1), self.greedy)[0]
+
+        return Walk((ids, hidden, jnp.array(False)), move, end)

@@ -121,15 +121,16 @@ def check(family: Family, given: np.ndarray) -> None:
         )
 
 
+def knowing(family: Family, net: Network, given: jax.Array) -> Network:
+    """The network as the family's samplers see it for rows of given [B, L]."""
+    if family.prompt_guidance != 1:
+        return Guided(net, given, family.prompt_guidance)
+    return (Shown if family.prompts > 0 or family.conditions == "shown" else Told)(net, given)
+
+
 def sample(family: Family, net: Network, params: Params, key: jax.Array, given: jax.Array, steps: int) -> jax.Array:
     """ids [B, L] by `family.sample`, with the tokens of given [B, L] among them."""
-    if family.prompt_guidance != 1:
-        knowing = Guided(net, given, family.prompt_guidance)
-    elif family.prompts > 0 or family.conditions == "shown":
-        knowing = Shown(net, given)
-    else:
-        knowing = Told(net, given)
-    ids = family.sample(knowing, params, key, given.shape[0], steps)
+    ids = family.sample(knowing(family, net, given), params, key, given.shape[0], steps)
     return jnp.where(given == UNKNOWN, ids, given)
 
 

@@ -27,7 +27,7 @@ from flowlm.maths.time_sampling import stratified
 from flowlm.maths.time_warp import TimeWarp
 from flowlm.models.network import Network, Params
 from flowlm.objectives import prompts
-from flowlm.objectives.base import Auxiliary, Batch, Losses, check_steps
+from flowlm.objectives.base import Auxiliary, Batch, Losses, Walk, check_steps
 from flowlm.objectives.discrete import EPS, Discrete, rows
 from flowlm.system.settings import setting
 
@@ -160,20 +160,38 @@ class Uniform(Discrete):
         prior = one * math.log(one * net.vocab) + (1 - one) * math.log1p(-EPS)
         return nats.sum(-1) + prior * net.length
 
-    def sample(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> jax.Array:
-        """ids [num, L] by exactly `steps` network calls."""
+    def walk(self, net: Network, params: Params, key: jax.Array, num: int, steps: int) -> Walk:
+        """Exactly `steps` network calls; its state is the noised tokens [num, L]."""
         check_steps(steps)
         start, rest = jax.random.split(key)
         y = jax.random.randint(start, (num, net.length), 0, net.vocab, jnp.int32)
 
         # Times and keys of a step follow from its number, so that a program need not know how many there will be.
-        def step(i, y, greedy=False):
-            alpha, alpha_next, key = alpha_of(1 - i / steps), alpha_of(1 - (i + 1) / steps), jax.random.fold_in(rest, i)
-            shown = self._see(net, params, y, jnp.full((num,), alpha))
-            arrays = y, jnp.full(y.shape, alpha), jnp.full(y.shape, alpha_next)
-            if greedy:
-                return vocab.over_logits(lambda *a: jnp.argmax(reverse(*a), -1).astype(jnp.int32), (shown,), arrays)
-            return vocab.categorical(*shown, key, self.temperature, self.top_p, reverse, arrays)
+        def seen(y, i):
+            return self._see(net, params, y, jnp.full((num,), alpha_of(1 - i / steps)))
 
-        y = jax.lax.fori_loop(0, steps - 1, step, y)
-        return step(jnp.asarray(steps - 1), y, self.greedy)
+        def arrays(y, i, alpha_next):
+            return y, jnp.full(y.shape, alpha_of(1 - i / steps)), jnp.full(y.shape, alpha_next)
+
+        def likeliest(shown, *arrays):
+            return vocab.over_logits(lambda *a: jnp.argmax(reverse(*a), -1).astype(jnp.int32), (shown,), arrays)
+
+        def drawn(shown, y, i):
+            key = jax.random.fold_in(rest, i)
+            told = arrays(y, i, alpha_of(1 - (i + 1) / steps))
+            return vocab.categorical(*shown, key, self.temperature, self.top_p, reverse, told)
+
+        def move(y, i):
+            shown = seen(y, i)
+            return drawn(shown, y, i), likeliest(shown, *arrays(y, i, 1.0))
+
+        def end(y):
+            last = jnp.asarray(steps - 1)
+            shown = seen(y, last)
+            return (
+                likeliest(shown, *arrays(y, last, alpha_of(1 - (last + 1) / steps)))
+                if self.greedy
+                else drawn(shown, y, last)
+            )
+
+        return Walk(y, move, end)

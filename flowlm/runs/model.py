@@ -160,7 +160,7 @@ class Model:
         prompts = [prompt] if isinstance(prompt, str) else [] if prompt is None else list(prompt)
         given = None
         if prompt is not None:
-            given = np.repeat(_given(prompts, self.config, self.tokenizer, family, max_tokens), num, 0)
+            given = np.repeat(self.given(prompts, max_tokens), num, 0)
             prompts, num = [each for each in prompts for _ in range(num)], len(given)
         key, took = jax.random.key(seed), np.zeros(2)
 
@@ -185,7 +185,7 @@ class Model:
     def _most(self, prompts: list[str], num: int, max_tokens: int) -> np.ndarray:
         """Most tokens [num] of each text; one that ends with its prompt has no more than a row."""
         most = np.full(num, max_tokens)
-        if _pad(self.config, self.tokenizer) is not None:
+        if self.pad is not None:
             ended = [i for i, prompt in enumerate(prompts) if not is_open(prompt)]
             most[ended] = np.minimum(most[ended], self.config.data.length - 1)
         return most
@@ -195,6 +195,19 @@ class Model:
         if kind not in self._drawing:
             self._drawing[kind] = sampling.Sampler(self.run.experiment.net, family, self.layout, kind[1], prompted)
         return self._drawing[kind]
+
+    @property
+    def pad(self) -> int | None:
+        """The token behind a text that is a row of its own; None where texts are laid end to end and rows are full."""
+        return _pad(self.config, self.tokenizer)
+
+    def given(self, prompts: Sequence[str], max_tokens: int | None = None) -> np.ndarray:
+        """Rows of ids int32 [number of prompts, L] of prompts, with prompts.UNKNOWN where a token is to be written.
+
+        Raises:
+          ValueError: one does not fit a row or max_tokens, or is nothing that the family can go on from.
+        """
+        return _given(prompts, self.config, self.tokenizer, self.run.experiment.family, max_tokens)
 
     def log_prob_bound(self, texts: Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
         """An upper bound on -log p of each text, in nats, given the start token: float32 [num].
@@ -240,7 +253,7 @@ class Model:
         if wrong := [i for i, (_, (count,)) in enumerate(spelled) if count]:
             parts = ", ".join(map(repr, self.tokenizer.unspelled(texts[wrong[0]])))
             raise ValueError(f"{_named(wrong)} cannot be spelled by the run's tokenizer, such as {parts}")
-        pad, room = _pad(self.config, self.tokenizer), length - 1
+        pad, room = self.pad, length - 1
         if wrong := [i for i, ids in enumerate(found) if len(ids) > room or (len(ids) < room and pad is None)]:
             sizes = ", ".join(str(len(found[i])) for i in wrong[:_SHOWN])
             raise ValueError(

@@ -19,6 +19,7 @@ from flowlm.objectives.prompts import UNKNOWN
 _GAP = re.compile(r"_{3,}(?::(\d+))?")
 _OPEN = "..."
 _SHOWN = 60  # characters of a prompt that an error shows
+_MOST = 10**6  # tokens to be written, of which a list is made; no row has as many
 
 
 def given_rows(prompts: Sequence[str], tokenizer: Tokenizer, length: int, pad: int | None) -> np.ndarray:
@@ -53,12 +54,12 @@ def _row(prompt: str, tokenizer: Tokenizer, room: int, pad: int | None) -> np.nd
         raise ValueError(
             f"the prompt {shown} has `...` before its end, where it leaves open how many tokens there are: write `___:N` for N"
         )
-    ids = _ids(text, goes_on, tokenizer, shown)
-    if len(ids) > room:
-        gaps = ids.count(UNKNOWN)
+    gaps = sum(count for _, count in _pieces(text))
+    ids = [] if gaps > _MOST else _ids(text, goes_on, tokenizer, shown)
+    if max(gaps, len(ids)) > room:
         raise ValueError(
-            f"the prompt {shown} has {len(ids)} tokens, {gaps} of them to be written: a row of this run has {room}, give a shorter "
-            "prompt"
+            f"the prompt {shown} has {max(gaps, len(ids))} tokens, {gaps} of them to be written: a row of this run has {room}, "
+            "give a shorter prompt"
         )
     rest = UNKNOWN if goes_on or pad is None else pad
     row = [*ids, *[rest] * (room - len(ids))]
@@ -90,7 +91,7 @@ def _ids(text: str, goes_on: bool, tokenizer: Tokenizer, shown: str) -> list[int
 def _pieces(text: str) -> list[tuple[str, int]]:
     """(text, number of tokens in the gap behind it) for each piece of a prompt; behind the last one there is none."""
     parts = _GAP.split(text)
-    return [(piece, 1 if count is None else int(count)) for piece, count in zip(parts[::2], [*parts[1::2], "0"])]
+    return [(piece, 1 if count is None else int(count[:12])) for piece, count in zip(parts[::2], [*parts[1::2], "0"])]
 
 
 def _blank(tokenizer: Tokenizer) -> int | None:
