@@ -124,7 +124,9 @@ def load_manifest(folder: Path) -> dict:
             f"{folder} has no {MANIFEST}: make it with `flowlm prepare --source=... --out={folder}`"
         )
     found = json.loads((folder / MANIFEST).read_text())
-    return {"text_key": "text", "packing": {"rows": "concatenated"}} | found  # which the oldest ones do not say
+    # The oldest ones do not say these. They come last, because a manifest that is written again keeps its order.
+    unsaid = {"text_key": "text", "packing": {"rows": "concatenated"}}
+    return found | {name: value for name, value in unsaid.items() if name not in found}
 
 
 def data_name(manifest: dict) -> str:
