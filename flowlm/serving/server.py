@@ -17,8 +17,6 @@ from flowlm.serving.models import Served
 from flowlm.serving.worker import Worker
 
 BACKLOG = 1024  # connections that may wait to be accepted
-
-
 SETTLE = 1.0  # seconds between the order to stop and the end of the socket
 
 

@@ -1,9 +1,9 @@
 """The one thread that owns the devices, and the rows that wait for it.
 
 Rows of different requests share a batch where the same programs write them: one model, one number of steps, with or without
-temperatures. Of each such kind one batch is being written at a time, and up to MOST_BATCHES kinds beside
-one another, a network call of each in turn: so a request of one step does not wait for those of many, and rows that come meanwhile
-gather for the next batch. What a row becomes depends on its own seed alone (engine/rows.py).
+temperatures. Of each such kind one batch is being written at a time, and up to MOST_BATCHES kinds beside one another, a network
+call of each in turn: so a request of one step does not wait for those of many, and rows that come meanwhile gather for the next
+batch. What a row becomes depends on its own seed alone (engine/rows.py).
 """
 
 import dataclasses
