@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Prints the name of the image that the Dockerfile builds on, with the digest that its tag has in Docker's registry today:
-#   docker build --build-arg BASE=$(bash requirements/base.sh) ...
-# To build on the same again, write that into the Dockerfile, and commit it; then it prints just that:
+# Prints the name of the image that the Dockerfile builds on, with the digest that its tag has in Docker's registry today.
+# To build on that from now on, write it into the Dockerfile, and commit it:
 #   base=$(bash requirements/base.sh) && sed -i "s|^ARG BASE=.*|ARG BASE=$base|" Dockerfile
 # usage: bash requirements/base.sh [NAME:TAG]     none: the Dockerfile's. It needs curl, and no account.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 image=${1:-$(sed -n 's/^ARG BASE=//p' Dockerfile)}
-[[ "$image" != *@* ]] || { echo "$image" && exit; }
+image=${image%@*}
 name=${image%:*} tag=${image##*:}
 repository=$name
 [[ "$name" == */* ]] || repository=library/$name

@@ -105,7 +105,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("masked", 1), ("masked", 2), ("uniform", 2)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("masked", 1), pytest.param("masked", 2, marks=pytest.mark.slow), ("uniform", 2)]
+)
 def test_a_student_by_default_writes_more_rows_of_the_law_than_its_teacher(kind, steps):
     """The forward divergence has nothing to gain: its optimum is the teacher's mean prediction."""
     family = replace(FAMILIES[kind], jump=1 / steps)

@@ -158,6 +158,7 @@ def test_what_a_dry_run_prints_is_what_would_be_run(tmp_path, capfd):
     assert (tmp_path / "logs/1.log").read_text() == "1 a 'word' 2,3\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_points(tmp_path, data_dir):
     """Both are run, a report has both, what is finished is not run again; a student waits for its teacher."""
     study = sweep_file(tmp_path, data_dir)

@@ -262,6 +262,7 @@ def test_processes_that_ask_inside_a_step_stop_at_one_place(signum, tmp_path):
     assert places[0] == places[1]
 
 
+@pytest.mark.slow
 def test_kill_9_of_one_process_ends_the_other(start, tmp_path):
     """With an error. Then both start again; what is damaged, neither reads."""
     workdir = tmp_path / "run"

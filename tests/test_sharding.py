@@ -92,7 +92,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Surgery over microbatches takes half a minute to compile, and microbatches have tests of each family beside.
+SLOW = ("accumulated",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_a_sharded_step_is_the_step(name):
     family, changes, mesh, settings = CASES[name]
     made, config = experiment(family, **changes)

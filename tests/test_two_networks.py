@@ -90,6 +90,7 @@ def test_a_round_is_taken_up_in_its_middle_bitwise(matched):
     assert same(saved(matched("cut"), STEPS), saved(whole, STEPS))
 
 
+@pytest.mark.slow
 def test_microbatches_on_four_devices_match_as_one(matched):
     one = read_metrics(matched("whole"))
     parts = read_metrics(matched("parts", **{"mesh.data": 4, "mesh.fsdp": True, "accumulation": 2}))
