@@ -254,8 +254,10 @@ def test_an_evaluation_with_prompts_gives_parts_of_held_out_rows(
     if name == "autoregressive":
         assert (known[:, 1:] <= known[:, :-1]).all()
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
-    assert {key.split("/")[1] for key in metrics} == {f"{sampler}@{steps}"}
+    # The rows themselves are judged beside: what is given is the same, so the difference of nats is that of what was written.
+    assert {key.split("/")[1] for key in metrics} == {f"{sampler}@{steps}", "held_out"}
     assert {"entropy", "distinct_rows", "distinct_2"} < {key.split("/")[2] for key in metrics}
+    assert metrics["samples/held_out/grammatical"] == 1
     recovered = next(value for key, value in metrics.items() if key.endswith("/recovered"))
     # Several rows may hold what is given, so the one that was drawn is not always the one that it was taken from.
     assert 0.2 < recovered < 0.7

@@ -110,6 +110,7 @@ class Evaluator:
             self._panel.meanings | MEANINGS | more,
         )
         self._prefixes = family.conditions == "prefix"
+        self._references: dict[int, tuple[dict, dict]] = {}
         if self._samples_only:
             return
         # One of each sampler is followed, the one with the most steps that a page can show.
@@ -125,7 +126,6 @@ class Evaluator:
         if "context_free" in self._of_rows:
             # Kept on the host: between evaluations the devices have no room for [L, V].
             self._log_marginals = self._marginals()
-        self._references: dict[int, tuple[dict, dict]] = {}
 
     def _marginals(self) -> np.ndarray:
         vocab = self._dataset.tokenizer.vocab_size
@@ -147,13 +147,21 @@ class Evaluator:
         steps = len(self._steps[final])
         count = steps * sum(sampler.calls(num_samples) for sampler in self._samplers.values())
         count += self._panel.parts(steps * len(self._samplers))
+        if num_samples not in self._references:
+            count += self._panel.parts(len(self._naives()) + self._refers_to_real)
         if self._samples_only:
             return count
         likelihoods = sum(1 if name == "bound" else len(self._settings.taus) for name in self._of_rows)
-        references = 0 if num_samples in self._references else self._panel.parts(len(self._naives()) + 1)
-        return likelihoods + count + references + len(self._trajectories)
+        return likelihoods + count + len(self._trajectories)
+
+    @property
+    def _refers_to_real(self) -> bool:
+        """Whether held-out rows are judged beside the samples."""
+        return self._prompted or not self._samples_only
 
     def _naives(self) -> dict[str, Callable]:
+        if self._samples_only:
+            return {}
         return naive.samplers(self._dataset.sentences, self._dataset.tokenizer.vocab_size)
 
     def _evaluate(self, params, step: int, num_samples: int, final: bool, begin: Callable[[str], None]) -> Evaluation:
@@ -161,7 +169,7 @@ class Evaluator:
         texts, found = self._sampled(params, step, num_samples, self._steps[final], begin)
         metrics |= found
         notes, *more = self._told
-        if self._samples_only:
+        if not self._refers_to_real:
             return Evaluation(step, metrics, texts, {}, notes, *more, num_samples)
         if num_samples not in self._references:
             self._references[num_samples] = self._referred(num_samples, begin)
@@ -173,7 +181,8 @@ class Evaluator:
                 *notes,
                 f"held out has only {held_out:,} rows beside {num_samples:,} samples: distinct-n compares unfairly",
             )
-        return Evaluation(step, metrics, texts, self._follow(params, step, begin), notes, *more, num_samples)
+        followed = {} if self._samples_only else self._follow(params, step, begin)
+        return Evaluation(step, metrics, texts, followed, notes, *more, num_samples)
 
     def _sampled(
         self, params, step: int, num: int, steps: Sequence[int], begin: Callable[[str], None]
@@ -203,10 +212,14 @@ class Evaluator:
         return texts, metrics
 
     def _referred(self, num: int, begin: Callable[[str], None]) -> tuple[dict[str, list[str]], dict[str, float]]:
-        """The same of real text and of what no model wrote; in as many rows as samples, for distinct-n depends on that."""
-        train = self._dataset.train
-        rows = train.rows(0, min(counted_rows(self._dataset.length), len(train)))
-        sets = {name: sampler(rows, num, self._seed) for name, sampler in self._naives().items()}
+        """The same of real text and, beside texts without a prompt, of what no model wrote.
+
+        They are as many rows as the samples, for distinct-n depends on that.
+        """
+        train, sets = self._dataset.train, {}
+        if naives := self._naives():
+            rows = train.rows(0, min(counted_rows(self._dataset.length), len(train)))
+            sets = {name: sampler(rows, num, self._seed) for name, sampler in naives.items()}
         sets["held_out"] = self._reference_rows(num)
 
         def judging(name: str, what: str) -> None:
