@@ -100,7 +100,10 @@ def _evaluation_rows(row: Callable) -> None:
         row(f"estimate: {name} on the devices, s", lambda p, at=which: at(p)["device"])
         row(f"estimate: {name} on the hosts, s", lambda p, at=which: at(p)["host"])
         row(f"estimate: {name}, of {TRAINING_STEPS} training steps", lambda p, at=which: at(p)["share"], "{:.0%}")
-    row(f"an evaluation within {TRAINING_STEPS} training steps", within(lambda p: often(p)["share"]))
+    row(
+        f"an evaluation within {TRAINING_STEPS} training steps",
+        within(lambda p: max(often(p)["share"], final(p)["share"])),
+    )
 
 
 def print_plan(report: Mapping, out: str | None) -> None:
