@@ -3,7 +3,7 @@
     flowlm study --study=experiments/one_step.py:lacks --workdir=DIR --results=DIR2 --parallel=2     or :forms, :budget
 
 Half an hour on 2 CPU cores: can four blocks hold a map of one step, does longer training find it, what does matching the law do?
-Two hours for the forms of matching, nine for its budget at 4, 8 and 12 blocks. In one step the map writes .19 grammatical rows and
+Two hours for the forms of matching, eight for its budget at 4, 8 and 12 blocks. In one step the map writes .19 grammatical rows and
 from noise that it has learnt by heart .64: docs/results/one_step.md.
 """
 
@@ -50,7 +50,7 @@ def budget() -> Study:
             SHIPPED | MATCHED | {"model.blocks": blocks, "steps": steps},
         )
         for blocks in (4, 8, 12)
-        for steps in (900, 3600, 14_400)
+        for steps in (750, 3000, 12_000)
     ]
     return Study(runs, METRICS)
 

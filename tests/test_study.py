@@ -274,7 +274,7 @@ def shipped(name, vocab, start):
     return steps
 
 
-MATCHED = {"matched": 3600, "matched_masked": 2400, "matched_uniform": 2400}
+MATCHED = {"matched": 3000, "matched_masked": 2400, "matched_uniform": 2400}
 
 
 @pytest.mark.parametrize(
