@@ -38,7 +38,7 @@ SHOWN = "[...document.querySelectorAll('#cards .text')].map(e => e.textContent).
 def frames(address: str) -> list[Image.Image]:
     """The page after each event that changes a text, and when all are written."""
     found, before = [], None
-    with tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(Path(profile)) as browser:
         browser.look(*SIZE)
         browser.open(f"{address}/?{ASKED}")  # once before, so that the times are not those of a browser that starts
         browser.wait("document.body?.dataset.state === 'done'")
