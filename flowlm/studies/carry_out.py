@@ -129,9 +129,8 @@ def carry_out(study: Study, workdir: Path, results: Path, extra: Sequence[str] =
         """Trains and evaluates one run: what failed of it."""
         path, name, wrong = directory(workdir, run, seed), f"{run.name}-seed{seed}", []
         if not finished(path):
-            # In one piece, because print writes a line's end apart, and runs side by side would share a line.
-            sys.stderr.write(f"== {path}\n")
-            sys.stderr.flush()
+            # With its end in one piece, because runs side by side would share a line.
+            print(f"== {path}\n", end="", file=sys.stderr, flush=True)
             line = command(run.config, flags_of(run, seed, workdir, runs, extra), path)
             if not call(line, name) or not finished(path):
                 return [str(path)]
