@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.attention = "splash"  # on a GPU: xla
     config.optimizer.update(learning_rate=3e-4, schedule="constant", warmup_steps=2500)
     config.checkpoint.update(every=5000, keep_latest=2, keep_every=100_000)
-    # 512 samples in 1,024 steps cost 400 training steps; `flowlm evaluate --num` draws more.
+    # So the last evaluation takes the time of about 420 training steps, by the plan; `flowlm evaluate --num` draws more.
     config.evaluation.update(every=50_000, held_out=1024, steps=(1, 8, 64, 1024), final_samples=512)
     if arg == "flow_map":
         config.update(steps=100_000, teacher="")

@@ -29,7 +29,7 @@ from flowlm.judges import mauve
 from flowlm.judges.language_model import ROWS, LanguageModel
 from flowlm.judges.ngrams import NGrams
 from flowlm.objectives.guidance import Predictor
-from flowlm.scale import ahead_of_time, evaluations
+from flowlm.scale import ahead_of_time, evaluations, tables
 from flowlm.scale.costs import forward_flops
 from flowlm.system import processes
 
@@ -420,3 +420,11 @@ def test_the_estimate_of_a_plan_is_the_sum_of_its_parts(data_dir):
     point["context_free"].pop("roofline")
     assert "share" not in evaluations.evaluation_costs(config, point, lambda rows: every(config, rows))["often"]
     assert ahead_of_time.planned_steps(config) == 1
+
+
+@pytest.mark.parametrize("which", ["often", "final"])
+def test_a_plan_says_no_where_either_evaluation_exceeds_its_budget(which):
+    report = json.loads((ROOT / "results/plan/openwebtext_evaluation/plan.json").read_text())
+    assert dict(tables.rows_of(report))["an evaluation within 500 training steps"] == ["yes"]
+    report["points"][0]["evaluation"][which]["share"] = 1.2
+    assert dict(tables.rows_of(report))["an evaluation within 500 training steps"] == ["**no**"]

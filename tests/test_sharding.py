@@ -92,7 +92,7 @@ CASES = {
 }
 
 
-# Surgery over microbatches takes half a minute to compile, and microbatches have tests of each family beside.
+# Surgery over microbatches takes half a minute to compile; without it they are tested with distillation and masked diffusion.
 SLOW = ("accumulated",)
 
 
